@@ -1,0 +1,341 @@
+//! cluster.toml: the whole configuration of every role. The shipped file holds every key with its
+//! default and the sentence that stands here; a test keeps the two equal.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::document::{self, DocumentError};
+use crate::ids::{NodeId, Secret};
+use crate::units::{ByteSize, Span};
+
+/// The whole file.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClusterConfig {
+    /// Identity and folders.
+    pub cluster: ClusterSection,
+    /// The raft group and its API.
+    pub coordinator: CoordinatorSection,
+    /// The agent of one host.
+    pub worker: WorkerSection,
+    /// Where data, checkpoints, models and logs are remembered.
+    pub store: StoreSection,
+    /// Certificates; required by every listener that is not on loopback.
+    pub tls: TlsSection,
+    /// Model servers.
+    pub serve: ServeSection,
+}
+
+/// Identity and folders.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClusterSection {
+    /// Raft groups and workers of another id are refused.
+    pub id: String,
+    /// Folder for the raft log, certificates, logs and sockets of this host.
+    pub dir: PathBuf,
+    /// File that holds the token a worker or client must show; made by `cluster up` when absent.
+    pub token_file: PathBuf,
+}
+
+impl Default for ClusterSection {
+    fn default() -> Self {
+        Self { id: "cohort".into(), dir: ".cohort".into(), token_file: ".cohort/token".into() }
+    }
+}
+
+/// The raft group and its API.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CoordinatorSection {
+    /// This coordinator's id in `members`; never reuse the id of one whose folder was lost.
+    pub node: NodeId,
+    /// Every coordinator: id and address. One or three or five of them.
+    pub members: Vec<Member>,
+    /// Time without a leader's heartbeat after which a follower asks for an election.
+    pub election_timeout: Span,
+    /// Interval of the leader's heartbeats.
+    pub heartbeat_interval: Span,
+    /// Time without a word from a worker after which its ranks are counted as lost.
+    pub worker_lease: Span,
+    /// Time a new leader waits for workers to come back before it evicts any.
+    pub grace_period: Span,
+    /// Log entries after which a snapshot replaces them.
+    pub snapshot_entries: u64,
+}
+
+/// One coordinator's id and address.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Member {
+    /// Its id, never 0.
+    pub node: NodeId,
+    /// Where it listens for clients, workers and the other coordinators.
+    pub address: SocketAddr,
+}
+
+/// A loopback address.
+const fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)
+}
+
+impl Default for CoordinatorSection {
+    fn default() -> Self {
+        Self {
+            node: NodeId(1),
+            members: vec![Member { node: NodeId(1), address: loopback(7070) }],
+            election_timeout: Span::seconds(1),
+            heartbeat_interval: Span::millis(100),
+            worker_lease: Span::seconds(5),
+            grace_period: Span::seconds(10),
+            snapshot_entries: 10_000,
+        }
+    }
+}
+
+/// The agent of one host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WorkerSection {
+    /// The worker's name; empty: the host's name.
+    pub name: String,
+    /// Ranks it may run at once; 0: one per processor core (or per GPU).
+    pub slots: u32,
+    /// Address on which its ranks listen for one another.
+    pub data_address: IpAddr,
+    /// Allow ranks to listen on an address that is not loopback: they authenticate one another, but
+    /// their traffic is not encrypted yet.
+    pub plaintext_data: bool,
+    /// Log bytes kept per rank on the worker's disk; older lines are dropped with a note.
+    pub log_bytes: ByteSize,
+    /// Time a rank gets between a polite stop and a kill.
+    pub stop_timeout: Span,
+}
+
+impl Default for WorkerSection {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            slots: 0,
+            data_address: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            plaintext_data: false,
+            log_bytes: ByteSize(16 << 20),
+            stop_timeout: Span::seconds(30),
+        }
+    }
+}
+
+/// Where data, checkpoints, models and logs are remembered.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StoreSection {
+    /// `file://` folder or `s3://bucket/prefix`; empty: the folder `store` under cluster.dir.
+    pub uri: String,
+    /// How to reach S3; also used for `s3://` data channels.
+    pub s3: S3Section,
+}
+
+/// How to reach S3.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct S3Section {
+    /// Endpoint of an S3-compatible server; empty: AWS.
+    pub endpoint: String,
+    /// Region; empty: AWS_REGION, else us-east-1.
+    pub region: String,
+    /// Access key; empty: AWS_ACCESS_KEY_ID.
+    pub access_key_id: String,
+    /// Secret key; empty: AWS_SECRET_ACCESS_KEY.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secret_access_key: Option<Secret>,
+    /// Session token of temporary credentials; absent: AWS_SESSION_TOKEN.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session_token: Option<Secret>,
+    /// Allow an endpoint without TLS.
+    pub allow_http: bool,
+}
+
+/// Certificates; required by every listener that is not on loopback.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TlsSection {
+    /// Certificate authority of the cluster, PEM; empty: no TLS, loopback only.
+    pub ca: PathBuf,
+    /// This host's certificate, PEM.
+    pub certificate: PathBuf,
+    /// This host's private key, PEM.
+    pub key: PathBuf,
+}
+
+impl TlsSection {
+    /// Whether certificates are configured.
+    pub fn is_enabled(&self) -> bool {
+        !self.ca.as_os_str().is_empty()
+    }
+}
+
+/// Model servers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServeSection {
+    /// Where `cluster serve` listens.
+    pub listen: SocketAddr,
+    /// Most requests computed together.
+    pub batch_max: u32,
+    /// Longest time a request waits for others to join its batch.
+    pub batch_wait: Span,
+    /// Requests that may wait; one more is answered 503.
+    pub queue_max: u32,
+    /// Largest request body.
+    pub body_max: ByteSize,
+    /// Time running requests get to finish when the server stops.
+    pub drain_timeout: Span,
+    /// Threads that compute; 0: one per core.
+    pub threads: u32,
+}
+
+impl Default for ServeSection {
+    fn default() -> Self {
+        Self {
+            listen: loopback(8080),
+            batch_max: 32,
+            batch_wait: Span::millis(2),
+            queue_max: 256,
+            body_max: ByteSize(8 << 20),
+            drain_timeout: Span::seconds(10),
+            threads: 0,
+        }
+    }
+}
+
+/// A cluster.toml that cannot be used as it stands.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file is not a cluster document.
+    #[error(transparent)]
+    Document(#[from] DocumentError),
+    /// Two settings disagree, or one is unsafe.
+    #[error("{0}")]
+    Disagreement(String),
+}
+
+impl ClusterConfig {
+    /// Reads and validates a file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = document::read_text(path)?;
+        let config: Self = document::parse(&text, &path.display().to_string())?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Checks every rule that needs only the file; names both values where two disagree.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let fail = |message: String| Err(ConfigError::Disagreement(message));
+        let coordinator = &self.coordinator;
+        let mut nodes: Vec<NodeId> = coordinator.members.iter().map(|m| m.node).collect();
+        nodes.sort();
+        nodes.dedup();
+        if nodes.len() != coordinator.members.len() || nodes.first() == Some(&NodeId(0)) {
+            return fail("coordinator.members: ids must be distinct and not 0".into());
+        }
+        if !nodes.contains(&coordinator.node) {
+            return fail(format!(
+                "coordinator.node = {} is not among coordinator.members",
+                coordinator.node.0
+            ));
+        }
+        if coordinator.members.len().is_multiple_of(2) {
+            return fail(format!(
+                "coordinator.members has {} entries, expected an odd number: an even one \
+                 tolerates no more failures and needs a larger majority",
+                coordinator.members.len()
+            ));
+        }
+        if coordinator.heartbeat_interval.0 * 4 > coordinator.election_timeout.0 {
+            return fail(format!(
+                "coordinator.heartbeat_interval = {} must be at most a quarter of \
+                 coordinator.election_timeout = {}",
+                coordinator.heartbeat_interval, coordinator.election_timeout
+            ));
+        }
+        for member in &coordinator.members {
+            self.check_listener("coordinator.members", member.address.ip())?;
+        }
+        if !self.worker.data_address.is_loopback() && !self.worker.plaintext_data {
+            return fail(format!(
+                "worker.data_address = {} is not loopback and ranks do not encrypt their traffic \
+                 yet: set worker.plaintext_data = true only on a network you trust",
+                self.worker.data_address
+            ));
+        }
+        Ok(())
+    }
+
+    /// Refuses an address that is not loopback while no certificates are configured.
+    pub fn check_listener(&self, key: &str, address: IpAddr) -> Result<(), ConfigError> {
+        if address.is_loopback() || self.tls.is_enabled() {
+            return Ok(());
+        }
+        Err(ConfigError::Disagreement(format!(
+            "{key}: {address} is not loopback and [tls] is not configured: set tls.ca, \
+             tls.certificate and tls.key (`cluster certs` makes them), or listen on 127.0.0.1"
+        )))
+    }
+
+    /// This coordinator's own address.
+    pub fn own_address(&self) -> Option<SocketAddr> {
+        let own = |m: &&Member| m.node == self.coordinator.node;
+        self.coordinator.members.iter().find(own).map(|m| m.address)
+    }
+
+    /// The store's URI with its default filled in.
+    pub fn store_uri(&self) -> String {
+        if !self.store.uri.is_empty() {
+            return self.store.uri.clone();
+        }
+        let folder = self.cluster.dir.join("store");
+        format!("file://{}", std::path::absolute(&folder).unwrap_or(folder).display())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shipped_file_parses_to_the_defaults() {
+        let text = include_str!("../../cluster.toml");
+        let shipped: ClusterConfig = document::parse(text, "cluster.toml").expect("parses");
+        assert_eq!(shipped, ClusterConfig::default());
+        // Every key is present, so that the file documents all of them.
+        let given: toml::Table = text.parse().expect("a table");
+        let all = toml::Table::try_from(ClusterConfig::default()).expect("a table");
+        for (section, keys) in &all {
+            for key in keys.as_table().expect("sections are tables").keys() {
+                let present = given.get(section).and_then(|s| s.get(key)).is_some();
+                assert!(present, "cluster.toml lacks {section}.{key}");
+            }
+        }
+    }
+
+    #[test]
+    fn open_listeners_without_tls_are_refused() {
+        let mut config = ClusterConfig::default();
+        config.coordinator.members[0].address = "0.0.0.0:7070".parse().expect("an address");
+        let text = config.validate().expect_err("open").to_string();
+        assert!(text.contains("0.0.0.0 is not loopback"), "{text}");
+    }
+
+    #[test]
+    fn disagreements_are_refused() {
+        let mut config = ClusterConfig::default();
+        config.coordinator.node = NodeId(9);
+        assert!(config.validate().is_err());
+        let mut config = ClusterConfig::default();
+        config.coordinator.heartbeat_interval = Span::seconds(1);
+        let text = config.validate().expect_err("too slow").to_string();
+        assert!(text.contains("1s") && text.contains("a quarter"), "{text}");
+    }
+}

@@ -1,0 +1,438 @@
+//! job.toml: what to train, on what data, with which resources, and when to stop.
+//!
+//! [`JobFile`] is the file as written; [`JobSpec`] is the same after `--set`, defaults and path
+//! resolution: immutable, recorded, the only form the rest of the code takes.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::document::{self, DocumentError};
+use crate::ids::Name;
+use crate::schema::{AlgorithmSchema, SchemaError, Value};
+use crate::units::Span;
+
+/// Lanes of the fixed reduction tree unless the job says otherwise.
+pub const LANES_DEFAULT: u32 = 8;
+/// Most lanes a job may ask for: partial sums are kept per open subtree, log2(lanes) of them.
+pub const LANES_MAX: u32 = 1024;
+
+/// A job, resolved and checked against everything that needs no tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobSpec {
+    /// The job's name, unique in the cluster.
+    pub name: Name,
+    /// Which built-in algorithm trains; `cluster algorithms` lists them.
+    pub algorithm: String,
+    /// Everything random in the job is a pure function of it.
+    #[serde(default)]
+    pub seed: u64,
+    /// Named inputs.
+    #[serde(default)]
+    pub channels: BTreeMap<String, Channel>,
+    /// Settings of the algorithm and the optimiser; the schema gives types, ranges and defaults.
+    #[serde(default)]
+    pub hyperparameters: BTreeMap<String, Value>,
+    /// How samples are grouped into steps.
+    #[serde(default)]
+    pub batch: Batch,
+    /// What it runs on.
+    #[serde(default)]
+    pub resources: Resources,
+    /// How the work is divided over ranks.
+    #[serde(default)]
+    pub parallel: Parallel,
+    /// When state is saved and how much of it is kept.
+    #[serde(default)]
+    pub checkpoint: CheckpointPolicy,
+    /// When the job ends.
+    #[serde(default)]
+    pub stop: StopConditions,
+    /// How often validation runs.
+    #[serde(default)]
+    pub evaluate: Evaluate,
+    /// What happens when a rank dies.
+    #[serde(default)]
+    pub recovery: Recovery,
+    /// Free key = value pairs for people and tools.
+    #[serde(default)]
+    pub tags: BTreeMap<String, String>,
+}
+
+/// One data channel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Channel {
+    /// `file://` or `s3://`, a file or a folder; in job.toml a relative path is taken from the
+    /// job file's folder.
+    pub uri: String,
+    /// The data's form, such as `text/csv`; guessed from the name when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content_type: Option<String>,
+}
+
+/// How samples are grouped: global batch = lanes × microbatches per lane × microbatch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Batch {
+    /// Samples per optimiser step, whatever the number of ranks.
+    pub global: NonZeroU32,
+    /// Lanes of the fixed reduction tree; ranks own whole lanes, so it bounds the ranks.
+    pub lanes: NonZeroU32,
+    /// Samples computed at once; absent: global / lanes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub microbatch: Option<NonZeroU32>,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        let lanes = const { NonZeroU32::new(LANES_DEFAULT).expect("not zero") };
+        Self { global: const { NonZeroU32::new(64).expect("not zero") }, lanes, microbatch: None }
+    }
+}
+
+impl Batch {
+    /// Samples computed at once.
+    pub fn microbatch_size(&self) -> u32 {
+        self.microbatch.map_or(self.global.get() / self.lanes.get(), NonZeroU32::get)
+    }
+
+    /// Microbatches that one lane adds one after another.
+    pub fn microbatches_per_lane(&self) -> u32 {
+        self.global.get() / self.lanes.get() / self.microbatch_size().max(1)
+    }
+
+    /// Microbatches per step.
+    pub fn microbatches(&self) -> u32 {
+        self.lanes.get() * self.microbatches_per_lane()
+    }
+}
+
+/// The kind of device a rank computes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// The host's processor.
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU, opened at run time.
+    Cuda,
+}
+
+/// What a job runs on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Resources {
+    /// What ranks compute on.
+    pub device: DeviceKind,
+    /// Processes of the gang.
+    pub ranks: NonZeroU32,
+    /// Threads each rank computes with; part of the numeric fingerprint.
+    pub threads_per_rank: NonZeroU32,
+}
+
+impl Default for Resources {
+    fn default() -> Self {
+        let one = const { NonZeroU32::new(1).expect("not zero") };
+        Self { device: DeviceKind::Cpu, ranks: one, threads_per_rank: one }
+    }
+}
+
+/// The order in which gradients are summed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reduction {
+    /// A fixed tree over lanes: the same bits for any number of ranks.
+    #[default]
+    Deterministic,
+    /// Whatever order is fastest for the ranks at hand.
+    Fast,
+}
+
+/// Whether a resume under another numeric fingerprint is allowed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Determinism {
+    /// Refused: the result would no longer be the job's result bit for bit.
+    #[default]
+    Strict,
+    /// Allowed, with a warning.
+    Relaxed,
+}
+
+/// How the work is divided over ranks. Tensor and pipeline axes come later.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Parallel {
+    /// Data-parallel replicas; absent: all ranks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<NonZeroU32>,
+    /// Summation order of gradients.
+    pub reduction: Reduction,
+    /// Whether another numeric fingerprint may resume the job.
+    pub determinism: Determinism,
+}
+
+impl Default for Parallel {
+    fn default() -> Self {
+        Self { data: None, reduction: Reduction::default(), determinism: Determinism::default() }
+    }
+}
+
+/// Compression of checkpoint shards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// As they are: trained weights hardly compress.
+    #[default]
+    None,
+    /// zstd, level 1.
+    Zstd,
+}
+
+/// When state is saved and how much of it is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointPolicy {
+    /// Steps between checkpoints; 0: only at the end.
+    pub every_steps: u64,
+    /// Newest committed checkpoints kept; older ones are deleted by order of the leader.
+    pub keep: NonZeroU32,
+    /// Compression of the shards.
+    pub compression: Compression,
+}
+
+impl Default for CheckpointPolicy {
+    fn default() -> Self {
+        Self {
+            every_steps: 100,
+            keep: const { NonZeroU32::new(3).expect("not zero") },
+            compression: Compression::None,
+        }
+    }
+}
+
+/// When the job ends; at least one of the first two must be set.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StopConditions {
+    /// Optimiser steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<u64>,
+    /// Passes over the training data, rounded up to whole steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_epochs: Option<u64>,
+    /// Running time over all generations, after which the job stops with a checkpoint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_time: Option<Span>,
+}
+
+/// How often validation runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Evaluate {
+    /// Steps between validations; 0: only at the end.
+    pub every_steps: u64,
+}
+
+/// What happens when a rank dies.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Recovery {
+    /// Failures without a newly committed checkpoint in between, after which the job fails.
+    pub max_failures: u32,
+}
+
+impl Default for Recovery {
+    fn default() -> Self {
+        Self { max_failures: 3 }
+    }
+}
+
+/// A job file that cannot be used as it stands.
+#[derive(Debug, thiserror::Error)]
+pub enum JobError {
+    /// The file is not a job document.
+    #[error(transparent)]
+    Document(#[from] DocumentError),
+    /// `--set` is malformed.
+    #[error("`--set {text}` is not of the form path=value, such as `--set stop.max_steps=100`")]
+    Override {
+        /// What was given.
+        text: String,
+    },
+    /// Two settings disagree.
+    #[error("{0}")]
+    Disagreement(String),
+    /// The algorithm's schema does not allow a value.
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
+}
+
+impl JobSpec {
+    /// Reads a job file, applies `--set path=value` overrides, resolves relative data paths
+    /// against the file's folder, and validates.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self, JobError> {
+        let text = document::read_text(path)?;
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Self::parse(&text, &path.display().to_string(), folder, overrides)
+    }
+
+    /// [`JobSpec::load`] on text already read.
+    pub fn parse(
+        text: &str,
+        origin: &str,
+        folder: &Path,
+        overrides: &[String],
+    ) -> Result<Self, JobError> {
+        // Parsed once as it stands, so that errors in the file carry their line.
+        let mut spec: Self = document::parse(text, origin)?;
+        if !overrides.is_empty() {
+            let mut table: toml::Table = document::parse(text, origin)?;
+            for text in overrides {
+                apply_override(&mut table, text)?;
+            }
+            spec = document::from_table(table, &format!("{origin} with --set"))?;
+        }
+        for channel in spec.channels.values_mut() {
+            channel.uri = absolute_uri(&channel.uri, folder);
+        }
+        spec.validate()?;
+        Ok(spec)
+    }
+
+    /// Checks every rule that needs only the file; names both values where two disagree.
+    pub fn validate(&self) -> Result<(), JobError> {
+        let fail = |message: String| Err(JobError::Disagreement(message));
+        let (ranks, lanes) = (self.resources.ranks.get(), self.batch.lanes.get());
+        let global = self.batch.global.get();
+        if lanes > LANES_MAX {
+            return fail(format!("batch.lanes = {lanes}, expected at most {LANES_MAX}"));
+        }
+        if ranks > lanes {
+            return fail(format!(
+                "resources.ranks = {ranks} is more than batch.lanes = {lanes}: a rank owns at \
+                 least one whole lane; ask for at most {lanes} ranks or for more lanes"
+            ));
+        }
+        if !global.is_multiple_of(lanes) {
+            return fail(format!(
+                "batch.global = {global} is not a multiple of batch.lanes = {lanes}"
+            ));
+        }
+        let (per_lane, microbatch) = (global / lanes, self.batch.microbatch_size());
+        if !per_lane.is_multiple_of(microbatch) {
+            return fail(format!(
+                "batch.microbatch = {microbatch} does not divide the {per_lane} samples of a lane \
+                 (batch.global = {global} / batch.lanes = {lanes})"
+            ));
+        }
+        if let Some(data) = self.parallel.data
+            && data != self.resources.ranks
+        {
+            return fail(format!(
+                "parallel.data = {data} does not equal resources.ranks = {ranks}: the product of \
+                 the parallel axes must be the number of ranks"
+            ));
+        }
+        if self.stop.max_steps.is_none() && self.stop.max_epochs.is_none() {
+            return fail("nothing ends the job: set stop.max_steps or stop.max_epochs".into());
+        }
+        if self.stop.max_steps == Some(0) || self.stop.max_epochs == Some(0) {
+            return fail("stop.max_steps and stop.max_epochs must be at least 1".into());
+        }
+        for (name, channel) in &self.channels {
+            if !["file://", "s3://"].iter().any(|scheme| channel.uri.starts_with(scheme)) {
+                return fail(format!(
+                    "channels.{name}.uri = `{}`, expected file:// or s3://",
+                    channel.uri
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills in hyperparameter defaults and checks them and the channels against the schema.
+    pub fn resolve(&mut self, schema: &AlgorithmSchema) -> Result<(), JobError> {
+        self.hyperparameters = schema.resolve(&self.hyperparameters)?;
+        schema.check_channels(&self.channels)?;
+        Ok(())
+    }
+}
+
+fn absolute_uri(uri: &str, folder: &Path) -> String {
+    let path = match uri.split_once("://") {
+        None => uri,
+        Some(("file", path)) if !path.starts_with('/') => path,
+        Some(_) => return uri.to_owned(),
+    };
+    let joined = folder.join(path);
+    let absolute = std::path::absolute(&joined).unwrap_or(joined);
+    format!("file://{}", absolute.display())
+}
+
+/// `a.b=value`: the value is read as TOML, and as plain text when it is not.
+fn apply_override(table: &mut toml::Table, text: &str) -> Result<(), JobError> {
+    let malformed = || JobError::Override { text: text.to_owned() };
+    let (path, value) = text.split_once('=').ok_or_else(malformed)?;
+    let value = format!("v = {value}")
+        .parse::<toml::Table>()
+        .ok()
+        .and_then(|mut parsed| parsed.remove("v"))
+        .unwrap_or_else(|| toml::Value::String(value.to_owned()));
+    let mut keys: Vec<&str> = path.trim().split('.').collect();
+    let last = keys.pop().filter(|k| !k.is_empty()).ok_or_else(malformed)?;
+    let mut target = table;
+    for key in keys {
+        target = target
+            .entry(key)
+            .or_insert_with(|| toml::Value::Table(toml::Table::new()))
+            .as_table_mut()
+            .ok_or_else(malformed)?;
+    }
+    target.insert(last.to_owned(), value);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: &str = "name = \"a\"\nalgorithm = \"transformer\"\n[stop]\nmax_steps = 1\n";
+
+    fn parse(text: &str, overrides: &[&str]) -> Result<JobSpec, JobError> {
+        let overrides: Vec<String> = overrides.iter().map(|&s| s.to_owned()).collect();
+        JobSpec::parse(text, "job.toml", Path::new("/data"), &overrides)
+    }
+
+    fn error(text: &str, overrides: &[&str]) -> String {
+        parse(text, overrides).expect_err("accepted").to_string()
+    }
+
+    #[test]
+    fn overrides_reach_nested_keys_and_keep_types() {
+        let set = ["resources.ranks=3", "batch.global=24", "name=b", "tags.team=vision"];
+        let spec = parse(SMALL, &set).expect("valid");
+        assert_eq!((spec.resources.ranks.get(), spec.batch.global.get()), (3, 24));
+        assert_eq!((spec.name.as_str(), spec.tags["team"].as_str()), ("b", "vision"));
+    }
+
+    #[test]
+    fn relative_paths_are_taken_from_the_job_file() {
+        let text = format!("{SMALL}[channels.train]\nuri = \"file://x.csv\"\n");
+        assert_eq!(parse(&text, &[]).expect("valid").channels["train"].uri, "file:///data/x.csv");
+    }
+
+    #[test]
+    fn disagreements_name_both_values() {
+        let ranks = error(SMALL, &["resources.ranks=9"]);
+        assert!(ranks.contains("resources.ranks = 9") && ranks.contains("batch.lanes = 8"));
+        assert!(error(SMALL, &["batch.global=20"]).contains("not a multiple"));
+        assert!(error(SMALL, &["batch.microbatch=3"]).contains("does not divide"));
+        assert!(error(SMALL, &["resources.rank=2"]).contains("did you mean `ranks`?"));
+        assert!(error(SMALL, &["nonsense"]).contains("path=value"));
+    }
+}

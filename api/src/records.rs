@@ -1,0 +1,234 @@
+//! The documents that the transaction log holds: kind, id, version, immutable spec, status, reason.
+//!
+//! They are JSON inside the log, so that a field added later neither breaks an older reader nor is
+//! lost by it; every status field therefore has a default.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::events::{CheckpointFact, ModelFact};
+use crate::ids::{Generation, Name, Rank, Step};
+use crate::job::JobSpec;
+use crate::session::ExitCause;
+
+/// Kind of [`JobRecord`]s; the id is the job's name.
+pub const KIND_JOB: &str = "job";
+/// Kind of [`CheckpointRecord`]s; the id is `<job>/<step, 12 digits>`.
+pub const KIND_CHECKPOINT: &str = "checkpoint";
+/// Kind of [`ModelRecord`]s; the id is the model's name.
+pub const KIND_MODEL: &str = "model";
+/// Kind of [`EndpointRecord`]s; the id is the endpoint's name.
+pub const KIND_ENDPOINT: &str = "endpoint";
+
+/// Where a workload is in its life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Waiting for enough free slots.
+    #[default]
+    Queued,
+    /// Placed; ranks are being started and form their group.
+    Starting,
+    /// Every rank runs.
+    Running,
+    /// Asked to stop; ranks write a checkpoint and leave.
+    Stopping,
+    /// Stopped by a person or a stop condition, resumable.
+    Stopped,
+    /// Ran to its end.
+    Succeeded,
+    /// Gave up; `reason` and `first_cause` say why.
+    Failed,
+}
+
+impl Phase {
+    /// Whether nothing more happens without a person.
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Stopped | Self::Succeeded | Self::Failed)
+    }
+
+    /// Whether tasks of the current generation should exist.
+    pub fn is_active(self) -> bool {
+        matches!(self, Self::Starting | Self::Running | Self::Stopping)
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Queued => "queued",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+        })
+    }
+}
+
+/// Which worker runs which rank.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placement {
+    /// The rank (train) or replica (serve).
+    pub rank: Rank,
+    /// The worker that runs it.
+    pub worker: Name,
+}
+
+/// The first thing that went wrong in a generation, not the victims that followed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Failure {
+    /// The generation it ended.
+    pub generation: Generation,
+    /// The rank that failed first; absent when a worker vanished with several.
+    pub rank: Option<Rank>,
+    /// The worker it ran on.
+    pub worker: Name,
+    /// What happened.
+    pub cause: ExitCause,
+    /// Milliseconds since the Unix epoch, by the leader's clock.
+    pub time_ms: u64,
+}
+
+/// A train workload.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// What was asked, immutable.
+    pub spec: JobSpec,
+    /// What became of it.
+    pub status: JobStatus,
+}
+
+/// What became of a job.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct JobStatus {
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// Why it is there, one sentence.
+    pub reason: String,
+    /// The current or last gang's incarnation; 0 before the first.
+    pub generation: Generation,
+    /// The current gang; empty while none is placed.
+    pub gang: Vec<Placement>,
+    /// Failures since the last newly committed checkpoint.
+    pub failures: u32,
+    /// Generations started beyond the first.
+    pub restarts: u64,
+    /// Numeric fingerprint of the first gang; a different one may not continue a strict job.
+    pub fingerprint: Option<String>,
+    /// The newest committed checkpoint.
+    pub checkpoint: Option<CheckpointFact>,
+    /// The finished model.
+    pub model: Option<ModelFact>,
+    /// What failed first in the last failed generation.
+    pub first_cause: Option<Failure>,
+    /// Milliseconds since the Unix epoch.
+    pub submitted_ms: u64,
+    /// When the first gang ran.
+    pub started_ms: Option<u64>,
+    /// When it reached a terminal phase.
+    pub ended_ms: Option<u64>,
+}
+
+/// A committed checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointRecord {
+    /// The job it belongs to.
+    pub job: Name,
+    /// Where it is and what it holds.
+    pub fact: CheckpointFact,
+    /// When the leader recorded it.
+    pub committed_ms: u64,
+}
+
+impl CheckpointRecord {
+    /// The record's id.
+    pub fn id(job: &Name, step: Step) -> String {
+        format!("{job}/{:012}", step.0)
+    }
+}
+
+/// A finished model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelRecord {
+    /// The model's name: that of the job that made it.
+    pub name: Name,
+    /// The job that made it.
+    pub job: Name,
+    /// Its algorithm.
+    pub algorithm: String,
+    /// Where it is and what it scored.
+    pub fact: ModelFact,
+    /// When the leader recorded it.
+    pub created_ms: u64,
+}
+
+/// What to serve.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EndpointSpec {
+    /// The endpoint's name.
+    pub name: Name,
+    /// The registered model.
+    pub model: Name,
+    /// Where the replica listens on its worker's host; port 0: any free one.
+    pub listen: SocketAddr,
+}
+
+/// A serve workload.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EndpointRecord {
+    /// What was asked, immutable.
+    pub spec: EndpointSpec,
+    /// What became of it.
+    pub status: EndpointStatus,
+}
+
+/// What became of an endpoint.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EndpointStatus {
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// Why it is there, one sentence.
+    pub reason: String,
+    /// Incarnation of the replica.
+    pub generation: Generation,
+    /// Where the replica runs.
+    pub gang: Vec<Placement>,
+    /// Failures in a row.
+    pub failures: u32,
+    /// Where the replica listens once it runs.
+    pub address: Option<SocketAddr>,
+    /// What failed first in the last failed generation.
+    pub first_cause: Option<Failure>,
+    /// Milliseconds since the Unix epoch.
+    pub submitted_ms: u64,
+}
+
+/// A worker as the leader sees it; leases are not in the log.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkerView {
+    /// Its name.
+    pub name: Name,
+    /// Its host's name.
+    pub host: String,
+    /// Ranks it may run at once.
+    pub slots: u32,
+    /// Slots that tasks occupy.
+    pub used: u32,
+    /// Whether its session is up.
+    pub attached: bool,
+    /// Milliseconds until its lease runs out.
+    pub lease_ms: u64,
+    /// The tasks on it.
+    pub tasks: Vec<String>,
+    /// Free labels for people and tools.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+}

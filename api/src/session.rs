@@ -1,0 +1,381 @@
+//! What worker and coordinator, and worker and rank, tell each other.
+//!
+//! A rank's standard input is one end of a socket pair: the worker writes [`RankOrder`]s to it and
+//! the rank writes [`RankReport`]s back, one JSON document a line. The first order is always
+//! [`RankOrder::Assignment`]; secrets reach a rank on this socket only, never in argv or the
+//! environment. End of file on it means that the worker is gone: the rank leaves at once. Standard
+//! output and error stay free for logs.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{ServeSection, StoreSection};
+use crate::events::{CheckpointFact, Evaluation, ModelFact, StepMetrics};
+use crate::ids::{Generation, Name, NodeId, Rank, Secret, Step, TaskId};
+use crate::job::JobSpec;
+use crate::units::Span;
+
+/// Longest line on a rank's control socket and largest session frame, in bytes.
+pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
+
+/// From a worker to the leading coordinator.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "message", rename_all = "kebab-case")]
+pub enum WorkerMessage {
+    /// Always first: who it is, what it offers, what it still runs.
+    Hello(Box<WorkerHello>),
+    /// Renews the lease.
+    Heartbeat,
+    /// Something happened to a task.
+    Task {
+        /// Which one.
+        task: TaskId,
+        /// What happened.
+        event: TaskEvent,
+    },
+    /// Captured output.
+    Logs {
+        /// Whose.
+        task: TaskId,
+        /// Lines in order.
+        lines: Vec<LogLine>,
+    },
+}
+
+/// How a worker introduces itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkerHello {
+    /// Must equal the coordinator's cluster id.
+    pub cluster_id: String,
+    /// Must equal the coordinator's cluster token.
+    pub token: Secret,
+    /// The worker's name, unique in the cluster.
+    pub name: Name,
+    /// Its host's name.
+    pub host: String,
+    /// Ranks it may run at once.
+    pub slots: u32,
+    /// Drawn anew at each start: a changed one tells that its former tasks are gone.
+    pub incarnation: u64,
+    /// The version of its binary.
+    pub version: String,
+    /// What it runs now.
+    pub tasks: Vec<TaskView>,
+}
+
+/// A task that a worker runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TaskView {
+    /// Which one.
+    pub task: TaskId,
+    /// The address it last reported.
+    pub address: Option<SocketAddr>,
+    /// Whether it has been given its peers.
+    pub has_peers: bool,
+}
+
+/// Something that happened to a task.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum TaskEvent {
+    /// Its process runs.
+    Started {
+        /// Process id on the worker's host.
+        pid: u32,
+    },
+    /// The rank or replica said something.
+    Report {
+        /// What it said.
+        report: RankReport,
+    },
+    /// Its process is gone.
+    Exited {
+        /// How.
+        cause: ExitCause,
+    },
+}
+
+/// How a process ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "cause", rename_all = "kebab-case")]
+pub enum ExitCause {
+    /// It ended by itself with code 0.
+    Completed,
+    /// It ended by itself with another code.
+    Code {
+        /// The exit code.
+        code: i32,
+        /// What it reported before, or its last line on standard error.
+        message: String,
+        /// False when trying again would end the same way (a user's mistake).
+        retryable: bool,
+    },
+    /// A signal ended it.
+    Signal {
+        /// The signal's number.
+        signal: i32,
+        /// Its last line on standard error, if any.
+        message: String,
+    },
+    /// The worker ended it because it was told to.
+    Killed {
+        /// Why.
+        reason: String,
+    },
+    /// Its worker is gone.
+    WorkerLost {
+        /// What is known.
+        reason: String,
+    },
+    /// The process could not be started.
+    NotStarted {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl ExitCause {
+    /// Whether starting again can help.
+    pub fn is_retryable(&self) -> bool {
+        !matches!(self, Self::Code { retryable: false, .. })
+    }
+}
+
+impl fmt::Display for ExitCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let tail = |message: &str| match message {
+            "" => String::new(),
+            text => format!(": {text}"),
+        };
+        match self {
+            Self::Completed => write!(f, "completed"),
+            Self::Code { code, message, .. } => write!(f, "exited with code {code}{}", tail(message)),
+            Self::Signal { signal, message } => {
+                let name = match signal {
+                    6 => " (SIGABRT)",
+                    7 => " (SIGBUS)",
+                    9 => " (SIGKILL)",
+                    11 => " (SIGSEGV)",
+                    15 => " (SIGTERM)",
+                    _ => "",
+                };
+                write!(f, "killed by signal {signal}{name}{}", tail(message))
+            }
+            Self::Killed { reason } => write!(f, "stopped by its worker: {reason}"),
+            Self::WorkerLost { reason } => write!(f, "worker lost: {reason}"),
+            Self::NotStarted { reason } => write!(f, "could not be started: {reason}"),
+        }
+    }
+}
+
+/// One captured line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLine {
+    /// Position within the task's output, from 0.
+    pub sequence: u64,
+    /// Milliseconds since the Unix epoch, by the worker's clock.
+    pub time_ms: u64,
+    /// Where it came from.
+    pub stream: LogStream,
+    /// The line without its end; at most [`LOG_LINE_BYTES_MAX`] bytes.
+    pub text: String,
+}
+
+/// Longest captured line; a longer one is cut and marked.
+pub const LOG_LINE_BYTES_MAX: usize = 8 << 10;
+
+/// Where a line came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogStream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+    /// Not a line: lines are missing here, the text says how many and why.
+    Gap,
+}
+
+/// From the leading coordinator to a worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "message", rename_all = "kebab-case")]
+pub enum CoordinatorMessage {
+    /// Answers the hello.
+    Welcome {
+        /// The leader.
+        node: NodeId,
+        /// Send something at least this often; three missed ones end the lease.
+        heartbeat: Span,
+    },
+    /// Start a task's process.
+    Start {
+        /// Which one.
+        task: TaskId,
+        /// What it is to do.
+        assignment: Box<Assignment>,
+    },
+    /// Pass an order to a running task.
+    Deliver {
+        /// Which one.
+        task: TaskId,
+        /// The order.
+        order: RankOrder,
+    },
+    /// End a task's process group now; it answers with an exit event. Unknown tasks are ignored.
+    Kill {
+        /// Which one.
+        task: TaskId,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What a task is to do.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Assignment {
+    /// Be one rank of a train gang.
+    Train(TrainAssignment),
+    /// Serve a model.
+    Serve(ServeAssignment),
+}
+
+/// One rank's part in a gang.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainAssignment {
+    /// The job.
+    pub spec: JobSpec,
+    /// The gang's incarnation.
+    pub generation: Generation,
+    /// This process's rank.
+    pub rank: Rank,
+    /// Ranks in the gang.
+    pub world_size: u32,
+    /// Ranks before this one on the same worker.
+    pub local_rank: u32,
+    /// Where to restore from; absent: begin at step 0.
+    pub restore: Option<CheckpointFact>,
+    /// What the ranks of this generation prove to one another.
+    pub secret: Secret,
+    /// Running time of earlier generations, counted towards `stop.max_time`.
+    pub elapsed: Span,
+}
+
+/// One replica's part in an endpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ServeAssignment {
+    /// The endpoint.
+    pub endpoint: Name,
+    /// The incarnation.
+    pub generation: Generation,
+    /// The model to serve.
+    pub model: ModelFact,
+    /// Where to listen; port 0: any free one.
+    pub listen: SocketAddr,
+}
+
+/// From a worker to its rank or replica.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "order", rename_all = "kebab-case")]
+pub enum RankOrder {
+    /// Always first.
+    Assignment {
+        /// What to do.
+        assignment: Box<Assignment>,
+        /// How to reach the object store, with the worker's credentials.
+        store: StoreSection,
+        /// Address to listen on for the other ranks.
+        data_address: IpAddr,
+        /// Settings of model servers.
+        serve: ServeSection,
+    },
+    /// Every rank listens: form the group. Addresses in rank order.
+    Peers {
+        /// Where each rank listens.
+        addresses: Vec<SocketAddr>,
+    },
+    /// The leader has recorded a checkpoint: it may be resumed from.
+    Committed {
+        /// Its step.
+        step: Step,
+    },
+    /// Committed checkpoints that the leader orders deleted (rank 0 only).
+    Delete {
+        /// Their manifests' keys.
+        manifest_keys: Vec<String>,
+    },
+    /// Finish the current step, write a checkpoint and leave with code 0.
+    Stop {
+        /// Why.
+        reason: String,
+    },
+    /// A peer is gone: break off the collective now and leave.
+    Abort {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// From a rank or replica to its worker, which passes it on to the leader.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "report", rename_all = "kebab-case")]
+pub enum RankReport {
+    /// It listens for its peers (train) or for requests (serve).
+    Listening {
+        /// Where.
+        address: SocketAddr,
+        /// Numeric fingerprint of this process; empty for replicas.
+        fingerprint: String,
+    },
+    /// The group is formed and the state is restored; the next step to compute is `step`.
+    Running {
+        /// Steps already applied.
+        step: Step,
+    },
+    /// A step finished (rank 0 only).
+    Step(StepMetrics),
+    /// A validation finished (rank 0 only).
+    Evaluation(Evaluation),
+    /// A checkpoint is complete in the store (rank 0 only).
+    Checkpoint(CheckpointFact),
+    /// The model is written (rank 0 only).
+    Finished(ModelFact),
+    /// It left because it was told to stop; its last checkpoint was reported before.
+    Stopped {
+        /// Steps applied.
+        step: Step,
+    },
+    /// It cannot go on; it exits with a non-zero code right after.
+    Failed {
+        /// What happened, for people.
+        message: String,
+        /// False when trying again would end the same way (a user's mistake).
+        retryable: bool,
+        /// The peer that is to blame, when it is not this rank's own fault.
+        blames: Option<Rank>,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_survive_the_wire() {
+        let task = TaskId {
+            workload: "a".parse().expect("a name"),
+            generation: Generation(2),
+            rank: Rank(1),
+        };
+        let cause = ExitCause::Signal { signal: 9, message: String::new() };
+        assert_eq!(cause.to_string(), "killed by signal 9 (SIGKILL)");
+        let message = WorkerMessage::Task { task, event: TaskEvent::Exited { cause } };
+        let json = serde_json::to_string(&message).expect("serialises");
+        assert_eq!(serde_json::from_str::<WorkerMessage>(&json).expect("parses"), message);
+        let step = RankReport::Stopped { step: Step(7) };
+        let json = serde_json::to_string(&step).expect("serialises");
+        assert_eq!(json, r#"{"report":"stopped","step":7}"#);
+    }
+}
