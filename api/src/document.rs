@@ -64,7 +64,8 @@ pub fn from_table<T: DeserializeOwned>(
 fn invalid(error: &toml::de::Error, text: &str, origin: &str) -> DocumentError {
     let origin = match error.span() {
         Some(span) if !text.is_empty() => {
-            let line = text[..span.start.min(text.len())].lines().count().max(1);
+            let before = &text.as_bytes()[..span.start.min(text.len())];
+            let line = 1 + before.iter().filter(|b| **b == b'\n').count();
             format!("{origin}` line `{line}")
         }
         _ => origin.to_owned(),

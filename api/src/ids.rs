@@ -83,7 +83,8 @@ impl FromStr for Name {
     fn from_str(text: &str) -> Result<Self, NameError> {
         let edge = |b: Option<&u8>| b.is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
         let bytes = text.as_bytes();
-        let inside = bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-');
+        let inside =
+            bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-');
         if bytes.len() <= 63 && inside && edge(bytes.first()) && edge(bytes.last()) {
             Ok(Self(text.to_owned()))
         } else {

@@ -150,7 +150,9 @@ pub enum SchemaError {
         expected: String,
     },
     /// A required channel is missing.
-    #[error("algorithm `{algorithm}` needs the channel `{channel}`: add [channels.{channel}] with a uri")]
+    #[error(
+        "algorithm `{algorithm}` needs the channel `{channel}`: add [channels.{channel}] with a uri"
+    )]
     MissingChannel {
         /// Which algorithm.
         algorithm: String,

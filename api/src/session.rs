@@ -151,7 +151,9 @@ impl fmt::Display for ExitCause {
         };
         match self {
             Self::Completed => write!(f, "completed"),
-            Self::Code { code, message, .. } => write!(f, "exited with code {code}{}", tail(message)),
+            Self::Code { code, message, .. } => {
+                write!(f, "exited with code {code}{}", tail(message))
+            }
             Self::Signal { signal, message } => {
                 let name = match signal {
                     6 => " (SIGABRT)",
