@@ -164,7 +164,7 @@ pub enum Determinism {
 }
 
 /// How the work is divided over ranks. Tensor and pipeline axes come later.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Parallel {
     /// Data-parallel replicas; absent: all ranks.
@@ -174,12 +174,6 @@ pub struct Parallel {
     pub reduction: Reduction,
     /// Whether another numeric fingerprint may resume the job.
     pub determinism: Determinism,
-}
-
-impl Default for Parallel {
-    fn default() -> Self {
-        Self { data: None, reduction: Reduction::default(), determinism: Determinism::default() }
-    }
 }
 
 /// Compression of checkpoint shards.
