@@ -1,1 +1,30 @@
-//! skeleton
+//! One rank of a job: the step loop, its parallelism, optimisers, data order and checkpoints.
+//!
+//! It decides nothing about placement or generations; it does what its assignment says and reports.
+//! The numeric promise of the project lives here: the final weights depend on the job, not on the
+//! number of ranks or on how often they died.
+
+#![forbid(unsafe_code)]
+
+mod channels;
+mod checkpoints;
+mod control;
+mod device;
+mod engine;
+mod error;
+mod norm;
+mod optimizer;
+mod order;
+mod parallel;
+mod parameters;
+mod rank;
+mod schedule;
+mod state;
+mod train;
+
+pub use channels::missing_path;
+pub use control::{Control, Orders};
+pub use device::{fingerprint, open as open_device};
+pub use error::TrainError;
+pub use rank::run_rank;
+pub use train::{End, last_step};

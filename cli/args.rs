@@ -1,0 +1,329 @@
+//! The command line: one struct per command. The files are the interface; flags select files and
+//! override little.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Train across processes and machines, survive interruptions, serve what was trained.
+#[derive(Debug, Parser)]
+#[command(name = "cluster", version, propagate_version = true, max_term_width = 100)]
+pub struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Clone, Debug, Args)]
+pub struct Global {
+    /// Print JSON documents, one a line, instead of text for people.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Folder of the cluster to talk to; `cluster up` makes it.
+    #[arg(long, global = true, env = "COHORT_DIR", value_name = "PATH")]
+    pub dir: Option<PathBuf>,
+    /// cluster.toml of the cluster to talk to, or of the role to run.
+    #[arg(long, global = true, env = "COHORT_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Log more: -v info, -vv debug, -vvv trace. COHORT_LOG takes a filter.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a whole cluster on this machine, in the foreground.
+    Up(Up),
+    /// Send a job; with --local, run it to its end on this machine without a cluster.
+    Submit(Submit),
+    /// List jobs.
+    Jobs,
+    /// Show one job: state, why, where, and what failed first.
+    Job(JobName),
+    /// Print what a job's ranks wrote.
+    Logs(Logs),
+    /// Watch a job until it ends.
+    Follow(JobName),
+    /// Stop a job or an endpoint; a job's state is saved first.
+    Stop(Stop),
+    /// Go on with a stopped or failed job from its last committed checkpoint.
+    Resume(Resume),
+    /// List workers.
+    Workers,
+    /// List a job's checkpoints, verify them, or export one as a weights file.
+    Checkpoints(Checkpoints),
+    /// The same as `checkpoints`, with `verify` and `export` as subcommands.
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
+    /// List models.
+    Models,
+    /// List endpoints.
+    Endpoints,
+    /// Serve a registered model on the cluster.
+    Deploy(Deploy),
+    /// Serve a model from this process.
+    Serve(Serve),
+    /// Ask a model: a folder or file, a registered model, or an endpoint.
+    Predict(Predict),
+    /// Prepare data.
+    #[command(subcommand)]
+    Data(DataCommand),
+    /// List the built-in algorithms, or describe one.
+    Algorithms(Algorithms),
+    /// Show the coordinators and who leads.
+    Status,
+    /// Make a certificate authority, certificates and a token for a cluster of several hosts.
+    Certs(Certs),
+    /// Run one coordinator, as configured.
+    Coordinator,
+    /// Run one worker, as configured.
+    Worker(WorkerArgs),
+    /// Measure this machine.
+    #[command(subcommand)]
+    Bench(BenchCommand),
+    /// One rank of a job; started by a worker.
+    #[command(hide = true)]
+    Rank,
+    /// One replica of an endpoint; started by a worker.
+    #[command(hide = true)]
+    Replica,
+}
+
+/// `cluster up`.
+#[derive(Debug, Args)]
+pub struct Up {
+    /// Workers to run.
+    #[arg(long, default_value_t = 1)]
+    pub workers: u32,
+    /// Coordinators to run: 1, 3 or 5.
+    #[arg(long, default_value_t = 1)]
+    pub coordinators: u32,
+    /// Ranks each worker may run at once; 0: one per core, shared among the workers.
+    #[arg(long, default_value_t = 0)]
+    pub slots: u32,
+    /// Port of the first coordinator; the others follow. 0: any free ones.
+    #[arg(long, default_value_t = 7070)]
+    pub port: u16,
+}
+
+/// `cluster submit`.
+#[derive(Debug, Args)]
+pub struct Submit {
+    /// The job file.
+    pub job: PathBuf,
+    /// Run it here to its end, without a running cluster. Its folder is `.cohort/runs/NAME` unless
+    /// --dir names one.
+    #[arg(long)]
+    pub local: bool,
+    /// Watch it until it ends (implied by --local).
+    #[arg(long, short)]
+    pub follow: bool,
+    /// Override a key of the job file, such as `--set resources.ranks=4`. May be repeated.
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+/// A job's name.
+#[derive(Debug, Args)]
+pub struct JobName {
+    /// The job.
+    pub name: String,
+}
+
+/// `cluster logs`.
+#[derive(Debug, Args)]
+pub struct Logs {
+    /// The job.
+    pub name: String,
+    /// Go on until the job ends.
+    #[arg(long, short)]
+    pub follow: bool,
+    /// Only this rank.
+    #[arg(long)]
+    pub rank: Option<u32>,
+}
+
+/// `cluster stop`.
+#[derive(Debug, Args)]
+pub struct Stop {
+    /// The job or endpoint.
+    pub name: String,
+    /// It is an endpoint.
+    #[arg(long)]
+    pub endpoint: bool,
+}
+
+/// `cluster resume`.
+#[derive(Debug, Args)]
+pub struct Resume {
+    /// The job.
+    pub name: String,
+    /// Run it here to its end, in the folder that --dir names.
+    #[arg(long)]
+    pub local: bool,
+    /// Watch it until it ends (implied by --local).
+    #[arg(long, short)]
+    pub follow: bool,
+}
+
+/// `cluster checkpoints`.
+#[derive(Debug, Args)]
+pub struct Checkpoints {
+    /// The job.
+    pub job: String,
+}
+
+/// `cluster checkpoint …`.
+#[derive(Debug, Subcommand)]
+pub enum CheckpointCommand {
+    /// Read every byte of a job's checkpoints and compare checksums.
+    Verify {
+        /// The job.
+        job: String,
+        /// Only the one at this step.
+        #[arg(long)]
+        step: Option<u64>,
+    },
+    /// Write a checkpoint's weights as one safetensors file.
+    Export {
+        /// The job.
+        job: String,
+        /// The file to write.
+        #[arg(long, short)]
+        output: PathBuf,
+        /// The step; absent: the newest.
+        #[arg(long)]
+        step: Option<u64>,
+    },
+}
+
+/// `cluster deploy`.
+#[derive(Debug, Args)]
+pub struct Deploy {
+    /// The registered model.
+    pub model: String,
+    /// The endpoint's name; absent: the model's.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Where its replica listens; port 0: any free one.
+    #[arg(long, default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+}
+
+/// `cluster serve`.
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// A folder with model.safetensors and model.json, or a registered model.
+    pub model: String,
+    /// Where to listen; absent: serve.listen of cluster.toml.
+    #[arg(long)]
+    pub listen: Option<SocketAddr>,
+}
+
+/// `cluster predict`.
+#[derive(Debug, Args)]
+pub struct Predict {
+    /// A folder with model.safetensors and model.json, a registered model, or an endpoint.
+    pub model: String,
+    /// The request: a file (.json, .jsonl, .csv, .png, .jpg or .txt), or `-` for standard input.
+    #[arg(long, short, conflicts_with = "text")]
+    pub input: Option<PathBuf>,
+    /// The request: a text to go on from.
+    #[arg(long, short)]
+    pub text: Option<String>,
+    /// Tokens to generate.
+    #[arg(long, default_value_t = 64)]
+    pub max_tokens: u32,
+    /// 0: always the likeliest token.
+    #[arg(long, default_value_t = 0.8)]
+    pub temperature: f32,
+    /// Sample among this many likeliest tokens.
+    #[arg(long)]
+    pub top_k: Option<u32>,
+    /// The same seed gives the same text.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// `cluster data …`.
+#[derive(Debug, Subcommand)]
+pub enum DataCommand {
+    /// Pack text files into one file of tokens.
+    Pack(Pack),
+}
+
+/// `cluster data pack`.
+#[derive(Debug, Args)]
+pub struct Pack {
+    /// Files and folders, walked in sorted order.
+    pub inputs: Vec<PathBuf>,
+    /// The pack to write.
+    #[arg(long, short)]
+    pub output: PathBuf,
+    /// A tokenizer.json; absent: bytes.
+    #[arg(long)]
+    pub tokenizer: Option<PathBuf>,
+    /// Only files with these extensions, comma-separated; absent: all text files.
+    #[arg(long, value_delimiter = ',')]
+    pub extensions: Vec<String>,
+    /// A file with names of crates, one a line: packs their sources from cargo's registry folder.
+    #[arg(long, requires = "lock")]
+    pub crates: Option<PathBuf>,
+    /// The Cargo.lock that gives the crates' versions.
+    #[arg(long)]
+    pub lock: Option<PathBuf>,
+}
+
+/// `cluster algorithms`.
+#[derive(Debug, Args)]
+pub struct Algorithms {
+    /// The algorithm to describe; absent: list all.
+    pub name: Option<String>,
+}
+
+/// `cluster certs`.
+#[derive(Debug, Args)]
+pub struct Certs {
+    /// Folder to write to; an authority that is there already is used again.
+    #[arg(long, short)]
+    pub output: PathBuf,
+    /// Hosts to make certificates for, comma-separated; each gets NAME.pem and NAME.key.
+    #[arg(long, value_delimiter = ',', default_value = "host")]
+    pub hosts: Vec<String>,
+}
+
+/// `cluster worker`.
+#[derive(Debug, Args)]
+pub struct WorkerArgs {
+    /// The worker's name; absent: worker.name of cluster.toml, else the host's.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Ranks it may run at once; absent: worker.slots of cluster.toml, else one per core.
+    #[arg(long)]
+    pub slots: Option<u32>,
+}
+
+/// `cluster bench …`.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Steps and tokens or samples per second of a job file, on this machine, without checkpoints.
+    Train {
+        /// The job file.
+        job: PathBuf,
+        /// Steps to measure, after the warm-up.
+        #[arg(long, default_value_t = 10)]
+        steps: u64,
+        /// Steps before measuring.
+        #[arg(long, default_value_t = 3)]
+        warmup: u64,
+        /// Override a key of the job file. May be repeated.
+        #[arg(long = "set", value_name = "PATH=VALUE")]
+        overrides: Vec<String>,
+    },
+}

@@ -1,0 +1,123 @@
+//! What a failed command prints and the code it exits with.
+//!
+//! One message for the person who typed the command: what was found, what was expected, what to do.
+//! The chain of causes is printed once, here.
+
+use std::fmt;
+
+use api::ExitClass;
+
+/// A failed command.
+#[derive(Debug)]
+pub struct CliError {
+    class: ExitClass,
+    message: String,
+    hint: Option<String>,
+}
+
+/// What every command returns.
+pub type Result<T> = std::result::Result<T, CliError>;
+
+impl CliError {
+    /// A failure of one class.
+    pub fn new(class: ExitClass, message: impl Into<String>) -> Self {
+        Self { class, message: message.into(), hint: None }
+    }
+
+    /// A mistake in the command line or a file.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self::new(ExitClass::Usage, message)
+    }
+
+    /// Something failed that is not the user's doing.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(ExitClass::Internal, message)
+    }
+
+    /// Adds the next step.
+    #[must_use]
+    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// The class that decides the exit code.
+    pub fn class(&self) -> ExitClass {
+        self.class
+    }
+
+    /// The failure as one JSON document, for `--json`.
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::json!({ "error": self.message, "class": self.class, "hint": self.hint })
+    }
+}
+
+impl fmt::Display for CliError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.message)?;
+        match &self.hint {
+            Some(hint) => write!(f, "\nhint: {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl From<coordinator::ClientError> for CliError {
+    fn from(error: coordinator::ClientError) -> Self {
+        Self::new(error.exit_class(), error.to_string())
+    }
+}
+
+impl From<api::job::JobError> for CliError {
+    fn from(error: api::job::JobError) -> Self {
+        Self::usage(error.to_string())
+    }
+}
+
+impl From<api::config::ConfigError> for CliError {
+    fn from(error: api::config::ConfigError) -> Self {
+        Self::usage(error.to_string())
+    }
+}
+
+impl From<api::connect::ConnectError> for CliError {
+    fn from(error: api::connect::ConnectError) -> Self {
+        Self::usage(error.to_string())
+    }
+}
+
+impl From<api::ids::NameError> for CliError {
+    fn from(error: api::ids::NameError) -> Self {
+        Self::usage(error.to_string())
+    }
+}
+
+impl From<algorithms::DataError> for CliError {
+    fn from(error: algorithms::DataError) -> Self {
+        Self::usage(error.to_string())
+    }
+}
+
+impl From<algorithms::AlgorithmError> for CliError {
+    fn from(error: algorithms::AlgorithmError) -> Self {
+        Self::usage(error.to_string())
+    }
+}
+
+impl From<trainer::TrainError> for CliError {
+    fn from(error: trainer::TrainError) -> Self {
+        Self::usage(error.to_string())
+    }
+}
+
+impl From<checkpoint::StoreError> for CliError {
+    fn from(error: checkpoint::StoreError) -> Self {
+        let class = match &error {
+            checkpoint::StoreError::NotFound { .. } => ExitClass::NotFound,
+            checkpoint::StoreError::Denied { .. } => ExitClass::Denied,
+            checkpoint::StoreError::Corrupt { .. } => ExitClass::Corrupt,
+            _ => ExitClass::Unavailable,
+        };
+        Self::new(class, error.to_string())
+    }
+}

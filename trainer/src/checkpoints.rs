@@ -1,0 +1,158 @@
+//! When state is saved, and how ranks agree that a checkpoint is complete.
+//!
+//! Each rank writes its share of the tensors behind training. At every step boundary the ranks
+//! count, in the same small all-reduce that carries stop votes, who has finished its shard; when
+//! all have, the shard entries are gathered and rank 0 writes the manifest, last. So no rank waits
+//! for another's upload, and the coordinator is not needed.
+
+use std::collections::BTreeMap;
+
+use api::events::CheckpointFact;
+use api::session::TrainAssignment;
+use api::{Rank, Step};
+use checkpoint::{ManifestInfo, Saver, SaverOptions, ShardEntry, TensorSlice, share_tensors};
+use collective::Communicator;
+
+use crate::error::TrainError;
+use crate::parameters::Table;
+use crate::state::TrainState;
+
+/// Saves a job's state as its policy says.
+pub struct Checkpoints {
+    saver: Saver,
+    rank: Rank,
+    world_size: u32,
+    info: ManifestInfo,
+    pending: Option<Pending>,
+}
+
+/// A staged checkpoint whose shards are not all written yet. The same on every rank.
+struct Pending {
+    step: Step,
+    own: Option<ShardEntry>,
+}
+
+impl Checkpoints {
+    /// Starts this rank's saver.
+    pub fn start(
+        assignment: &TrainAssignment,
+        section: api::config::StoreSection,
+        info: ManifestInfo,
+    ) -> Result<Self, TrainError> {
+        let options = SaverOptions {
+            uri: section.uri.clone(),
+            section,
+            job: assignment.spec.name.clone(),
+            generation: assignment.generation,
+            rank: assignment.rank,
+            world_size: assignment.world_size,
+            compression: assignment.spec.checkpoint.compression,
+        };
+        Ok(Self {
+            saver: Saver::start(options)?,
+            rank: assignment.rank,
+            world_size: assignment.world_size,
+            info,
+            pending: None,
+        })
+    }
+
+    /// Copies the state into memory; writing goes on behind training. A checkpoint still pending is
+    /// completed first, so at most one is.
+    pub fn stage(
+        &mut self,
+        communicator: &mut dyn Communicator,
+        step: Step,
+        table: &Table,
+        state: &TrainState,
+        metrics: BTreeMap<String, f64>,
+    ) -> Result<(), TrainError> {
+        self.complete(communicator)?;
+        self.info.metrics = metrics;
+        let tensors = state.tensors(table);
+        let lengths: Vec<usize> = tensors.iter().map(|t| t.data.len()).collect();
+        let share = share_tensors(&lengths, self.world_size)[self.rank.0 as usize].clone();
+        let slices: Vec<TensorSlice<'_>> = tensors[share]
+            .iter()
+            .map(|t| TensorSlice { name: &t.name, shape: t.shape, data: t.data })
+            .collect();
+        self.saver.stage(step, &slices)?;
+        self.pending = Some(Pending { step, own: None });
+        Ok(())
+    }
+
+    /// 1 when this rank's shard of the pending checkpoint is written.
+    pub fn shards_done(&mut self) -> Result<i64, TrainError> {
+        for (step, entry) in self.saver.poll_shards()? {
+            if let Some(pending) = self.pending.as_mut().filter(|p| p.step == step) {
+                pending.own = Some(entry);
+            }
+        }
+        Ok(i64::from(self.pending.as_ref().is_some_and(|p| p.own.is_some())))
+    }
+
+    /// Given the number of ranks whose shard is written, as all ranks counted it: gathers the
+    /// entries and has rank 0 write the manifest.
+    pub fn agree(
+        &mut self,
+        communicator: &mut dyn Communicator,
+        done: i64,
+    ) -> Result<(), TrainError> {
+        if self.pending.is_some() && done == i64::from(self.world_size) {
+            self.complete(communicator)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for this rank's shard of the pending checkpoint, gathers all, and begins the manifest.
+    fn complete(&mut self, communicator: &mut dyn Communicator) -> Result<(), TrainError> {
+        let Some(pending) = self.pending.take() else { return Ok(()) };
+        let own = match pending.own {
+            Some(entry) => entry,
+            None => self.saver.wait_shard(pending.step)?,
+        };
+        let bytes = serde_json::to_vec(&own).map_err(|e| TrainError::Control(e.to_string()))?;
+        let all = communicator.gather_bytes(&bytes)?;
+        if self.rank == Rank(0) {
+            let shards: Result<Vec<ShardEntry>, _> =
+                all.iter().map(|bytes| serde_json::from_slice(bytes)).collect();
+            let shards = shards.map_err(|e| TrainError::Control(e.to_string()))?;
+            self.saver.commit(pending.step, shards, self.info.clone());
+        }
+        Ok(())
+    }
+
+    /// Checkpoints whose manifest has been written since the last call (rank 0).
+    pub fn committed(&mut self) -> Result<Vec<CheckpointFact>, TrainError> {
+        Ok(self.saver.poll_committed()?)
+    }
+
+    /// Completes the pending checkpoint and waits until its manifest is written (rank 0).
+    pub fn flush(
+        &mut self,
+        communicator: &mut dyn Communicator,
+    ) -> Result<Vec<CheckpointFact>, TrainError> {
+        let step = self.pending.as_ref().map(|p| p.step);
+        self.complete(communicator)?;
+        let mut facts = self.saver.poll_committed()?;
+        if let Some(step) = step
+            && self.rank == Rank(0)
+            && facts.iter().all(|fact| fact.step != step)
+        {
+            facts.push(self.saver.wait_committed(step)?);
+        }
+        Ok(facts)
+    }
+
+    /// Deletes checkpoints, by order of the leader.
+    pub fn delete(&mut self, manifest_keys: Vec<String>) {
+        if !manifest_keys.is_empty() {
+            self.saver.delete(manifest_keys);
+        }
+    }
+
+    /// The saver, for the model's files at the end.
+    pub fn into_saver(self) -> Saver {
+        self.saver
+    }
+}

@@ -1,0 +1,155 @@
+//! The rank's end of its control socket: standard input is one end of a socket pair whose other end
+//! the worker holds. JSON, one document a line, both ways.
+//!
+//! A thread of its own reads orders, so that an abort reaches a blocked collective at once. End of
+//! file means that the worker is gone: a rank without a worker has nobody to report to and nobody
+//! to clean it up, so it leaves at once.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use api::session::{MESSAGE_BYTES_MAX, RankOrder, RankReport};
+use collective::AbortHandle;
+
+use crate::error::TrainError;
+
+/// Exit code of a rank whose worker is gone.
+const EXIT_ORPHANED: i32 = 10;
+
+/// Both directions of the control socket; cheap to clone.
+#[derive(Clone)]
+pub struct Control {
+    writer: Arc<Mutex<UnixStream>>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    stop: AtomicBool,
+    abort: Mutex<Option<AbortHandle>>,
+    delete: Mutex<Vec<String>>,
+}
+
+/// Orders that the rank waits for: the assignment and the peers.
+pub struct Orders {
+    receiver: Receiver<RankOrder>,
+}
+
+impl Control {
+    /// Takes standard input as the control socket and begins to read orders.
+    pub fn from_stdin() -> Result<(Self, Orders), TrainError> {
+        let owned = std::io::stdin().as_fd().try_clone_to_owned();
+        let socket = UnixStream::from(owned.map_err(|e| TrainError::Control(e.to_string()))?);
+        // Anything that is not a socket has no peer: the rank was started by hand.
+        if socket.peer_addr().is_err() {
+            return Err(TrainError::Control(
+                "standard input is not a socket: `cluster rank` is started by a worker, not by \
+                 hand; use `cluster submit`"
+                    .into(),
+            ));
+        }
+        Self::over(socket, || std::process::exit(EXIT_ORPHANED))
+    }
+
+    /// Runs over any socket; `orphaned` is called when its peer is gone.
+    pub fn over(
+        socket: UnixStream,
+        orphaned: impl FnOnce() + Send + 'static,
+    ) -> Result<(Self, Orders), TrainError> {
+        let reader = socket.try_clone().map_err(|e| TrainError::Control(e.to_string()))?;
+        let shared = Arc::new(Shared::default());
+        let (sender, receiver) = channel();
+        let for_thread = Arc::clone(&shared);
+        std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || {
+                read_orders(reader, &for_thread, &sender);
+                orphaned();
+            })
+            .map_err(|e| TrainError::Control(e.to_string()))?;
+        Ok((Self { writer: Arc::new(Mutex::new(socket)), shared }, Orders { receiver }))
+    }
+
+    /// Tells the worker something.
+    pub fn report(&self, report: &RankReport) -> Result<(), TrainError> {
+        let mut line = serde_json::to_vec(report).map_err(|e| TrainError::Control(e.to_string()))?;
+        line.push(b'\n');
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        writer.write_all(&line).map_err(|e| TrainError::Control(e.to_string()))
+    }
+
+    /// Whether the job was asked to stop.
+    pub fn stop_requested(&self) -> bool {
+        self.shared.stop.load(Ordering::Relaxed)
+    }
+
+    /// From now on an abort order breaks off this group's collectives.
+    pub fn abort_with(&self, handle: AbortHandle) {
+        *self.shared.abort.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
+    }
+
+    /// Manifests whose deletion the leader has ordered since the last call.
+    pub fn take_deletions(&self) -> Vec<String> {
+        std::mem::take(&mut self.shared.delete.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Orders {
+    /// The next order that something waits for.
+    pub fn next(&self, deadline: Duration) -> Result<RankOrder, TrainError> {
+        self.receiver.recv_timeout(deadline).map_err(|error| {
+            TrainError::Control(match error {
+                RecvTimeoutError::Timeout => {
+                    format!("no order within {} s", deadline.as_secs())
+                }
+                RecvTimeoutError::Disconnected => "the worker closed it".into(),
+            })
+        })
+    }
+}
+
+fn read_orders(socket: UnixStream, shared: &Shared, sender: &Sender<RankOrder>) {
+    let mut reader = BufReader::new(socket);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let bounded = (&mut reader).take(MESSAGE_BYTES_MAX as u64 + 1).read_until(b'\n', &mut line);
+        match bounded {
+            Ok(n) if n > 0 && line.ends_with(b"\n") => {}
+            _ => return,
+        }
+        match serde_json::from_slice::<RankOrder>(&line) {
+            Ok(order) => handle(order, shared, sender),
+            Err(error) => tracing::error!(%error, "an order could not be read"),
+        }
+    }
+}
+
+fn handle(order: RankOrder, shared: &Shared, sender: &Sender<RankOrder>) {
+    match order {
+        RankOrder::Stop { reason } => {
+            tracing::info!(%reason, "asked to stop");
+            shared.stop.store(true, Ordering::Relaxed);
+        }
+        RankOrder::Abort { reason } => {
+            let handle = shared.abort.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            if let Some(handle) = handle {
+                handle.abort(&reason);
+            }
+        }
+        RankOrder::Delete { manifest_keys } => {
+            let mut delete = shared.delete.lock().unwrap_or_else(PoisonError::into_inner);
+            delete.extend(manifest_keys);
+        }
+        RankOrder::Committed { step } => tracing::debug!(%step, "checkpoint committed"),
+        order @ (RankOrder::Assignment { .. } | RankOrder::Peers { .. }) => {
+            // The receiver is gone only when the rank is leaving anyway.
+            let _ = sender.send(order);
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! Why a rank cannot go on.
+
+use api::Rank;
+
+/// Why a rank cannot go on, and whether starting again can help.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The job as asked cannot run: its data, its settings, its device. Trying again ends the same.
+    #[error("{0}")]
+    Job(String),
+    /// The loss or the gradient is no longer a number.
+    #[error(
+        "the loss is {loss} at step {step}: training diverged; lower `learning_rate`, set \
+         `clip_norm`, or look at the data"
+    )]
+    Diverged {
+        /// The step, from 1.
+        step: u64,
+        /// NaN or infinite.
+        loss: f64,
+    },
+    /// A peer died, left, or disagreed.
+    #[error(transparent)]
+    Collective(#[from] collective::CollectiveError),
+    /// A checkpoint or the model could not be written.
+    #[error(transparent)]
+    Save(#[from] checkpoint::SaveError),
+    /// The state could not be restored.
+    #[error(transparent)]
+    Restore(#[from] checkpoint::RestoreError),
+    /// The control socket to the worker broke.
+    #[error("control socket: {0}")]
+    Control(String),
+}
+
+impl TrainError {
+    /// Whether starting again can help.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Job(_) | Self::Diverged { .. } => false,
+            Self::Collective(_) | Self::Save(_) | Self::Control(_) => true,
+            Self::Restore(error) => error.is_retryable(),
+        }
+    }
+
+    /// The peer that is to blame, when it is not this rank's own fault.
+    pub fn blames(&self) -> Option<Rank> {
+        match self {
+            Self::Collective(error) => error.peer(),
+            _ => None,
+        }
+    }
+}
+
+impl From<algorithms::AlgorithmError> for TrainError {
+    fn from(error: algorithms::AlgorithmError) -> Self {
+        Self::Job(error.to_string())
+    }
+}
+
+impl From<algorithms::DataError> for TrainError {
+    fn from(error: algorithms::DataError) -> Self {
+        Self::Job(error.to_string())
+    }
+}

@@ -1,0 +1,96 @@
+//! Data parallelism in lanes: which microbatches a rank computes, and how their sums become one.
+//!
+//! Microbatches are grouped into L fixed lanes. Within a lane they are added one after another;
+//! over lanes the sum is one fixed binary tree. A rank owns a contiguous run of whole lanes, so the
+//! bits do not depend on how many ranks there are.
+
+use std::ops::Range;
+
+use api::job::Batch;
+use collective::{Communicator, CollectiveError, LaneFold, LaneTree, Partial};
+
+/// The lanes of a job and this rank's share of them.
+#[derive(Debug)]
+pub struct Lanes {
+    tree: LaneTree,
+    own: Range<u32>,
+    microbatches_per_lane: u32,
+    microbatch_size: u32,
+}
+
+impl Lanes {
+    /// This rank's share.
+    pub fn new(batch: &Batch, rank: u32, world_size: u32) -> Self {
+        let tree = LaneTree::new(batch.lanes.get());
+        let own = tree.lanes_of(rank, world_size);
+        Self {
+            tree,
+            own,
+            microbatches_per_lane: batch.microbatches_per_lane(),
+            microbatch_size: batch.microbatch_size(),
+        }
+    }
+
+    /// The lanes this rank owns.
+    pub fn own(&self) -> Range<u32> {
+        self.own.clone()
+    }
+
+    /// The microbatches of a lane, numbered over the whole step.
+    pub fn microbatches(&self, lane: u32) -> Range<u64> {
+        let per_lane = u64::from(self.microbatches_per_lane);
+        u64::from(lane) * per_lane..(u64::from(lane) + 1) * per_lane
+    }
+
+    /// The samples of a microbatch: (offset from the step's first sample, count).
+    pub fn samples(&self, microbatch: u64) -> (u64, u64) {
+        let size = u64::from(self.microbatch_size);
+        (microbatch * size, size)
+    }
+
+    /// `total` items dealt to lanes in contiguous runs: the items of one lane.
+    pub fn deal(&self, lane: u32, lanes: u32, total: u64) -> Range<u64> {
+        let edge = |l: u32| u64::from(l) * total / u64::from(lanes);
+        edge(lane)..edge(lane + 1)
+    }
+
+    /// Sums what the ranks folded, in tree order; every rank gets the result.
+    pub fn reduce_f32(
+        &self,
+        communicator: &mut dyn Communicator,
+        fold: &mut LaneFold<f32>,
+        output: &mut [f32],
+    ) -> Result<(), CollectiveError> {
+        let parts = fold.finish();
+        let partials: Vec<Partial<'_>> = parts
+            .iter()
+            .map(|(subtree, data)| Partial { subtree: *subtree, data: data.as_slice().into() })
+            .collect();
+        communicator.reduce_lanes(&self.tree, &partials, output.into())?;
+        drop(partials);
+        for (_, buffer) in parts {
+            fold.recycle(buffer);
+        }
+        Ok(())
+    }
+
+    /// [`Lanes::reduce_f32`] for metric sums.
+    pub fn reduce_f64(
+        &self,
+        communicator: &mut dyn Communicator,
+        fold: &mut LaneFold<f64>,
+        output: &mut [f64],
+    ) -> Result<(), CollectiveError> {
+        let parts = fold.finish();
+        let partials: Vec<Partial<'_>> = parts
+            .iter()
+            .map(|(subtree, data)| Partial { subtree: *subtree, data: data.as_slice().into() })
+            .collect();
+        communicator.reduce_lanes(&self.tree, &partials, output.into())
+    }
+
+    /// A fold over this job's tree.
+    pub fn fold<T: collective::LaneElement>(&self) -> LaneFold<T> {
+        LaneFold::new(self.tree.clone())
+    }
+}

@@ -1,0 +1,195 @@
+//! The rank process: `cluster rank`, started by a worker.
+//!
+//! Assignment → data and model → listen → peers → group → restore → step loop. Any error is
+//! reported with whether trying again can help and whose fault it was, before the process exits.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use api::session::{Assignment, RankOrder, RankReport, TrainAssignment};
+use api::{ExitClass, JobSpec, Step};
+use checkpoint::{ManifestInfo, Restore};
+use collective::{GroupOptions, Listener};
+
+use crate::checkpoints::Checkpoints;
+use crate::control::{Control, Orders};
+use crate::error::TrainError;
+use crate::optimizer::Optimizer;
+use crate::parameters::Table;
+use crate::state::TrainState;
+use crate::train::{Trainer, TrainerParts, last_step};
+use crate::{channels, device};
+
+/// The assignment is written before the rank is started; a slow host gets this long.
+const ASSIGNMENT_DEADLINE: Duration = Duration::from_secs(60);
+/// The others may still be reading large data sets when this rank listens already.
+const PEERS_DEADLINE: Duration = Duration::from_secs(600);
+/// Every peer listens when the addresses are known, so connecting is quick.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Runs one rank to its end; the exit code is that of [`ExitClass`].
+pub fn run_rank() -> ExitCode {
+    if let Err(error) = die_with_parent() {
+        eprintln!("rank: {error}");
+    }
+    let (control, orders) = match Control::from_stdin() {
+        Ok(parts) => parts,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::from(ExitClass::Usage.code());
+        }
+    };
+    match run(&control, &orders) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            let report = RankReport::Failed {
+                message: error.to_string(),
+                retryable: error.is_retryable(),
+                blames: error.blames(),
+            };
+            // The worker may be gone; the exit code still tells.
+            let _ = control.report(&report);
+            ExitCode::from(if error.is_retryable() {
+                ExitClass::Internal.code()
+            } else {
+                ExitClass::Usage.code()
+            })
+        }
+    }
+}
+
+/// A rank must not outlive its worker, whatever ends the worker.
+fn die_with_parent() -> Result<(), TrainError> {
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
+        .map_err(|e| TrainError::Control(format!("cannot set the parent-death signal: {e}")))
+}
+
+fn run(control: &Control, orders: &Orders) -> Result<(), TrainError> {
+    let RankOrder::Assignment { assignment, store, data_address, .. } =
+        orders.next(ASSIGNMENT_DEADLINE)?
+    else {
+        return Err(TrainError::Control("the first order is not an assignment".into()));
+    };
+    let Assignment::Train(assignment) = *assignment else {
+        return Err(TrainError::Control("this assignment is not for a rank".into()));
+    };
+    let spec = &assignment.spec;
+    spec.validate().map_err(|e| TrainError::Job(e.to_string()))?;
+    limit_threads(spec)?;
+    let device = device::open(spec.resources.device, assignment.local_rank)?;
+    let fingerprint = device::fingerprint(&spec.resources);
+
+    let local = channels::localize(spec, &store)?;
+    let problem = algorithms::algorithm(&spec.algorithm)?.open(spec, &local)?;
+    let table = Table::of(&problem.model);
+    let total = last_step(spec, problem.train.len());
+    let optimizer = Optimizer::from_hyperparameters(&spec.hyperparameters, total);
+    let info = ManifestInfo {
+        fingerprint: fingerprint.clone(),
+        data_digest: problem.train.digest().to_owned(),
+        spec_digest: spec_digest(spec)?,
+        lanes: spec.batch.lanes.get(),
+        metrics: Default::default(),
+    };
+
+    let listener = Listener::bind(data_address)?;
+    control.abort_with(listener.abort_handle());
+    control.report(&RankReport::Listening { address: listener.address(), fingerprint })?;
+    let RankOrder::Peers { addresses } = orders.next(PEERS_DEADLINE)? else {
+        return Err(TrainError::Control("expected the peers' addresses".into()));
+    };
+    let group = GroupOptions {
+        job: spec.name.clone(),
+        group: "data".into(),
+        generation: assignment.generation,
+        rank: assignment.rank,
+        world_size: assignment.world_size,
+        secret: assignment.secret.clone(),
+        connect_timeout: CONNECT_TIMEOUT,
+    };
+    let communicator = listener.connect(group, &addresses)?;
+
+    let state = initial_state(&assignment, &table, &optimizer, &info, &store)?;
+    let checkpoints = Checkpoints::start(&assignment, store, info)?;
+    control.report(&RankReport::Running { step: state.step })?;
+    let trainer = Trainer::new(TrainerParts {
+        assignment,
+        problem,
+        table,
+        state,
+        optimizer,
+        device,
+        communicator: Box::new(communicator),
+        checkpoints,
+        control: control.clone(),
+    });
+    trainer.run().map(|_| ())
+}
+
+/// One pool of the job's size: the number of threads is part of the fingerprint.
+fn limit_threads(spec: &JobSpec) -> Result<(), TrainError> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(spec.resources.threads_per_rank.get() as usize)
+        .build_global()
+        .map_err(|e| TrainError::Job(format!("cannot start the compute threads: {e}")))
+}
+
+/// Fresh, or from the checkpoint that the leader named; a checkpoint of other data or settings is
+/// refused.
+fn initial_state(
+    assignment: &TrainAssignment,
+    table: &Table,
+    optimizer: &Optimizer,
+    info: &ManifestInfo,
+    store: &api::config::StoreSection,
+) -> Result<TrainState, TrainError> {
+    let spec = &assignment.spec;
+    let mut state = TrainState {
+        step: Step(0),
+        values: Vec::new(),
+        optimizer: optimizer.initial_state(table.len),
+    };
+    let Some(fact) = &assignment.restore else {
+        state.values = table.initial(spec.seed);
+        return Ok(state);
+    };
+    let mut restore = Restore::open(store, &store.uri, fact)?;
+    let found = &restore.manifest().info;
+    for (what, found, expected) in [
+        ("training data", &found.data_digest, &info.data_digest),
+        ("settings", &found.spec_digest, &info.spec_digest),
+    ] {
+        if found != expected {
+            return Err(TrainError::Job(format!(
+                "the checkpoint at step {} was made with other {what} (digest {found}, now \
+                 {expected}): restore them, or submit a new job",
+                fact.step.0
+            )));
+        }
+    }
+    let strict = spec.parallel.determinism == api::job::Determinism::Strict;
+    if found.fingerprint != info.fingerprint {
+        let message = format!(
+            "the checkpoint at step {} was made under the numeric fingerprint `{}`, this rank has \
+             `{}`: the result would differ in its last bits",
+            fact.step.0, found.fingerprint, info.fingerprint
+        );
+        if strict {
+            return Err(TrainError::Job(format!(
+                "{message}; run on the same kind of host, or set parallel.determinism = \"relaxed\""
+            )));
+        }
+        eprintln!("warning: {message}");
+    }
+    state.values = vec![0.0; table.len];
+    state.restore(table, &mut restore)?;
+    Ok(state)
+}
+
+/// BLAKE3 over the settings that the result depends on: not the name, ranks or policies.
+fn spec_digest(spec: &JobSpec) -> Result<String, TrainError> {
+    let parts = (&spec.algorithm, spec.seed, &spec.hyperparameters, &spec.batch, &spec.stop);
+    let bytes = serde_json::to_vec(&parts).map_err(|e| TrainError::Job(e.to_string()))?;
+    Ok(blake3::hash(&bytes).to_hex().to_string())
+}
