@@ -1,0 +1,158 @@
+//! `cluster bench`: figures anyone can make again on their own machine.
+
+use std::path::Path;
+
+use api::config::ClusterConfig;
+use api::events::{JobEvent, StepMetrics};
+use serde::Serialize;
+use tokio_stream::StreamExt;
+
+use super::submit::load_job;
+use crate::args::{BenchCommand, Global};
+use crate::embedded::{Embedded, EmbeddedOptions};
+use crate::error::{CliError, Result};
+use crate::follow::outcome;
+use crate::output;
+
+/// Runs a benchmark.
+pub async fn run(global: &Global, command: BenchCommand) -> Result<()> {
+    match command {
+        BenchCommand::Train { job, steps, warmup, overrides } => {
+            train(global, &job, steps, warmup, overrides).await
+        }
+    }
+}
+
+/// What `cluster bench train` measured. Times in seconds.
+#[derive(Debug, Serialize)]
+struct TrainReport {
+    algorithm: String,
+    ranks: u32,
+    threads_per_rank: u32,
+    global_batch: u32,
+    steps: usize,
+    step_median: f64,
+    step_min: f64,
+    step_max: f64,
+    steps_per_second: f64,
+    samples_per_second: f64,
+    tokens_per_second: f64,
+    data: f64,
+    compute: f64,
+    communication: f64,
+    submit_to_first_step: f64,
+    memory_bytes_rank0: u64,
+    fingerprint: String,
+}
+
+async fn train(
+    global: &Global,
+    job: &Path,
+    steps: u64,
+    warmup: u64,
+    mut overrides: Vec<String>,
+) -> Result<()> {
+    if steps == 0 {
+        return Err(CliError::usage("--steps 0: expected at least 1"));
+    }
+    overrides.extend([
+        format!("stop.max_steps={}", steps + warmup),
+        "checkpoint.every_steps=0".into(),
+        "evaluate.every_steps=0".into(),
+    ]);
+    let mut spec = load_job(job, &overrides)?;
+    // Only steps are measured; validation at the end would be waited for and thrown away.
+    spec.channels.remove("validation");
+    let folder = std::env::temp_dir().join(format!("cohort-bench-{}", std::process::id()));
+    let options = EmbeddedOptions {
+        dir: folder.clone(),
+        config: ClusterConfig::default(),
+        coordinators: 1,
+        workers: 1,
+        slots: spec.resources.ranks.get(),
+        port: 0,
+    };
+    let mut embedded = Embedded::start(options).await?;
+    let access = embedded.access.clone();
+    let work = async {
+        let client = access.connect().await?;
+        let begin = std::time::Instant::now();
+        client.submit(&spec).await?;
+        let mut events = client.watch(&spec.name).await?;
+        let (mut first, mut seen, mut fingerprint) = (None, Vec::new(), None);
+        while let Some(event) = events.next().await {
+            match event? {
+                JobEvent::Step(metrics) => {
+                    first.get_or_insert_with(|| begin.elapsed().as_secs_f64());
+                    seen.push(metrics);
+                }
+                JobEvent::Status(status) => {
+                    fingerprint = status.fingerprint.clone().or(fingerprint);
+                    if status.phase.is_terminal() {
+                        outcome(&spec.name, &status)?;
+                        break;
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok((first.unwrap_or_default(), seen, fingerprint.unwrap_or_default()))
+    };
+    let ended = tokio::select! {
+        ended = work => ended,
+        error = embedded.failed() => Err(error),
+    };
+    let stopped = embedded.stop().await;
+    // The folder holds nothing but this run's scratch.
+    let _ = std::fs::remove_dir_all(&folder);
+    let (first, seen, fingerprint) = ended?;
+    stopped?;
+    let measured: Vec<&StepMetrics> =
+        seen.iter().filter(|metrics| metrics.step.0 > warmup).collect();
+    if measured.is_empty() {
+        return Err(CliError::internal("no step was measured"));
+    }
+    let median = |of: fn(&StepMetrics) -> f64| {
+        let mut values: Vec<f64> = measured.iter().map(|m| of(m)).collect();
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let times: Vec<f64> = measured.iter().map(|m| m.time.total).collect();
+    let report = TrainReport {
+        algorithm: spec.algorithm.clone(),
+        ranks: spec.resources.ranks.get(),
+        threads_per_rank: spec.resources.threads_per_rank.get(),
+        global_batch: spec.batch.global.get(),
+        steps: measured.len(),
+        step_median: median(|m| m.time.total),
+        step_min: times.iter().copied().fold(f64::INFINITY, f64::min),
+        step_max: times.iter().copied().fold(0.0, f64::max),
+        steps_per_second: 1.0 / median(|m| m.time.total),
+        samples_per_second: median(|m| m.samples_per_second),
+        tokens_per_second: median(|m| m.tokens_per_second),
+        data: median(|m| m.time.data),
+        compute: median(|m| m.time.compute),
+        communication: median(|m| m.time.communication),
+        submit_to_first_step: first,
+        memory_bytes_rank0: measured.iter().map(|m| m.memory_bytes).max().unwrap_or(0),
+        fingerprint,
+    };
+    if global.json {
+        output::json(&report);
+        return Ok(());
+    }
+    let rows = vec![vec![
+        format!("{} × {}", report.ranks, report.threads_per_rank),
+        format!("{:.1} ms", report.step_median * 1e3),
+        format!("{:.1}–{:.1}", report.step_min * 1e3, report.step_max * 1e3),
+        format!("{:.0}", report.samples_per_second),
+        format!("{:.0}", report.tokens_per_second),
+        format!("{:.1} ms", report.communication * 1e3),
+        format!("{:.2} s", report.submit_to_first_step),
+        output::bytes(report.memory_bytes_rank0),
+    ]];
+    let header =
+        ["ranks × threads", "step", "range", "samples/s", "tokens/s", "comm", "first step", "memory"];
+    output::table(&header, rows, "nothing measured");
+    Ok(())
+}

@@ -1,0 +1,130 @@
+//! `cluster checkpoints` and `cluster checkpoint verify|export`.
+
+use api::records::CheckpointRecord;
+use api::{ExitClass, Name, Step};
+use checkpoint::Store;
+
+use crate::args::{CheckpointCommand, Global};
+use crate::context::Access;
+use crate::error::{CliError, Result};
+use crate::output;
+
+/// `cluster checkpoints JOB`.
+pub async fn list(global: &Global, job: &str) -> Result<()> {
+    let (records, _) = open(global, job).await?;
+    if global.json {
+        records.iter().for_each(output::json);
+        return Ok(());
+    }
+    let rows = records
+        .iter()
+        .map(|record| {
+            vec![
+                record.fact.step.0.to_string(),
+                record.fact.generation.to_string(),
+                output::bytes(record.fact.bytes),
+                output::ago(record.committed_ms),
+                record.fact.manifest_key.clone(),
+            ]
+        })
+        .collect();
+    output::table(&["step", "generation", "size", "committed", "manifest"], rows, "no checkpoints");
+    Ok(())
+}
+
+/// `cluster checkpoint …`.
+pub async fn run(global: &Global, command: CheckpointCommand) -> Result<()> {
+    match command {
+        CheckpointCommand::Verify { job, step } => verify(global, &job, step).await,
+        CheckpointCommand::Export { job, output, step } => {
+            let (records, store) = open(global, &job).await?;
+            let record = pick(&job, &records, step)?;
+            let report = checkpoint::export(&store, &record.fact, &output)
+                .await
+                .map_err(|e| CliError::new(ExitClass::Corrupt, e.to_string()))?;
+            if global.json {
+                output::json(&report);
+            } else {
+                output::line(&format!(
+                    "step {}: {} ({}), sha256 {}",
+                    record.fact.step.0,
+                    output.display(),
+                    output::bytes(report.bytes),
+                    report.sha256
+                ));
+            }
+            Ok(())
+        }
+    }
+}
+
+async fn verify(global: &Global, job: &str, step: Option<u64>) -> Result<()> {
+    let (records, store) = open(global, job).await?;
+    let chosen: Vec<&CheckpointRecord> = match step {
+        Some(_) => vec![pick(job, &records, step)?],
+        None => records.iter().collect(),
+    };
+    if chosen.is_empty() && !global.json {
+        output::line("no checkpoints");
+    }
+    let mut damaged = 0;
+    for record in chosen {
+        let fact = &record.fact;
+        let digest = Some(fact.manifest_digest.as_str());
+        let report = checkpoint::verify(&store, &fact.manifest_key, digest).await?;
+        damaged += usize::from(!report.ok);
+        if global.json {
+            output::json(&serde_json::json!({ "step": fact.step, "report": report }));
+            continue;
+        }
+        let verdict = if report.ok { "ok" } else { "DAMAGED" };
+        output::line(&format!(
+            "step {}: {verdict} ({} shards, {} tensors, {})",
+            fact.step.0,
+            report.shards,
+            report.tensors,
+            output::bytes(report.bytes)
+        ));
+        report.problems.iter().for_each(|problem| output::line(&format!("  {problem}")));
+    }
+    if damaged > 0 {
+        return Err(CliError::new(
+            ExitClass::Corrupt,
+            format!("{damaged} checkpoint(s) of `{job}` are damaged"),
+        )
+        .with_hint("an older one may be whole: `cluster checkpoint export JOB --step N`"));
+    }
+    Ok(())
+}
+
+/// A job's records in step order, and the store they lie in.
+async fn open(global: &Global, job: &str) -> Result<(Vec<CheckpointRecord>, Store)> {
+    let name: Name = job.parse()?;
+    let (access, section) = Access::find(global)?;
+    let client = access.connect().await?;
+    // An unknown job is an error; a known one without checkpoints an empty list.
+    client.job(&name).await?;
+    let records = client.checkpoints(&name).await?;
+    let store = Store::open(&section, &access.store_uri)?;
+    Ok((records, store))
+}
+
+fn pick<'a>(
+    job: &str,
+    records: &'a [CheckpointRecord],
+    step: Option<u64>,
+) -> Result<&'a CheckpointRecord> {
+    let found = match step {
+        Some(step) => records.iter().find(|record| record.fact.step == Step(step)),
+        None => records.last(),
+    };
+    found.ok_or_else(|| {
+        let steps: Vec<String> = records.iter().map(|r| r.fact.step.0.to_string()).collect();
+        let text = match step {
+            Some(step) => format!("job `{job}` has no checkpoint at step {step}"),
+            None => format!("job `{job}` has no checkpoint"),
+        };
+        CliError::new(ExitClass::NotFound, text)
+            .with_hint(format!("there are: {}", if steps.is_empty() { "none".into() } else { steps.join(", ") }))
+    })
+}

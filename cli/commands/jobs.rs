@@ -1,0 +1,224 @@
+//! Looking at jobs and the cluster: `jobs`, `job`, `logs`, `follow`, `stop`, `workers`, `status`.
+
+use std::time::Duration;
+
+use api::Name;
+use api::pb::LogLine;
+use api::records::JobRecord;
+use coordinator::ClusterClient;
+use tokio_stream::StreamExt;
+
+use crate::args::{Global, Logs, Stop};
+use crate::context::Access;
+use crate::error::Result;
+use crate::follow::{follow, outcome};
+use crate::output;
+
+async fn client(global: &Global) -> Result<ClusterClient> {
+    let (access, _) = Access::find(global)?;
+    access.connect().await
+}
+
+/// `cluster jobs`.
+pub async fn list(global: &Global) -> Result<()> {
+    let jobs = client(global).await?.jobs().await?;
+    if global.json {
+        jobs.iter().for_each(|(_, job)| output::json(job));
+        return Ok(());
+    }
+    let rows = jobs.iter().map(|(_, job)| row(job)).collect();
+    let header = ["name", "algorithm", "state", "ranks", "checkpoint", "submitted", "reason"];
+    output::table(&header, rows, "no jobs");
+    Ok(())
+}
+
+fn row(job: &JobRecord) -> Vec<String> {
+    let checkpoint = job.status.checkpoint.as_ref().map(|c| format!("step {}", c.step.0));
+    vec![
+        job.spec.name.to_string(),
+        job.spec.algorithm.clone(),
+        job.status.phase.to_string(),
+        job.spec.resources.ranks.to_string(),
+        checkpoint.unwrap_or_else(|| "-".into()),
+        output::ago(job.status.submitted_ms),
+        job.status.reason.clone(),
+    ]
+}
+
+/// `cluster job NAME`.
+pub async fn show(global: &Global, name: &str) -> Result<()> {
+    let name: Name = name.parse()?;
+    let (version, job) = client(global).await?.job(&name).await?;
+    if global.json {
+        output::json(&job);
+        return Ok(());
+    }
+    let status = &job.status;
+    let mut facts = vec![
+        ("name", job.spec.name.to_string()),
+        ("algorithm", job.spec.algorithm.clone()),
+        ("state", status.phase.to_string()),
+        ("reason", status.reason.clone()),
+        ("generation", format!("{} ({} restarts)", status.generation.0, status.restarts)),
+        ("record", format!("version {version}")),
+        ("submitted", output::ago(status.submitted_ms)),
+    ];
+    if let (Some(begin), Some(end)) = (status.started_ms, status.ended_ms) {
+        let took = Duration::from_millis(end.saturating_sub(begin));
+        facts.push(("took", output::span(took)));
+    }
+    if !status.gang.is_empty() {
+        let gang: Vec<String> =
+            status.gang.iter().map(|p| format!("{} on {}", p.rank.0, p.worker)).collect();
+        facts.push(("ranks", gang.join(", ")));
+    }
+    if let Some(checkpoint) = &status.checkpoint {
+        let size = output::bytes(checkpoint.bytes);
+        facts.push(("checkpoint", format!("step {} ({size})", checkpoint.step.0)));
+    }
+    if let Some(failure) = &status.first_cause {
+        let rank = failure.rank.map_or_else(|| "worker".into(), |r| format!("rank {}", r.0));
+        let text = format!(
+            "generation {}: {rank} on {}: {}, {}",
+            failure.generation.0,
+            failure.worker,
+            failure.cause,
+            output::ago(failure.time_ms)
+        );
+        facts.push(("first cause", text));
+    }
+    if let Some(fingerprint) = &status.fingerprint {
+        facts.push(("fingerprint", fingerprint.clone()));
+    }
+    if let Some(model) = &status.model {
+        facts.push(("model", model.key.clone()));
+        facts.push(("sha256", model.sha256.clone()));
+        for (metric, value) in &model.metrics {
+            facts.push((metric, format!("{value:.4}")));
+        }
+    }
+    for (key, value) in facts {
+        output::line(&format!("{key:<20} {value}"));
+    }
+    Ok(())
+}
+
+/// `cluster logs NAME`.
+pub async fn logs(global: &Global, args: &Logs) -> Result<()> {
+    let name: Name = args.name.parse()?;
+    let client = client(global).await?;
+    let mut lines = client.logs(&name, args.rank, args.follow).await?;
+    while let Some(line) = lines.next().await {
+        print_log(global, &line?);
+    }
+    Ok(())
+}
+
+fn print_log(global: &Global, line: &LogLine) {
+    if global.json {
+        output::json(&serde_json::json!({
+            "generation": line.generation, "rank": line.rank, "sequence": line.sequence,
+            "time_ms": line.time_ms, "stream": line.stream, "text": line.text,
+        }));
+        return;
+    }
+    let seconds = line.time_ms / 1000;
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    let mark = match line.stream.as_str() {
+        "stderr" => "!",
+        "gap" => "…",
+        _ => " ",
+    };
+    output::line(&format!(
+        "{hour:02}:{minute:02}:{second:02}.{:03} g{} r{}{mark} {}",
+        line.time_ms % 1000,
+        line.generation,
+        line.rank,
+        line.text
+    ));
+}
+
+/// `cluster follow NAME`.
+pub async fn watch(global: &Global, name: &str) -> Result<()> {
+    let name: Name = name.parse()?;
+    let client = client(global).await?;
+    let status = follow(&client, &name, global.json).await?;
+    if !global.json {
+        output::line(&format!("job `{name}` {}: {}", status.phase, status.reason));
+    }
+    outcome(&name, &status)
+}
+
+/// `cluster stop NAME`.
+pub async fn stop(global: &Global, args: &Stop) -> Result<()> {
+    let name: Name = args.name.parse()?;
+    let client = client(global).await?;
+    let phase = if args.endpoint {
+        client.stop_endpoint(&name).await?.status.phase
+    } else {
+        client.stop_job(&name).await?.status.phase
+    };
+    if global.json {
+        output::json(&serde_json::json!({ "name": name, "state": phase }));
+    } else {
+        output::line(&format!("`{name}` is {phase}"));
+    }
+    Ok(())
+}
+
+/// `cluster workers`.
+pub async fn workers(global: &Global) -> Result<()> {
+    let workers = client(global).await?.workers().await?;
+    if global.json {
+        workers.iter().for_each(output::json);
+        return Ok(());
+    }
+    let rows = workers
+        .iter()
+        .map(|worker| {
+            let state = if worker.attached { "attached" } else { "away" };
+            vec![
+                worker.name.to_string(),
+                worker.host.clone(),
+                state.into(),
+                format!("{}/{}", worker.used, worker.slots),
+                worker.tasks.join(" "),
+            ]
+        })
+        .collect();
+    output::table(&["name", "host", "state", "slots", "tasks"], rows, "no workers");
+    Ok(())
+}
+
+/// `cluster status`.
+pub async fn status(global: &Global) -> Result<()> {
+    let status = client(global).await?.status().await?;
+    if global.json {
+        let members: Vec<_> = status
+            .members
+            .iter()
+            .map(|m| serde_json::json!({ "node": m.node, "address": m.address }))
+            .collect();
+        output::json(&serde_json::json!({
+            "node": status.node, "leader": status.leader, "term": status.term,
+            "commit_index": status.commit_index, "applied_index": status.applied_index,
+            "members": members,
+        }));
+        return Ok(());
+    }
+    let rows = status
+        .members
+        .iter()
+        .map(|member| {
+            let role = if member.node == status.leader { "leader" } else { "follower" };
+            let asked = if member.node == status.node { "answered" } else { "" };
+            vec![format!("n{}", member.node), member.address.clone(), role.into(), asked.into()]
+        })
+        .collect();
+    output::table(&["node", "address", "role", ""], rows, "no coordinators");
+    output::line(&format!(
+        "term {}, committed {}, applied {}",
+        status.term, status.commit_index, status.applied_index
+    ));
+    Ok(())
+}

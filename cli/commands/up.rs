@@ -1,0 +1,73 @@
+//! `cluster up`: a whole cluster on this machine, until Ctrl-C.
+
+use crate::args::{Global, Up};
+use crate::context::DIR_DEFAULT;
+use crate::embedded::{Embedded, EmbeddedOptions};
+use crate::error::{CliError, Result};
+use crate::output;
+use crate::signals::Signals;
+
+/// Runs until a signal, or until a part fails.
+pub async fn up(global: &Global, args: &Up) -> Result<()> {
+    if args.workers == 0 {
+        return Err(CliError::usage("--workers 0: expected at least 1"));
+    }
+    let config = super::roles::load_config(global)?;
+    let dir = global.dir.clone().unwrap_or_else(|| DIR_DEFAULT.into());
+    let slots = if args.slots > 0 { args.slots } else { share_of_cores(args.workers) };
+    let mut signals = Signals::new()?;
+    let mut embedded = Embedded::start(EmbeddedOptions {
+        dir: dir.clone(),
+        config,
+        coordinators: args.coordinators,
+        workers: args.workers,
+        slots,
+        port: args.port,
+    })
+    .await?;
+    let client = tokio::select! {
+        client = embedded.client() => client?,
+        error = embedded.failed() => return Err(error),
+    };
+    // A leader answers: only now is the cluster of use to anyone.
+    tokio::select! {
+        workers = client.workers() => { workers?; }
+        error = embedded.failed() => return Err(error),
+    }
+    let addresses: Vec<String> =
+        embedded.access.coordinators.iter().map(ToString::to_string).collect();
+    if global.json {
+        output::json(&serde_json::json!({
+            "event": "up", "dir": dir, "coordinators": addresses, "workers": args.workers,
+            "slots": slots, "store": embedded.access.store_uri,
+        }));
+    } else {
+        output::line(&format!(
+            "cluster is up in `{}`: coordinators {}, {} worker(s) with {slots} slot(s) each",
+            dir.display(),
+            addresses.join(", "),
+            args.workers
+        ));
+        output::line("submit with `cluster submit JOB.toml --follow`; stop with Ctrl-C");
+    }
+    tokio::select! {
+        () = signals.wait() => {}
+        error = embedded.failed() => {
+            // What is still running is stopped as well; the first error is the one to tell.
+            let _ = embedded.stop().await;
+            return Err(error);
+        }
+    }
+    if !global.json {
+        output::line("stopping: jobs save their state; Ctrl-C again to stop at once");
+    }
+    tokio::select! {
+        ended = embedded.stop() => ended,
+        () = signals.wait() => std::process::exit(130),
+    }
+}
+
+fn share_of_cores(workers: u32) -> u32 {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    cores.div_ceil(workers).max(1)
+}

@@ -1,0 +1,219 @@
+//! A whole cluster in this process: coordinators, workers, and a folder as object store, with the
+//! very same code and protocols as one spread over hosts. Ranks are processes of their own.
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::config::{ClusterConfig, Member, TlsSection};
+use api::{ExitClass, JobSpec, Name, NodeId};
+use coordinator::{ClusterClient, Coordinator, CoordinatorOptions};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use worker::{Worker, WorkerOptions};
+
+use crate::certificates::{Authority, ensure_token, make_private_folder, write_private};
+use crate::context::{Access, CLIENT_FILE};
+use crate::error::{CliError, Result};
+
+/// What to run.
+pub struct EmbeddedOptions {
+    /// The cluster's folder: raft logs, certificates, token, store.
+    pub dir: PathBuf,
+    /// Settings; addresses, certificates and folders in it are replaced.
+    pub config: ClusterConfig,
+    /// Coordinators: 1, 3 or 5.
+    pub coordinators: u32,
+    /// Workers.
+    pub workers: u32,
+    /// Ranks each worker may run at once.
+    pub slots: u32,
+    /// Port of the first coordinator; 0: any free ones.
+    pub port: u16,
+}
+
+/// A running cluster; stops when told to or when a part of it fails.
+pub struct Embedded {
+    /// How clients reach it.
+    pub access: Access,
+    /// Its settings.
+    pub config: ClusterConfig,
+    shutdown: CancellationToken,
+    parts: JoinSet<Result<()>>,
+}
+
+impl Embedded {
+    /// Starts everything and waits until a leader answers.
+    pub async fn start(options: EmbeddedOptions) -> Result<Self> {
+        let dir = absolute(&options.dir)?;
+        make_private_folder(&dir)?;
+        let mut config = options.config;
+        config.cluster.dir = dir.clone();
+        config.cluster.token_file = dir.join("token");
+        ensure_token(&config.cluster.token_file)?;
+        let authority = Authority::open(&dir.join("tls"))?;
+        config.tls = authority.issue("host")?;
+        config.store.uri = config.store_uri();
+        probe_store(&config).await?;
+
+        let listeners = bind(options.coordinators, options.port)?;
+        config.coordinator.members = members(&listeners)?;
+        let access = Access {
+            coordinators: config.coordinator.members.iter().map(|m| m.address).collect(),
+            tls: client_tls(&authority)?,
+            token_file: config.cluster.token_file.clone(),
+            store_uri: config.store.uri.clone(),
+            pid: std::process::id(),
+        };
+        let mut embedded =
+            Self { access, config, shutdown: CancellationToken::new(), parts: JoinSet::new() };
+        embedded.start_coordinators(listeners)?;
+        embedded.start_workers(options.workers, options.slots)?;
+        let document = serde_json::to_vec_pretty(&embedded.access)
+            .map_err(|e| CliError::internal(e.to_string()))?;
+        write_private(&dir.join(CLIENT_FILE), &document)?;
+        Ok(embedded)
+    }
+
+    fn start_coordinators(&mut self, listeners: Vec<TcpListener>) -> Result<()> {
+        let token = self.access.token()?;
+        for (index, listener) in listeners.into_iter().enumerate() {
+            let mut config = self.config.clone();
+            config.coordinator.node = NodeId(index as u64 + 1);
+            let options = CoordinatorOptions {
+                config,
+                token: token.clone(),
+                validate: Arc::new(validate_job),
+                listener: Some(listener),
+            };
+            let shutdown = self.shutdown.clone();
+            self.parts.spawn(async move {
+                Coordinator::run(options, shutdown)
+                    .await
+                    .map_err(|e| CliError::new(e.exit_class(), e.to_string()))
+            });
+        }
+        Ok(())
+    }
+
+    fn start_workers(&mut self, workers: u32, slots: u32) -> Result<()> {
+        let program = std::env::current_exe()
+            .map_err(|e| CliError::internal(format!("cannot find this program's file: {e}")))?;
+        for index in 1..=workers {
+            let name: Name = format!("w{index}").parse()?;
+            let options = WorkerOptions {
+                config: self.config.clone(),
+                dir: self.config.cluster.dir.join(format!("worker-{name}")),
+                name,
+                slots,
+                coordinators: self.access.coordinators.clone(),
+                token: self.access.token()?,
+                program: program.clone(),
+            };
+            let shutdown = self.shutdown.clone();
+            self.parts.spawn(async move {
+                Worker::run(options, shutdown)
+                    .await
+                    .map_err(|e| CliError::new(e.exit_class(), e.to_string()))
+            });
+        }
+        Ok(())
+    }
+
+    /// A client of it.
+    pub async fn client(&self) -> Result<ClusterClient> {
+        self.access.connect().await
+    }
+
+    /// Waits until a part of it fails; only errors end it by themselves.
+    pub async fn failed(&mut self) -> CliError {
+        loop {
+            match self.parts.join_next().await {
+                Some(Ok(Ok(()))) => {}
+                Some(Ok(Err(error))) => return error,
+                Some(Err(panic)) => return CliError::internal(format!("a part failed: {panic}")),
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Stops workers and coordinators, politely; gives the first error.
+    pub async fn stop(mut self) -> Result<()> {
+        self.shutdown.cancel();
+        let limit = self.config.worker.stop_timeout.0 + Duration::from_secs(30);
+        let mut first = Ok(());
+        let drained = tokio::time::timeout(limit, async {
+            while let Some(ended) = self.parts.join_next().await {
+                if let (Ok(Err(error)), true) = (ended, first.is_ok()) {
+                    first = Err(error);
+                }
+            }
+        });
+        if drained.await.is_err() {
+            return Err(CliError::internal(format!("the cluster did not stop within {limit:?}")));
+        }
+        first
+    }
+}
+
+/// Checks a job against its algorithm's schema, for the coordinator, which knows no tensors.
+pub fn validate_job(spec: &JobSpec) -> std::result::Result<(), String> {
+    let schema = algorithms::algorithm(&spec.algorithm).map_err(|e| e.to_string())?.schema();
+    schema.resolve(&spec.hyperparameters).map_err(|e| e.to_string())?;
+    schema.check_channels(&spec.channels).map_err(|e| e.to_string())
+}
+
+/// Refuses a store that cannot fence writers, before anything runs.
+pub async fn probe_store(config: &ClusterConfig) -> Result<()> {
+    let store = checkpoint::Store::open(&config.store, &config.store_uri())?;
+    store.probe().await?;
+    Ok(())
+}
+
+fn client_tls(authority: &Authority) -> Result<TlsSection> {
+    authority.issue("client")
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path)
+        .map_err(|e| CliError::usage(format!("cannot use the folder `{}`: {e}", path.display())))
+}
+
+fn bind(coordinators: u32, port: u16) -> Result<Vec<TcpListener>> {
+    if ![1, 3, 5].contains(&coordinators) {
+        return Err(CliError::usage(format!(
+            "--coordinators {coordinators}: expected 1, 3 or 5; an even number tolerates no more \
+             failures"
+        )));
+    }
+    (0..coordinators)
+        .map(|index| {
+            let wanted = if port == 0 { 0 } else { port.saturating_add(index as u16) };
+            let address = SocketAddr::from((Ipv4Addr::LOCALHOST, wanted));
+            let listener = TcpListener::bind(address).map_err(|error| {
+                let text = format!("cannot listen on {address}: {error}");
+                CliError::new(ExitClass::Unavailable, text).with_hint(
+                    "another cluster may be running: stop it, or choose other ports with --port",
+                )
+            })?;
+            listener
+                .set_nonblocking(true)
+                .map_err(|e| CliError::internal(format!("cannot use {address}: {e}")))?;
+            Ok(listener)
+        })
+        .collect()
+}
+
+fn members(listeners: &[TcpListener]) -> Result<Vec<Member>> {
+    listeners
+        .iter()
+        .enumerate()
+        .map(|(index, listener)| {
+            let address = listener
+                .local_addr()
+                .map_err(|e| CliError::internal(format!("a listener has no address: {e}")))?;
+            Ok(Member { node: NodeId(index as u64 + 1), address })
+        })
+        .collect()
+}
