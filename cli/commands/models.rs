@@ -172,8 +172,8 @@ pub async fn predict(global: &Global, args: &Predict) -> Result<()> {
     }
     let mut model = load(global, &args.model).await?;
     let bad = |e: algorithms::RequestError| CliError::usage(e.to_string());
-    let requests =
-        serve::parse_request(&content_type, &body, model.predictor.as_ref()).map_err(bad)?;
+    let accepted = model.predictor.request_types();
+    let requests = serve::parse_request(&content_type, &body, &accepted).map_err(bad)?;
     for request in &requests {
         model.predictor.check(request).map_err(bad)?;
     }
