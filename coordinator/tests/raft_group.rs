@@ -1,0 +1,263 @@
+//! Three coordinators: elections, replication, catching up, and who is not let in.
+
+mod raft_support;
+
+use std::time::Duration;
+
+use api::pb::RaftFrame;
+use api::pb::raft_client::RaftClient;
+use coordinator::{ProposeError, RaftNode, StartError, StopReason};
+use coordinator_core::{Outcome, Transaction};
+use raft_support::{Group, applied, counter, counters, guard, lone_options, status_is};
+use tonic::{Code, Request};
+
+/// Large enough that no test makes a snapshot by accident.
+const NO_SNAPSHOTS: u64 = 100_000;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_leader_commits_is_on_every_node_and_only_the_leader_commits() {
+    let group = Group::start(3, NO_SNAPSHOTS).await;
+    for number in 1..=20 {
+        assert_eq!(group.commit(counter(number)).await, Outcome::Committed);
+    }
+    assert_eq!(group.converged().await, (1..=20).collect::<Vec<_>>());
+
+    // Again under the same request id: the first outcome, and nothing is written.
+    let before = group.handle(group.leader().await).records();
+    assert_eq!(group.commit(counter(7)).await, Outcome::Committed);
+    // Under another id the precondition speaks.
+    let second = Transaction { request_id: "other".into(), ..counter(7) };
+    assert!(matches!(group.commit(second).await, Outcome::Conflict { .. }));
+    let after = group.handle(group.leader().await).records();
+    assert_eq!(before.get("counter", "00000007"), after.get("counter", "00000007"));
+
+    let leader = group.leader().await;
+    let follower = (leader + 1) % 3;
+    let known = status_is(group.handle(follower), "a leader is known", |s| s.leader.is_some()).await;
+    let refused = group.handle(follower).propose(counter(99), Duration::from_secs(5)).await;
+    match refused {
+        Err(ProposeError::NotLeader { leader }) => assert_eq!(leader, known.leader),
+        other => panic!("a follower answered {other:?}"),
+    }
+    group.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_leader_takes_over_and_the_old_one_catches_up() {
+    let mut group = Group::start(3, NO_SNAPSHOTS).await;
+    for number in 1..=5 {
+        group.commit(counter(number)).await;
+    }
+    let old = group.leader().await;
+    let term = group.handle(old).status().term;
+    group.stop(old).await;
+    for number in 6..=10 {
+        group.commit(counter(number)).await;
+    }
+    let new = group.leader().await;
+    assert!(group.handle(new).status().term > term);
+    group.restart(old).await;
+    group.commit(counter(11)).await;
+    assert_eq!(group.converged().await, (1..=11).collect::<Vec<_>>());
+    group.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_behind_the_compacted_log_catches_up_by_snapshot() {
+    let mut group = Group::start(3, 8).await;
+    group.commit(counter(1)).await;
+    group.converged().await;
+    let behind = (group.leader().await + 1) % 3;
+    let had = group.handle(behind).status().applied_index;
+    group.stop(behind).await;
+    for number in 2..=60 {
+        group.commit(counter(number)).await;
+    }
+    let leader = group.leader().await;
+    let first = group.handle(leader).status().first_index;
+    assert!(first > had + 1, "the leader still has entry {}: from {first} on", had + 1);
+    group.restart(behind).await;
+    group.commit(counter(61)).await;
+    assert_eq!(group.converged().await, (1..=61).collect::<Vec<_>>());
+    // It took the snapshot over: entries before it never were in its log.
+    let status = group.handle(behind).status();
+    assert!(status.first_index > had + 1, "{status:?}");
+    // And it is a full member: it can be the majority together with one other.
+    let third = (0..3).find(|index| *index != behind && *index != group_leader(&group, behind));
+    group.stop(third.expect("one of three")).await;
+    group.commit(counter(62)).await;
+    assert_eq!(group.converged().await.len(), 62);
+    group.finish().await;
+}
+
+/// A node that is not `other`: the one that must stay for a majority.
+fn group_leader(group: &Group, other: usize) -> usize {
+    group.running().map(|(index, _)| index).find(|index| *index != other).expect("three run")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_without_a_majority_answers_by_the_deadline_and_steps_down() {
+    let mut group = Group::start(3, NO_SNAPSHOTS).await;
+    group.commit(counter(1)).await;
+    let leader = group.leader().await;
+    for other in (0..3).filter(|index| *index != leader) {
+        group.stop(other).await;
+    }
+    let handle = group.handle(leader).clone();
+    let asked = handle.propose(counter(2), Duration::from_millis(100));
+    let answer = guard("a proposal without a majority", asked).await;
+    assert!(
+        matches!(answer, Err(ProposeError::Timeout | ProposeError::NotLeader { .. })),
+        "{answer:?}"
+    );
+    status_is(&handle, "stepping down", |status| !status.is_leader && status.leader.is_none()).await;
+    assert_eq!(
+        handle.propose(counter(3), Duration::from_secs(5)).await,
+        Err(ProposeError::NotLeader { leader: None })
+    );
+    assert_eq!(counters(&handle), [1]);
+
+    // With the majority back the unknown outcome becomes known by asking again.
+    group.restart((leader + 1) % 3).await;
+    assert_eq!(group.commit(counter(2)).await, Outcome::Committed);
+    assert_eq!(group.converged().await, [1, 2]);
+    group.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_lost_its_folder_stops_itself_and_the_others_go_on() {
+    let mut group = Group::start(3, NO_SNAPSHOTS).await;
+    group.commit(counter(1)).await;
+    group.converged().await;
+    // Every node has heard from every other by now or will refuse nothing: let each lead or follow.
+    let wiped = (group.leader().await + 1) % 3;
+    group.stop(wiped).await;
+    std::fs::remove_dir_all(group.dir(wiped)).expect("removable");
+    group.restart(wiped).await;
+    let reason = guard("the wiped node stops", group.handle(wiped).stopped()).await;
+    let StopReason::Failed(text) = reason else { panic!("stopped as if asked to") };
+    assert!(text.contains("was lost") && text.contains("old id"), "{text}");
+    let late = group.handle(wiped).propose(counter(9), Duration::from_secs(5)).await;
+    assert_eq!(late, Err(ProposeError::Stopped));
+    group.stop(wiped).await;
+    group.commit(counter(2)).await;
+    assert_eq!(group.converged().await, [1, 2]);
+    group.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_are_refused_before_their_messages_are_read() {
+    let group = Group::start(3, NO_SNAPSHOTS).await;
+    group.commit(counter(1)).await;
+    let address = format!("http://{}", group.members[0].address);
+    let garbage = vec![0xff; 64];
+    let frame = |from, cluster: &str, message: &[u8]| RaftFrame {
+        from,
+        to: 1,
+        message: message.to_vec(),
+        cluster_id: cluster.into(),
+    };
+    let cases = [
+        (None, frame(2, "test", &garbage), Code::Unauthenticated, "no cluster token"),
+        (Some("wrong-token"), frame(2, "test", &garbage), Code::Unauthenticated, "not this cluster"),
+        (Some("right-token"), frame(2, "else", &garbage), Code::FailedPrecondition, "`else`"),
+        (Some("right-token"), frame(9, "test", &garbage), Code::FailedPrecondition, "n9"),
+        (Some("right-token"), frame(1, "test", &garbage), Code::FailedPrecondition, "n1 to n1"),
+        (Some("right-token"), frame(2, "test", &garbage), Code::DataLoss, "folder"),
+    ];
+    // The last case needs node 1 to have heard from node 2.
+    group.converged().await;
+    for (token, frame, code, text) in cases {
+        let mut client = RaftClient::connect(address.clone()).await.expect("connects");
+        let mut request = Request::new(tokio_stream::once(frame));
+        if let Some(token) = token {
+            let token = token.parse().expect("ascii");
+            request.metadata_mut().insert(api::connect::TOKEN_KEY, token);
+        }
+        request.metadata_mut().insert("cohort-raft-folder", 5.into());
+        let refused = guard("a refusal", client.step(request)).await.expect_err("let in");
+        assert_eq!(refused.code(), code, "{refused}");
+        assert!(refused.message().contains(text), "{refused}");
+        assert!(!refused.message().contains("right-token"), "{refused}");
+    }
+    group.commit(counter(2)).await;
+    group.finish().await;
+}
+
+#[tokio::test]
+async fn a_lone_node_leads_at_once_and_keeps_everything() {
+    let dir = tempfile::tempdir().expect("a folder");
+    // An election timeout that no test would wait for: a lone node must not need it.
+    let options = coordinator::RaftOptions {
+        election_timeout: Duration::from_secs(3600),
+        heartbeat_interval: Duration::from_secs(600),
+        ..lone_options(dir.path())
+    };
+    let mut expected = Vec::new();
+    for round in 0..4_u64 {
+        let (handle, _service) = RaftNode::start(options.clone()).expect("starts");
+        let status = status_is(&handle, "leading", |status| status.is_leader).await;
+        assert_eq!(counters(&handle), expected, "after {round} restarts: {status:?}");
+        // Two processes in one folder would be two nodes with one vote.
+        let second = RaftNode::start(options.clone()).expect_err("the folder is in use");
+        assert!(matches!(second, StartError::Folder(_)), "{second}");
+        assert!(second.to_string().contains("in use by another process"), "{second}");
+
+        // Many at once share appends and disk writes; each is answered.
+        let numbers: Vec<_> = (round * 25..(round + 1) * 25).collect();
+        let proposals =
+            numbers.iter().map(|n| handle.propose(counter(*n), Duration::from_secs(30)));
+        let outcomes = guard("commits", futures::future::join_all(proposals)).await;
+        assert!(outcomes.iter().all(|o| *o == Ok(Outcome::Committed)), "{outcomes:?}");
+        expected.extend(numbers);
+        assert_eq!(counters(&handle), expected);
+        applied(&handle, handle.status().commit_index).await;
+        guard("stop", handle.stop()).await;
+        assert_eq!(handle.stopped().await, StopReason::Requested);
+        let late = handle.propose(counter(1000), Duration::from_secs(5)).await;
+        assert_eq!(late, Err(ProposeError::Stopped));
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_start_says_why() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let options = lone_options(dir.path());
+    let refusal = |options| match RaftNode::start(options) {
+        Ok(_) => panic!("started"),
+        Err(error) => error.to_string(),
+    };
+    let base = options.clone();
+    let fast = coordinator::RaftOptions {
+        election_timeout: Duration::from_millis(50),
+        ..base.clone()
+    };
+    let text = refusal(fast);
+    assert!(text.contains("election_timeout = 50ms") && text.contains("2 times"), "{text}");
+    let stranger =
+        coordinator::RaftOptions { node: api::NodeId(4), ..base.clone() };
+    assert!(refusal(stranger).contains("n4 is not among"));
+    let tokenless =
+        coordinator::RaftOptions { token: api::Secret::new(""), ..base.clone() };
+    assert!(refusal(tokenless).contains("token"));
+    let file = dir.path().join("file");
+    std::fs::write(&file, b"").expect("writable");
+    let blocked = coordinator::RaftOptions { dir: file.join("below"), ..base };
+    assert!(refusal(blocked).contains("cannot make"));
+}
+
+#[tokio::test]
+async fn a_transaction_that_is_too_large_is_refused_before_the_log() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (handle, _service) = RaftNode::start(lone_options(dir.path())).expect("starts");
+    status_is(&handle, "leading", |status| status.is_leader).await;
+    let before = handle.status();
+    let mut huge = counter(1);
+    if let coordinator_core::Write::Put { json, .. } = &mut huge.writes[0] {
+        json.resize(5 << 20, b' ');
+    }
+    let error = handle.propose(huge, Duration::from_secs(30)).await.expect_err("too large");
+    assert!(error.has_no_side_effects() && !error.is_retryable(), "{error}");
+    assert_eq!(handle.status(), before);
+    handle.stop().await;
+}
