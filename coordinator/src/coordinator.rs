@@ -1,0 +1,471 @@
+//! One coordinator: binds, starts raft, serves, leads while it is leader, stops.
+
+use std::fmt;
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use api::config::{ClusterConfig, ConfigError};
+use api::connect::{ConnectError, server_tls};
+use api::pb::cluster_server::ClusterServer;
+use api::pb::worker_session_server::WorkerSessionServer;
+use api::session::MESSAGE_BYTES_MAX;
+use api::units::Span;
+use api::{ExitClass, JobSpec, Secret};
+use checkpoint::{Store, StoreError};
+use coordinator_core::LeaderOptions;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tracing::{info, warn};
+
+use crate::cluster_service::{ClusterService, REPLY_BYTES_MAX};
+use crate::leader_loop::LeaderLoop;
+use crate::leadership::Leaderships;
+use crate::log_stream::LogSources;
+use crate::logs::LogWindow;
+use crate::peers::Peers;
+use crate::raft_node::{RaftHandle, RaftNode, RaftOptions, RaftService, RaftStatus, StartError};
+use crate::random::{RandomError, random_u64};
+use crate::session::SessionService;
+use crate::token::TokenCheck;
+
+/// Heartbeats of a worker per lease: two may be lost and the third is in time.
+const HEARTBEATS_PER_LEASE: u32 = 3;
+/// Idle connections are probed this often, so that the session of a vanished host ends.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+/// A probe unanswered for this long ends the connection.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Streams per connection: a follower forwards its clients' streams over one.
+const STREAMS_MAX: u32 = 1024;
+/// What framing adds to the largest message.
+const FRAME_MARGIN: usize = 64 << 10;
+/// Open connections get this long to end by themselves when the coordinator stops.
+const DRAIN_WAIT: Duration = Duration::from_secs(2);
+
+/// Checks a job beyond what this crate knows; the error is for the person who submitted it.
+pub type Validate = Arc<dyn Fn(&JobSpec) -> Result<(), String> + Send + Sync>;
+
+/// What a coordinator needs to start.
+pub struct CoordinatorOptions {
+    /// The cluster, and which of its coordinators this is.
+    pub config: ClusterConfig,
+    /// What every caller must show.
+    pub token: Secret,
+    /// Checks a job against its algorithm's schema, which this crate does not know.
+    pub validate: Validate,
+    /// A listener that is already bound; absent: this node's address in the configuration.
+    pub listener: Option<TcpListener>,
+}
+
+impl fmt::Debug for CoordinatorOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CoordinatorOptions")
+            .field("node", &self.config.coordinator.node)
+            .field("listener", &self.listener)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a coordinator did not start, or stopped by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum CoordinatorError {
+    /// The configuration cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Another process has the address.
+    #[error(
+        "cannot listen on `{address}`: another process listens there, perhaps another coordinator; \
+         stop it, or choose another address in coordinator.members"
+    )]
+    PortInUse {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The address cannot be listened on.
+    #[error("cannot listen on `{address}`: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The token cannot be sent.
+    #[error("the cluster token is empty or not printable ASCII: check `cluster.token_file`")]
+    Token,
+    /// Certificates cannot be used.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The object store refuses.
+    #[error("object store `{uri}`: {source}")]
+    Store {
+        /// Which store.
+        uri: String,
+        /// Why.
+        source: StoreError,
+    },
+    /// Raft's state cannot be used.
+    #[error("cannot start raft in `{}`: {source}", dir.display())]
+    Raft {
+        /// Its folder.
+        dir: PathBuf,
+        /// Why.
+        source: StartError,
+    },
+    /// No randomness.
+    #[error(transparent)]
+    Random(#[from] RandomError),
+    /// The server ended by itself.
+    #[error("the coordinator's server ended: {0}")]
+    Serve(String),
+    /// Raft ended by itself.
+    #[error("raft of coordinator {node} {reason}")]
+    RaftStopped {
+        /// Which node.
+        node: api::NodeId,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl CoordinatorError {
+    /// The class of exit code that a command ends with.
+    pub fn exit_class(&self) -> ExitClass {
+        match self {
+            Self::Config(_) | Self::Token | Self::Connect(_) => ExitClass::Usage,
+            Self::PortInUse { .. } | Self::Listen { .. } => ExitClass::Unavailable,
+            Self::Store { source: StoreError::Denied { .. }, .. } => ExitClass::Denied,
+            Self::Store { source: StoreError::Uri { .. } | StoreError::Settings(_), .. } => {
+                ExitClass::Usage
+            }
+            Self::Store { .. } => ExitClass::Unavailable,
+            Self::Raft { .. } | Self::Random(_) | Self::Serve(_) | Self::RaftStopped { .. } => {
+                ExitClass::Internal
+            }
+        }
+    }
+}
+
+/// One coordinator of a cluster.
+#[derive(Debug)]
+pub struct Coordinator;
+
+impl Coordinator {
+    /// Runs a coordinator until `shutdown`.
+    ///
+    /// # Errors
+    /// When it cannot start, or raft or the server end by themselves.
+    pub async fn run(
+        options: CoordinatorOptions,
+        shutdown: CancellationToken,
+    ) -> Result<(), CoordinatorError> {
+        let mut handle = Self::start(options)?;
+        tokio::select! {
+            () = shutdown.cancelled() => handle.stop().await,
+            ended = handle.ended() => ended,
+        }
+    }
+
+    /// Starts a coordinator in the background: when this returns it listens. Call it inside a tokio
+    /// runtime.
+    ///
+    /// # Errors
+    /// When the configuration, the address, the store's settings or raft's folder cannot be used.
+    pub fn start(options: CoordinatorOptions) -> Result<CoordinatorHandle, CoordinatorError> {
+        let CoordinatorOptions { config, token, validate, listener } = options;
+        config.validate()?;
+        if token.reveal().is_empty() || api::connect::token_metadata(&token).is_none() {
+            return Err(CoordinatorError::Token);
+        }
+        // Ok when this process chose a provider before: tonic takes either.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let (listener, address) = bind(&config, listener)?;
+        let uri = config.store_uri();
+        let store = Store::open(&config.store, &uri)
+            .map_err(|source| CoordinatorError::Store { uri: uri.clone(), source })?;
+        let (raft, raft_service) = start_raft(&config, &token)?;
+        let shutdown = CancellationToken::new();
+        let (leaderships_sender, leaderships) = watch::channel(None);
+        let node = config.coordinator.node;
+        let leader_loop = LeaderLoop {
+            options: leader_options(&config),
+            node,
+            raft: raft.clone(),
+            store: store.clone(),
+            leaderships: leaderships_sender,
+        };
+        let members = config.coordinator.members.clone();
+        let peers = Peers::new(node, members, config.tls.clone(), &token, raft.clone())
+            .ok_or(CoordinatorError::Token)?;
+        let services = Services {
+            cluster_id: config.cluster.id.clone(),
+            token: TokenCheck::new(token),
+            validate,
+            leaderships: leaderships.clone(),
+            peers: Arc::new(peers),
+            logs: LogSources { store, window: Arc::default(), raft: raft.clone() },
+            raft: raft_service,
+        };
+        let server = services.serve(&config, listener, shutdown.clone())?;
+        info!(%node, %address, "coordinator listens");
+        let parts = Parts {
+            leading: tokio::spawn(leader_loop.run(shutdown.clone())),
+            server,
+            raft: raft.clone(),
+            shutdown: shutdown.clone(),
+        };
+        let main = Some(tokio::spawn(parts.supervise()));
+        Ok(CoordinatorHandle { address, raft, leaderships, shutdown, main })
+    }
+}
+
+/// A running coordinator. Dropping it stops the coordinator without waiting.
+pub struct CoordinatorHandle {
+    address: SocketAddr,
+    raft: RaftHandle,
+    leaderships: Leaderships,
+    shutdown: CancellationToken,
+    /// Absent once its end was waited for.
+    main: Option<Main>,
+}
+
+/// The task that runs everything.
+type Main = JoinHandle<Result<(), CoordinatorError>>;
+
+impl CoordinatorHandle {
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its view of the raft group.
+    pub fn status(&self) -> RaftStatus {
+        self.raft.status()
+    }
+
+    /// Whether it leads and takes requests itself.
+    pub fn is_leading(&self) -> bool {
+        self.leaderships.borrow().is_some()
+    }
+
+    /// Waits until requests are answered: by this coordinator, or by a leader that it knows.
+    ///
+    /// # Errors
+    /// When it stops before.
+    pub async fn ready(&mut self) -> Result<(), CoordinatorError> {
+        let (mut status, mut leaderships) = (self.raft.watch_status(), self.leaderships.clone());
+        loop {
+            let leads = leaderships.borrow_and_update().is_some();
+            let (leader, node) = {
+                let status = status.borrow_and_update();
+                (status.leader, status.node)
+            };
+            if leads || leader.is_some_and(|leader| leader != node) {
+                return Ok(());
+            }
+            tokio::select! {
+                _ = status.changed() => {}
+                Ok(()) = leaderships.changed() => {}
+                ended = joined(&mut self.main) => {
+                    ended?;
+                    return Err(CoordinatorError::Serve("it was stopped".into()));
+                }
+            }
+        }
+    }
+
+    /// Waits until it ends by itself.
+    ///
+    /// # Errors
+    /// Why it ended.
+    pub async fn ended(&mut self) -> Result<(), CoordinatorError> {
+        joined(&mut self.main).await
+    }
+
+    /// Stops it: worker sessions and streams are told to go elsewhere, raft's folder is closed.
+    ///
+    /// # Errors
+    /// When it had already ended by itself with an error.
+    pub async fn stop(&mut self) -> Result<(), CoordinatorError> {
+        self.shutdown.cancel();
+        joined(&mut self.main).await
+    }
+}
+
+impl Drop for CoordinatorHandle {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}
+
+impl fmt::Debug for CoordinatorHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CoordinatorHandle").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+/// Waits for the task's end; at once when that was done before.
+async fn joined(main: &mut Option<Main>) -> Result<(), CoordinatorError> {
+    let Some(task) = main else { return Ok(()) };
+    let ended = task.await;
+    *main = None;
+    ended.unwrap_or_else(|panic| Err(CoordinatorError::Serve(panic.to_string())))
+}
+
+/// The running tasks of a coordinator.
+struct Parts {
+    leading: JoinHandle<()>,
+    server: JoinHandle<Result<(), tonic::transport::Error>>,
+    raft: RaftHandle,
+    shutdown: CancellationToken,
+}
+
+impl Parts {
+    /// Waits for the end of any, then ends the others in order.
+    async fn supervise(mut self) -> Result<(), CoordinatorError> {
+        let mut server_ended = false;
+        let result = tokio::select! {
+            () = self.shutdown.cancelled() => Ok(()),
+            ended = &mut self.server => {
+                server_ended = true;
+                Err(CoordinatorError::Serve(match ended {
+                    Ok(Ok(())) => "nobody asked it to".into(),
+                    Ok(Err(error)) => error.to_string(),
+                    Err(panic) => panic.to_string(),
+                }))
+            }
+            reason = self.raft.stopped() => {
+                let node = self.raft.status().node;
+                Err(CoordinatorError::RaftStopped { node, reason: reason.to_string() })
+            }
+        };
+        self.shutdown.cancel();
+        // The term of office first: sessions and streams are told before connections close.
+        if self.leading.await.is_err() {
+            warn!("the leader loop ended with a panic");
+        }
+        self.raft.stop().await;
+        if !server_ended && tokio::time::timeout(DRAIN_WAIT, &mut self.server).await.is_err() {
+            self.server.abort();
+        }
+        result
+    }
+}
+
+fn bind(
+    config: &ClusterConfig,
+    listener: Option<TcpListener>,
+) -> Result<(TcpListener, SocketAddr), CoordinatorError> {
+    // validate() has checked that this node is a member.
+    let configured = config.own_address().ok_or_else(|| {
+        ConfigError::Disagreement("coordinator.node is not among coordinator.members".into())
+    })?;
+    let failed = |source: std::io::Error| match source.kind() {
+        ErrorKind::AddrInUse => CoordinatorError::PortInUse { address: configured },
+        _ => CoordinatorError::Listen { address: configured, source },
+    };
+    let listener = match listener {
+        Some(listener) => listener,
+        None => TcpListener::bind(configured).map_err(failed)?,
+    };
+    listener.set_nonblocking(true).map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    config.check_listener("coordinator.members", address.ip())?;
+    Ok((listener, address))
+}
+
+fn start_raft(
+    config: &ClusterConfig,
+    token: &Secret,
+) -> Result<(RaftHandle, RaftService), CoordinatorError> {
+    let section = &config.coordinator;
+    let dir = config.cluster.dir.join("raft").join(section.node.to_string());
+    let options = RaftOptions {
+        node: section.node,
+        members: section.members.clone(),
+        dir: dir.clone(),
+        cluster_id: config.cluster.id.clone(),
+        election_timeout: section.election_timeout.0,
+        heartbeat_interval: section.heartbeat_interval.0,
+        snapshot_entries: section.snapshot_entries,
+        seed: random_u64()?,
+        tls: config.tls.clone(),
+        token: token.clone(),
+    };
+    RaftNode::start(options).map_err(|source| CoordinatorError::Raft { dir, source })
+}
+
+fn leader_options(config: &ClusterConfig) -> LeaderOptions {
+    let lease = config.coordinator.worker_lease.0;
+    LeaderOptions {
+        lease_ms: lease.as_millis() as u64,
+        grace_ms: config.coordinator.grace_period.0.as_millis() as u64,
+        cluster_id: config.cluster.id.clone(),
+        heartbeat: Span(lease / HEARTBEATS_PER_LEASE),
+    }
+}
+
+/// What the server answers with.
+struct Services {
+    cluster_id: String,
+    token: TokenCheck,
+    validate: Validate,
+    leaderships: Leaderships,
+    peers: Arc<Peers>,
+    logs: LogSources,
+    raft: RaftService,
+}
+
+impl Services {
+    fn serve(
+        self,
+        config: &ClusterConfig,
+        listener: TcpListener,
+        shutdown: CancellationToken,
+    ) -> Result<JoinHandle<Result<(), tonic::transport::Error>>, CoordinatorError> {
+        let failed = |error: std::io::Error| CoordinatorError::Serve(error.to_string());
+        let listener = tokio::net::TcpListener::from_std(listener).map_err(failed)?;
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let sessions = SessionService {
+            cluster_id: self.cluster_id,
+            token: self.token.clone(),
+            leaderships: self.leaderships.clone(),
+            peers: Arc::clone(&self.peers),
+            window: Arc::clone(&self.logs.window),
+            next_session: AtomicU64::new(1),
+        };
+        let sessions = WorkerSessionServer::new(sessions)
+            .max_decoding_message_size(MESSAGE_BYTES_MAX + FRAME_MARGIN)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX + FRAME_MARGIN);
+        let cluster = ClusterServer::new(ClusterService {
+            leaderships: self.leaderships,
+            peers: self.peers,
+            logs: self.logs,
+            validate: self.validate,
+        })
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(REPLY_BYTES_MAX);
+        let mut server = Server::builder()
+            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .max_concurrent_streams(STREAMS_MAX);
+        if let Some(tls) = server_tls(&config.tls)? {
+            server = server
+                .tls_config(tls)
+                .map_err(|error| CoordinatorError::Connect(ConnectError::Tls(error)))?;
+        }
+        let router = server
+            // Raft checks the token itself: it shows a folder's identity with it.
+            .add_service(self.raft.into_server())
+            .add_service(InterceptedService::new(cluster, self.token.clone()))
+            .add_service(InterceptedService::new(sessions, self.token));
+        let stopped = async move { shutdown.cancelled().await };
+        Ok(tokio::spawn(router.serve_with_incoming_shutdown(incoming, stopped)))
+    }
+}

@@ -1,0 +1,316 @@
+//! Worker sessions: one bidirectional stream per worker, with the leader only.
+//!
+//! A frame is acknowledged only after the facts it carries are committed. Neither side can fill the
+//! other's memory: inbound frames wait for the leader's bounded queue, and a worker that does not
+//! take its orders in time loses its session (it reconnects and says what it still runs).
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use api::Secret;
+use api::pb::worker_session_server::WorkerSession;
+use api::pb::{CoordinatorFrame, WorkerFrame};
+use api::session::{CoordinatorMessage, WorkerHello, WorkerMessage};
+use coordinator_core::SessionId;
+use futures::stream::{self, Stream};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{debug, info, warn};
+
+use crate::leadership::{LeaderInput, Leadership, Leaderships};
+use crate::logs::LogWindow;
+use crate::peers::Peers;
+use crate::status::{leadership_lost, not_leading};
+use crate::token::{TokenCheck, refused};
+
+/// Orders that may wait for a slow worker: several gangs' worth.
+const OUTBOX_MAX: usize = 256;
+/// A worker introduces itself within this time.
+const HELLO_WAIT: Duration = Duration::from_secs(10);
+
+/// Why a session ended, told to the worker once.
+#[derive(Clone)]
+struct Closing {
+    token: CancellationToken,
+    status: Arc<OnceLock<Status>>,
+}
+
+impl Closing {
+    fn new(over: &CancellationToken) -> Self {
+        Self { token: over.child_token(), status: Arc::default() }
+    }
+
+    fn close(&self, status: Status) {
+        // The first reason is the one that counts.
+        let _ = self.status.set(status);
+        self.token.cancel();
+    }
+
+    fn status(&self) -> Status {
+        self.status.get().cloned().unwrap_or_else(leadership_lost)
+    }
+}
+
+/// The leader's end of a session.
+pub(crate) struct SessionHandle {
+    outbox: mpsc::Sender<CoordinatorMessage>,
+    acknowledged: Arc<watch::Sender<u64>>,
+    closing: Closing,
+}
+
+impl SessionHandle {
+    /// Queues an order; a worker that has too many waiting loses its session.
+    pub(crate) fn send(&self, message: CoordinatorMessage) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.outbox.try_send(message) {
+            self.close(Status::resource_exhausted(format!(
+                "the worker left {OUTBOX_MAX} orders waiting: reconnect"
+            )));
+        }
+    }
+
+    /// Every frame up to `sequence` has been acted on.
+    pub(crate) fn acknowledge(&self, sequence: u64) {
+        acknowledge(&self.acknowledged, sequence);
+    }
+
+    /// Ends the session and says why.
+    pub(crate) fn close(&self, status: Status) {
+        self.closing.close(status);
+    }
+}
+
+fn acknowledge(acknowledged: &watch::Sender<u64>, sequence: u64) {
+    acknowledged.send_if_modified(|value| {
+        let is_newer = sequence > *value;
+        *value = sequence.max(*value);
+        is_newer
+    });
+}
+
+/// The service.
+pub(crate) struct SessionService {
+    pub(crate) cluster_id: String,
+    pub(crate) token: TokenCheck,
+    pub(crate) leaderships: Leaderships,
+    pub(crate) peers: Arc<Peers>,
+    pub(crate) window: Arc<LogWindow>,
+    pub(crate) next_session: AtomicU64,
+}
+
+type Frames = Pin<Box<dyn Stream<Item = Result<CoordinatorFrame, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl WorkerSession for SessionService {
+    type AttachStream = Frames;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<WorkerFrame>>,
+    ) -> Result<Response<Frames>, Status> {
+        let leadership = self.leaderships.borrow().clone();
+        let Some(leadership) = leadership else {
+            return Err(not_leading(self.peers.leader_address()));
+        };
+        let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
+        let (acknowledged, acknowledgements) = watch::channel(0);
+        let closing = Closing::new(&leadership.over);
+        let reader = Reader {
+            session: SessionId(self.next_session.fetch_add(1, Ordering::Relaxed)),
+            cluster_id: self.cluster_id.clone(),
+            token: self.token.clone(),
+            window: Arc::clone(&self.window),
+            leadership,
+            outbox,
+            acknowledged: Arc::new(acknowledged),
+            closing: closing.clone(),
+            forwarded: 0,
+        };
+        tokio::spawn(reader.run(request.into_inner()));
+        let writer = Writer {
+            messages,
+            acknowledgements,
+            ended: false,
+            _guard: closing.token.clone().drop_guard(),
+            closing,
+        };
+        Ok(Response::new(Box::pin(stream::unfold(writer, Writer::next))))
+    }
+}
+
+/// Turns orders and acknowledgements into frames.
+struct Writer {
+    messages: mpsc::Receiver<CoordinatorMessage>,
+    acknowledgements: watch::Receiver<u64>,
+    closing: Closing,
+    ended: bool,
+    /// The reader ends when the connection drops the response stream.
+    _guard: DropGuard,
+}
+
+impl Writer {
+    async fn next(mut self) -> Option<(Result<CoordinatorFrame, Status>, Self)> {
+        if self.ended {
+            return None;
+        }
+        let json = tokio::select! {
+            biased;
+            () = self.closing.token.cancelled() => None,
+            Some(message) = self.messages.recv() => Some(serde_json::to_vec(&message)),
+            Ok(()) = self.acknowledgements.changed() => Some(Ok(Vec::new())),
+            else => None,
+        };
+        let frame = match json {
+            Some(Ok(json)) => {
+                let acknowledged = *self.acknowledgements.borrow_and_update();
+                Ok(CoordinatorFrame { acknowledged, json })
+            }
+            Some(Err(error)) => Err(Status::internal(format!("an order is not JSON: {error}"))),
+            None => Err(self.closing.status()),
+        };
+        self.ended = frame.is_err();
+        Some((frame, self))
+    }
+}
+
+/// Reads a worker's frames, in order, and hands them to the leader.
+struct Reader {
+    session: SessionId,
+    cluster_id: String,
+    token: TokenCheck,
+    window: Arc<LogWindow>,
+    leadership: Leadership,
+    outbox: mpsc::Sender<CoordinatorMessage>,
+    acknowledged: Arc<watch::Sender<u64>>,
+    closing: Closing,
+    /// Sequence of the last frame that went to the leader.
+    forwarded: u64,
+}
+
+impl Reader {
+    async fn run(mut self, mut frames: Streaming<WorkerFrame>) {
+        match self.attach(&mut frames).await {
+            Ok(worker) => {
+                let ended = self.read(&mut frames).await;
+                let why = ended.as_ref().err().map_or("ended by the worker", Status::message);
+                info!(session = self.session.0, %worker, why, "worker session ended");
+                self.closing.close(ended.err().unwrap_or_else(|| Status::cancelled("closed")));
+                let detached = LeaderInput::Detached { session: self.session };
+                // An error means that the leader is gone and its sessions with it.
+                let _ = self.leadership.inputs.send(detached).await;
+            }
+            Err(status) => {
+                warn!(session = self.session.0, why = status.message(), "worker refused");
+                self.closing.close(status);
+            }
+        }
+    }
+
+    /// The first frame: a hello with the right cluster id and token. Returns the worker's name.
+    async fn attach(&mut self, frames: &mut Streaming<WorkerFrame>) -> Result<String, Status> {
+        let first = tokio::select! {
+            first = tokio::time::timeout(HELLO_WAIT, frames.message()) => first,
+            () = self.closing.token.cancelled() => return Err(self.closing.status()),
+        };
+        let first = first.map_err(|_| {
+            let wait = HELLO_WAIT.as_secs();
+            Status::deadline_exceeded(format!("no hello came within {wait} s"))
+        })??;
+        let frame = first.ok_or_else(|| Status::invalid_argument("the session has no hello"))?;
+        let (sequence, message) = self.parse(frame)?;
+        let WorkerMessage::Hello(mut hello) = message else {
+            return Err(Status::invalid_argument("the first message of a session must be a hello"));
+        };
+        self.check(&hello)?;
+        // The leader's decisions never hold a secret.
+        hello.token = Secret::new("");
+        let (worker, tasks) = (hello.name.to_string(), hello.tasks.len());
+        info!(session = self.session.0, %worker, tasks, "worker attached");
+        let handle = SessionHandle {
+            outbox: self.outbox.clone(),
+            acknowledged: Arc::clone(&self.acknowledged),
+            closing: self.closing.clone(),
+        };
+        self.forwarded = sequence;
+        let session = self.session;
+        self.hand_over(LeaderInput::Attach { session, hello, sequence, handle }).await?;
+        Ok(worker)
+    }
+
+    fn check(&self, hello: &WorkerHello) -> Result<(), Status> {
+        // Revealed for the comparison only.
+        if !self.token.accepts(hello.token.reveal().as_bytes()) {
+            return Err(refused("the cluster token in the worker's hello is not this cluster's"));
+        }
+        if hello.cluster_id != self.cluster_id {
+            return Err(Status::permission_denied(format!(
+                "the worker belongs to cluster `{}`, expected `{}`: check `cluster.id`",
+                hello.cluster_id.chars().take(80).collect::<String>(),
+                self.cluster_id
+            )));
+        }
+        Ok(())
+    }
+
+    async fn read(&mut self, frames: &mut Streaming<WorkerFrame>) -> Result<(), Status> {
+        let mut last = self.forwarded;
+        loop {
+            let frame = tokio::select! {
+                frame = frames.message() => frame?,
+                () = self.closing.token.cancelled() => return Err(self.closing.status()),
+            };
+            let Some(frame) = frame else { return Ok(()) };
+            let (sequence, message) = self.parse(frame)?;
+            if sequence <= last {
+                return Err(Status::invalid_argument(format!(
+                    "frame {sequence} came after frame {last}: sequences must grow"
+                )));
+            }
+            last = sequence;
+            self.act(sequence, message).await?;
+        }
+    }
+
+    async fn act(&mut self, sequence: u64, message: WorkerMessage) -> Result<(), Status> {
+        match message {
+            WorkerMessage::Logs { task, lines } => {
+                debug!(%task, lines = lines.len(), "log lines");
+                self.window.push(&task, lines);
+                // Acknowledged at once only when no fact before it still waits for its commit;
+                // else the acknowledgement of the next fact or heartbeat covers it.
+                if *self.acknowledged.borrow() >= self.forwarded {
+                    self.forwarded = sequence;
+                    acknowledge(&self.acknowledged, sequence);
+                }
+                Ok(())
+            }
+            WorkerMessage::Hello(_) => {
+                Err(Status::invalid_argument("a second hello in one session: open another session"))
+            }
+            message => {
+                self.forwarded = sequence;
+                let (session, message) = (self.session, Box::new(message));
+                self.hand_over(LeaderInput::Message { session, sequence, message }).await
+            }
+        }
+    }
+
+    async fn hand_over(&self, input: LeaderInput) -> Result<(), Status> {
+        tokio::select! {
+            sent = self.leadership.inputs.send(input) => sent.map_err(|_| leadership_lost()),
+            () = self.closing.token.cancelled() => Err(self.closing.status()),
+        }
+    }
+
+    fn parse(&self, frame: WorkerFrame) -> Result<(u64, WorkerMessage), Status> {
+        let message = serde_json::from_slice(&frame.json).map_err(|error| {
+            Status::invalid_argument(format!(
+                "frame {} is not a message of this version: {error}",
+                frame.sequence
+            ))
+        })?;
+        Ok((frame.sequence, message))
+    }
+}
