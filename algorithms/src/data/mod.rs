@@ -6,6 +6,8 @@
 
 mod augment;
 mod crates;
+#[cfg(test)]
+mod examples;
 mod geometry;
 mod idx;
 mod images;

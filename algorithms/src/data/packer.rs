@@ -137,8 +137,11 @@ impl Encoder {
         let Some(path) = path else { return Ok(Self::Bytes) };
         let source = Source::plain(path);
         let json = source.read_as_is(TOKENIZER_BYTES_MAX)?;
-        let tokenizer = Tokenizer::from_bytes(&json)
+        let mut tokenizer = Tokenizer::from_bytes(&json)
             .map_err(|e| source.malformed(format!("not a tokenizer.json: {e}")))?;
+        // Both are for batches of short texts: a corpus must be neither cut nor filled up.
+        tokenizer.with_truncation(None).map_err(|e| source.malformed(e.to_string()))?;
+        tokenizer.with_padding(None);
         let separator = END_TOKENS.iter().find_map(|token| tokenizer.token_to_id(token));
         let encoder = Self::Tokenizer { tokenizer: Box::new(tokenizer), json, separator };
         if !(1..=VOCABULARY_MAX).contains(&encoder.vocabulary()) {

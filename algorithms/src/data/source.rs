@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bomb_is_refused_at_the_limit() {
+    fn bombs_and_cut_archives_are_refused() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("zeros.gz");
         let file = File::create(&path).expect("creates");
@@ -145,6 +145,11 @@ mod tests {
         assert!(std::fs::metadata(&path).expect("exists").len() < 1 << 13, "hardly a bomb");
         let source = Source::channel("train", &path);
         assert_eq!(source.read(1 << 22).expect("exactly the limit").len(), 1 << 22);
+        // A copy that was cut off is an error too, never a shorter file.
+        let whole = std::fs::read(&path).expect("reads");
+        std::fs::write(&path, &whole[..whole.len() - 9]).expect("writes");
+        assert!(matches!(source.read(1 << 22), Err(DataError::Unreadable { .. })));
+        std::fs::write(&path, &whole).expect("writes");
         let text = source.read((1 << 22) - 1).expect_err("one more").to_string();
         assert!(text.contains("more than 4194303 bytes"), "{text}");
     }
