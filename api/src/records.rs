@@ -113,8 +113,11 @@ pub struct JobStatus {
     pub reason: String,
     /// The current or last gang's incarnation; 0 before the first.
     pub generation: Generation,
-    /// The current gang; empty while none is placed.
+    /// The current gang. While queued or after the end: the last one, until it is certain that none
+    /// of its tasks is left and nothing it wrote is unrecorded.
     pub gang: Vec<Placement>,
+    /// Ranks of the current gang that have ended well, while others still run.
+    pub completed: Vec<Rank>,
     /// Failures since the last newly committed checkpoint.
     pub failures: u32,
     /// Generations started beyond the first.
@@ -131,6 +134,10 @@ pub struct JobStatus {
     pub submitted_ms: u64,
     /// When the first gang ran.
     pub started_ms: Option<u64>,
+    /// When the current gang began to run; absent while none does.
+    pub running_since_ms: Option<u64>,
+    /// Milliseconds that earlier gangs ran, counted towards `stop.max_time`.
+    pub elapsed_ms: u64,
     /// When it reached a terminal phase.
     pub ended_ms: Option<u64>,
 }
