@@ -7,6 +7,7 @@
 
 pub mod config;
 pub mod connect;
+pub mod control;
 pub mod document;
 pub mod environment;
 pub mod events;

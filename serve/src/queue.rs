@@ -168,11 +168,11 @@ fn answer(
 }
 
 fn generate(predictor: &mut dyn Predictor, input: &GenerateInput, pieces: &mpsc::Sender<Piece>) {
-    let ended = predictor.generate(input, &mut |text| {
-        match pieces.blocking_send(Piece::Text(text.to_owned())) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(_) => ControlFlow::Break(()),
-        }
+    let ended = predictor.generate(input, &mut |text| match pieces
+        .blocking_send(Piece::Text(text.to_owned()))
+    {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(_) => ControlFlow::Break(()),
     });
     let _ = pieces.blocking_send(Piece::End(ended));
 }

@@ -4,10 +4,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use api::ExitClass;
+use api::control::{Control, die_with_parent};
 use api::session::{Assignment, RankOrder, RankReport};
 use checkpoint::Store;
 use tokio_util::sync::CancellationToken;
-use trainer::Control;
 
 use crate::error::ServeError;
 use crate::model::load_from_store;
@@ -20,6 +20,9 @@ const STOP_POLL: Duration = Duration::from_millis(100);
 
 /// Runs one replica until it is asked to stop.
 pub fn run_replica() -> ExitCode {
+    if let Err(error) = die_with_parent() {
+        eprintln!("replica: {error}");
+    }
     let (control, orders) = match Control::from_stdin() {
         Ok(parts) => parts,
         Err(error) => {

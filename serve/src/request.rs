@@ -109,8 +109,9 @@ pub fn parse_body(
 }
 
 fn utf8(body: &[u8]) -> Result<&str, RequestError> {
-    std::str::from_utf8(body)
-        .map_err(|e| RequestError(format!("the body is not UTF-8 from byte {} on", e.valid_up_to())))
+    std::str::from_utf8(body).map_err(|e| {
+        RequestError(format!("the body is not UTF-8 from byte {} on", e.valid_up_to()))
+    })
 }
 
 fn parse_json(body: &[u8]) -> Result<Body, RequestError> {
@@ -188,14 +189,15 @@ fn check_count(count: usize, what: &str) -> Result<(), RequestError> {
 }
 
 fn document(value: serde_json::Value, at: &str) -> Result<(Request, bool), RequestError> {
-    let parsed: RequestDocument = serde_json::from_value(value)
-        .map_err(|e| RequestError(format!("{at}{}", api::document::with_suggestion(&e.to_string()))))?;
+    let parsed: RequestDocument = serde_json::from_value(value).map_err(|e| {
+        RequestError(format!("{at}{}", api::document::with_suggestion(&e.to_string())))
+    })?;
     let stream = parsed.stream.unwrap_or(false);
     let request = match (parsed.pixels, parsed.image, parsed.prompt) {
         (Some(pixels), None, None) => Request::Image(ImageInput::Pixels(pixels)),
         (None, Some(image), None) => {
-            let bytes = base64(&image)
-                .ok_or_else(|| RequestError(format!("{at}`image` is not base64")))?;
+            let bytes =
+                base64(&image).ok_or_else(|| RequestError(format!("{at}`image` is not base64")))?;
             Request::Image(ImageInput::Encoded(bytes))
         }
         (None, None, Some(prompt)) => Request::Generate(generate(
@@ -295,7 +297,9 @@ pub fn write_answers(form: BodyForm, answers: &[Response]) -> (&'static str, Str
             let body = answers
                 .iter()
                 .map(|answer| match answer {
-                    Response::Class { label, probability, .. } => format!("{label},{probability}\n"),
+                    Response::Class { label, probability, .. } => {
+                        format!("{label},{probability}\n")
+                    }
                     Response::Text { text, .. } => json_string(text) + "\n",
                 })
                 .collect();

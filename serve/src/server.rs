@@ -231,9 +231,7 @@ fn refuse_queue(refused: Refused) -> Response {
         Refused::Full => {
             refuse(StatusCode::SERVICE_UNAVAILABLE, "the queue is full: try again in a moment")
         }
-        Refused::Closed => {
-            refuse(StatusCode::SERVICE_UNAVAILABLE, "the server is stopping")
-        }
+        Refused::Closed => refuse(StatusCode::SERVICE_UNAVAILABLE, "the server is stopping"),
     };
     response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
     response

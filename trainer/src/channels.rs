@@ -33,7 +33,11 @@ pub fn localize(spec: &JobSpec, section: &StoreSection) -> Result<LocalChannels,
     Ok(local)
 }
 
-fn fetch(channel: &str, bucket_and_key: &str, section: &StoreSection) -> Result<PathBuf, TrainError> {
+fn fetch(
+    channel: &str,
+    bucket_and_key: &str,
+    section: &StoreSection,
+) -> Result<PathBuf, TrainError> {
     let fail = |error: String| TrainError::Job(format!("channels.{channel}: {error}"));
     let (bucket, key) = bucket_and_key
         .split_once('/')

@@ -111,12 +111,12 @@ impl Checkpoints {
             Some(entry) => entry,
             None => self.saver.wait_shard(pending.step)?,
         };
-        let bytes = serde_json::to_vec(&own).map_err(|e| TrainError::Control(e.to_string()))?;
+        let bytes = serde_json::to_vec(&own).map_err(unreadable)?;
         let all = communicator.gather_bytes(&bytes)?;
         if self.rank == Rank(0) {
             let shards: Result<Vec<ShardEntry>, _> =
                 all.iter().map(|bytes| serde_json::from_slice(bytes)).collect();
-            let shards = shards.map_err(|e| TrainError::Control(e.to_string()))?;
+            let shards = shards.map_err(unreadable)?;
             self.saver.commit(pending.step, shards, self.info.clone());
         }
         Ok(())
@@ -155,4 +155,8 @@ impl Checkpoints {
     pub fn into_saver(self) -> Saver {
         self.saver
     }
+}
+
+fn unreadable(error: serde_json::Error) -> TrainError {
+    api::control::ControlError(format!("a shard entry: {error}")).into()
 }

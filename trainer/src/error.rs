@@ -29,8 +29,8 @@ pub enum TrainError {
     #[error(transparent)]
     Restore(#[from] checkpoint::RestoreError),
     /// The control socket to the worker broke.
-    #[error("control socket: {0}")]
-    Control(String),
+    #[error(transparent)]
+    Control(#[from] api::control::ControlError),
 }
 
 impl TrainError {

@@ -8,7 +8,6 @@
 
 mod channels;
 mod checkpoints;
-mod control;
 mod device;
 mod engine;
 mod error;
@@ -23,7 +22,6 @@ mod state;
 mod train;
 
 pub use channels::missing_path;
-pub use control::{Control, Orders};
 pub use device::{fingerprint, open as open_device};
 pub use error::TrainError;
 pub use rank::run_rank;

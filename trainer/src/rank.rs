@@ -6,13 +6,13 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use api::control::{Control, ControlError, Orders, die_with_parent};
 use api::session::{Assignment, RankOrder, RankReport, TrainAssignment};
 use api::{ExitClass, JobSpec, Step};
 use checkpoint::{ManifestInfo, Restore};
 use collective::{GroupOptions, Listener};
 
 use crate::checkpoints::Checkpoints;
-use crate::control::{Control, Orders};
 use crate::error::TrainError;
 use crate::optimizer::Optimizer;
 use crate::parameters::Table;
@@ -59,20 +59,14 @@ pub fn run_rank() -> ExitCode {
     }
 }
 
-/// A rank must not outlive its worker, whatever ends the worker.
-fn die_with_parent() -> Result<(), TrainError> {
-    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
-        .map_err(|e| TrainError::Control(format!("cannot set the parent-death signal: {e}")))
-}
-
 fn run(control: &Control, orders: &Orders) -> Result<(), TrainError> {
     let RankOrder::Assignment { assignment, store, data_address, .. } =
         orders.next(ASSIGNMENT_DEADLINE)?
     else {
-        return Err(TrainError::Control("the first order is not an assignment".into()));
+        return Err(unexpected("the first order is not an assignment"));
     };
     let Assignment::Train(assignment) = *assignment else {
-        return Err(TrainError::Control("this assignment is not for a rank".into()));
+        return Err(unexpected("this assignment is not for a rank"));
     };
     let spec = &assignment.spec;
     spec.validate().map_err(|e| TrainError::Job(e.to_string()))?;
@@ -94,10 +88,11 @@ fn run(control: &Control, orders: &Orders) -> Result<(), TrainError> {
     };
 
     let listener = Listener::bind(data_address)?;
-    control.abort_with(listener.abort_handle());
+    let abort = listener.abort_handle();
+    control.on_abort(move |reason| abort.abort(reason));
     control.report(&RankReport::Listening { address: listener.address(), fingerprint })?;
     let RankOrder::Peers { addresses } = orders.next(PEERS_DEADLINE)? else {
-        return Err(TrainError::Control("expected the peers' addresses".into()));
+        return Err(unexpected("expected the peers' addresses"));
     };
     let group = GroupOptions {
         job: spec.name.clone(),
@@ -125,6 +120,10 @@ fn run(control: &Control, orders: &Orders) -> Result<(), TrainError> {
         control: control.clone(),
     });
     trainer.run().map(|_| ())
+}
+
+fn unexpected(what: &str) -> TrainError {
+    ControlError(what.into()).into()
 }
 
 /// One pool of the job's size: the number of threads is part of the fingerprint.

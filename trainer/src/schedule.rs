@@ -52,7 +52,8 @@ mod tests {
 
     #[test]
     fn it_rises_to_the_peak_and_falls_to_the_minimum() {
-        for (shape, middle) in [(Shape::Linear, 0.55), (Shape::Cosine, 0.55), (Shape::Constant, 1.0)]
+        for (shape, middle) in
+            [(Shape::Linear, 0.55), (Shape::Cosine, 0.55), (Shape::Constant, 1.0)]
         {
             let schedule = Schedule { shape, peak: 1.0, min_ratio: 0.1, warmup: 10, total: 31 };
             assert_eq!(schedule.rate(0), 0.1);

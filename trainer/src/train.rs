@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use algorithms::{DataError, Dataset, Mode, Problem, StepKey};
+use api::control::Control;
 use api::events::{Evaluation, ModelFact, StepMetrics, StepTime};
 use api::session::{RankReport, TrainAssignment};
 use api::{JobSpec, Rank, Step};
@@ -16,7 +17,6 @@ use burn::tensor::Device;
 use collective::{Communicator, LaneFold, ReduceOp};
 
 use crate::checkpoints::Checkpoints;
-use crate::control::Control;
 use crate::engine::{Leaves, MicrobatchSums, evaluate, forward_backward};
 use crate::error::TrainError;
 use crate::norm::squared_norm;
@@ -82,10 +82,9 @@ pub struct TrainerParts {
 
 /// The step at which a job ends.
 pub fn last_step(spec: &JobSpec, samples: u64) -> u64 {
-    let by_epochs = spec
-        .stop
-        .max_epochs
-        .map(|epochs| (epochs.saturating_mul(samples)).div_ceil(u64::from(spec.batch.global.get())));
+    let by_epochs = spec.stop.max_epochs.map(|epochs| {
+        (epochs.saturating_mul(samples)).div_ceil(u64::from(spec.batch.global.get()))
+    });
     [spec.stop.max_steps, by_epochs].into_iter().flatten().min().unwrap_or(0)
 }
 
@@ -191,8 +190,7 @@ impl Trainer {
 
         time.checkpoint = self.checkpoint_if_due(loss)?;
         time.total = begin.elapsed().as_secs_f64();
-        time.compute =
-            (time.total - time.data - time.communication - time.checkpoint).max(0.0);
+        time.compute = (time.total - time.data - time.communication - time.checkpoint).max(0.0);
         let samples = f64::from(self.assignment.spec.batch.global.get());
         Ok(StepMetrics {
             step: self.state.step,
@@ -258,9 +256,12 @@ impl Trainer {
 
     /// One small all-reduce: does anyone want to stop, and whose shard is written.
     fn agree_to_stop(&mut self) -> Result<bool, TrainError> {
-        let time_up = self.assignment.spec.stop.max_time.is_some_and(|limit| {
-            self.started.elapsed() + self.assignment.elapsed.0 >= limit.0
-        });
+        let time_up = self
+            .assignment
+            .spec
+            .stop
+            .max_time
+            .is_some_and(|limit| self.started.elapsed() + self.assignment.elapsed.0 >= limit.0);
         let stop = self.control.stop_requested() || time_up;
         let mut votes = [i64::from(stop), self.checkpoints.shards_done()?];
         self.communicator.all_reduce(votes.as_mut_slice().into(), ReduceOp::Sum)?;

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use api::job::Batch;
-use collective::{Communicator, CollectiveError, LaneFold, LaneTree, Partial};
+use collective::{CollectiveError, Communicator, LaneFold, LaneTree, Partial};
 
 /// The lanes of a job and this rank's share of them.
 #[derive(Debug)]

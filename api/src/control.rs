@@ -1,4 +1,4 @@
-//! The rank's end of its control socket: standard input is one end of a socket pair whose other end
+//! A rank's or replica's end of its control socket: standard input is one end of a socket pair whose other end
 //! the worker holds. JSON, one document a line, both ways.
 //!
 //! A thread of its own reads orders, so that an abort reaches a blocked collective at once. End of
@@ -13,13 +13,17 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use api::session::{MESSAGE_BYTES_MAX, RankOrder, RankReport};
-use collective::AbortHandle;
-
-use crate::error::TrainError;
+use crate::session::{MESSAGE_BYTES_MAX, RankOrder, RankReport};
+/// The control socket cannot be used, or broke.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("control socket: {0}")]
+pub struct ControlError(pub String);
 
 /// Exit code of a rank whose worker is gone.
 const EXIT_ORPHANED: i32 = 10;
+
+/// Called with the reason when the worker orders an abort.
+type AbortHook = Box<dyn Fn(&str) + Send>;
 
 /// Both directions of the control socket; cheap to clone.
 #[derive(Clone)]
@@ -31,8 +35,17 @@ pub struct Control {
 #[derive(Default)]
 struct Shared {
     stop: AtomicBool,
-    abort: Mutex<Option<AbortHandle>>,
+    abort: Mutex<Option<AbortHook>>,
     delete: Mutex<Vec<String>>,
+}
+
+/// A task must not outlive its worker, whatever ends the worker: the kernel kills it then.
+///
+/// It fires when the *thread* that spawned the task ends, so the worker spawns from one that lives
+/// as long as itself.
+pub fn die_with_parent() -> Result<(), ControlError> {
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
+        .map_err(|e| ControlError(format!("cannot set the parent-death signal: {e}")))
 }
 
 /// Orders that the rank waits for: the assignment and the peers.
@@ -42,12 +55,12 @@ pub struct Orders {
 
 impl Control {
     /// Takes standard input as the control socket and begins to read orders.
-    pub fn from_stdin() -> Result<(Self, Orders), TrainError> {
+    pub fn from_stdin() -> Result<(Self, Orders), ControlError> {
         let owned = std::io::stdin().as_fd().try_clone_to_owned();
-        let socket = UnixStream::from(owned.map_err(|e| TrainError::Control(e.to_string()))?);
+        let socket = UnixStream::from(owned.map_err(|e| ControlError(e.to_string()))?);
         // Anything that is not a socket has no peer: the rank was started by hand.
         if socket.peer_addr().is_err() {
-            return Err(TrainError::Control(
+            return Err(ControlError(
                 "standard input is not a socket: `cluster rank` is started by a worker, not by \
                  hand; use `cluster submit`"
                     .into(),
@@ -60,8 +73,8 @@ impl Control {
     pub fn over(
         socket: UnixStream,
         orphaned: impl FnOnce() + Send + 'static,
-    ) -> Result<(Self, Orders), TrainError> {
-        let reader = socket.try_clone().map_err(|e| TrainError::Control(e.to_string()))?;
+    ) -> Result<(Self, Orders), ControlError> {
+        let reader = socket.try_clone().map_err(|e| ControlError(e.to_string()))?;
         let shared = Arc::new(Shared::default());
         let (sender, receiver) = channel();
         let for_thread = Arc::clone(&shared);
@@ -71,16 +84,16 @@ impl Control {
                 read_orders(reader, &for_thread, &sender);
                 orphaned();
             })
-            .map_err(|e| TrainError::Control(e.to_string()))?;
+            .map_err(|e| ControlError(e.to_string()))?;
         Ok((Self { writer: Arc::new(Mutex::new(socket)), shared }, Orders { receiver }))
     }
 
     /// Tells the worker something.
-    pub fn report(&self, report: &RankReport) -> Result<(), TrainError> {
-        let mut line = serde_json::to_vec(report).map_err(|e| TrainError::Control(e.to_string()))?;
+    pub fn report(&self, report: &RankReport) -> Result<(), ControlError> {
+        let mut line = serde_json::to_vec(report).map_err(|e| ControlError(e.to_string()))?;
         line.push(b'\n');
         let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        writer.write_all(&line).map_err(|e| TrainError::Control(e.to_string()))
+        writer.write_all(&line).map_err(|e| ControlError(e.to_string()))
     }
 
     /// Whether the job was asked to stop.
@@ -88,9 +101,9 @@ impl Control {
         self.shared.stop.load(Ordering::Relaxed)
     }
 
-    /// From now on an abort order breaks off this group's collectives.
-    pub fn abort_with(&self, handle: AbortHandle) {
-        *self.shared.abort.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
+    /// From now on an abort order calls `hook`, from the thread that reads orders.
+    pub fn on_abort(&self, hook: impl Fn(&str) + Send + 'static) {
+        *self.shared.abort.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(hook));
     }
 
     /// Manifests whose deletion the leader has ordered since the last call.
@@ -101,9 +114,9 @@ impl Control {
 
 impl Orders {
     /// The next order that something waits for.
-    pub fn next(&self, deadline: Duration) -> Result<RankOrder, TrainError> {
+    pub fn next(&self, deadline: Duration) -> Result<RankOrder, ControlError> {
         self.receiver.recv_timeout(deadline).map_err(|error| {
-            TrainError::Control(match error {
+            ControlError(match error {
                 RecvTimeoutError::Timeout => {
                     format!("no order within {} s", deadline.as_secs())
                 }
@@ -137,9 +150,8 @@ fn handle(order: RankOrder, shared: &Shared, sender: &Sender<RankOrder>) {
             shared.stop.store(true, Ordering::Relaxed);
         }
         RankOrder::Abort { reason } => {
-            let handle = shared.abort.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            if let Some(handle) = handle {
-                handle.abort(&reason);
+            if let Some(hook) = &*shared.abort.lock().unwrap_or_else(PoisonError::into_inner) {
+                hook(&reason);
             }
         }
         RankOrder::Delete { manifest_keys } => {
