@@ -1,0 +1,187 @@
+//! Carries out the leader's orders over the tasks of this worker: which may start, which must wait
+//! for room, which are to end. It never decides what ought to run.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use api::session::{Assignment, CoordinatorMessage, ExitCause, RankOrder};
+use api::{TaskId, session::RankOrder::Peers};
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use crate::folder::Folder;
+use crate::task::{Surroundings, Task, TaskHandle};
+
+/// The tasks of a worker.
+pub(crate) struct Agent {
+    folder: Folder,
+    slots: usize,
+    shared: Arc<Surroundings>,
+    running: BTreeMap<TaskId, TaskHandle>,
+    /// Ordered to start, waiting for tasks that are dying to make room; in the order they came.
+    waiting: Vec<(TaskId, Box<Assignment>)>,
+    ends: JoinSet<TaskId>,
+    is_stopping: bool,
+}
+
+impl Agent {
+    pub(crate) fn new(folder: Folder, slots: u32, shared: Arc<Surroundings>) -> Self {
+        Self {
+            folder,
+            slots: slots as usize,
+            shared,
+            running: BTreeMap::new(),
+            waiting: Vec::new(),
+            ends: JoinSet::new(),
+            is_stopping: false,
+        }
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Waits for the next task to end, for ever when there is none, and starts what waited for it.
+    pub(crate) async fn task_ended(&mut self) {
+        match self.ends.join_next().await {
+            Some(Ok(task)) => {
+                self.running.remove(&task);
+            }
+            Some(Err(error)) => {
+                // A panic in a task's own code; its guard has killed the process.
+                warn!(%error, "a task's supervision failed");
+                self.bury_the_unsupervised();
+            }
+            None => std::future::pending().await,
+        }
+        self.start_waiting();
+    }
+
+    /// A task whose supervision ended without its exit event still gets one.
+    fn bury_the_unsupervised(&mut self) {
+        let gone = self.running.extract_if(.., |_, handle| handle.is_gone());
+        for (task, _) in gone {
+            let reason = "its supervision in the worker failed".to_owned();
+            self.shared.ledger.exited(&task, ExitCause::Killed { reason });
+        }
+    }
+
+    pub(crate) fn order(&mut self, message: CoordinatorMessage) {
+        match message {
+            CoordinatorMessage::Welcome { .. } => {}
+            CoordinatorMessage::Start { task, assignment } => self.start(task, assignment),
+            CoordinatorMessage::Deliver { task, order } => self.deliver(task, order),
+            CoordinatorMessage::Kill { task, reason } => self.kill(task, &reason),
+        }
+    }
+
+    fn start(&mut self, task: TaskId, assignment: Box<Assignment>) {
+        // Known: it runs, waits, or its end is on its way to the leader.
+        if !self.shared.ledger.accept(&task) {
+            return;
+        }
+        let newest = self.generations(&task).max();
+        if let Some(newer) = newest.filter(|generation| *generation > task.generation) {
+            return self.refuse(&task, format!("superseded: {newer} of it is here already"));
+        }
+        if self.is_stopping {
+            return self.refuse(&task, "the worker is shutting down".into());
+        }
+        let reason = format!("superseded by {}", task.generation);
+        for (other, handle) in &self.running {
+            if other.workload == task.workload && other.generation < task.generation {
+                handle.kill(&reason);
+            }
+        }
+        let is_older =
+            |other: &TaskId| other.workload == task.workload && other.generation < task.generation;
+        let older = self.waiting.extract_if(.., |(other, _)| is_older(other)).collect::<Vec<_>>();
+        for (other, _) in older {
+            self.shared.ledger.exited(&other, ExitCause::Killed { reason: reason.clone() });
+        }
+        let lasting = self.running.values().filter(|handle| !handle.is_dying()).count();
+        let taken = lasting + self.waiting.len();
+        if taken >= self.slots {
+            return self
+                .refuse(&task, format!("no free slot: {taken} of {} are taken", self.slots));
+        }
+        self.waiting.push((task, assignment));
+        self.start_waiting();
+    }
+
+    fn generations(&self, task: &TaskId) -> impl Iterator<Item = api::Generation> {
+        let waiting = self.waiting.iter().map(|(other, _)| other);
+        let mine = self.running.keys().chain(waiting);
+        mine.filter(|other| other.workload == task.workload).map(|other| other.generation)
+    }
+
+    fn refuse(&self, task: &TaskId, reason: String) {
+        info!(%task, reason, "task not started");
+        self.shared.ledger.exited(task, ExitCause::NotStarted { reason });
+    }
+
+    /// Starts what has room: a free slot, and no older generation of its workload still dying.
+    fn start_waiting(&mut self) {
+        let mut still = Vec::new();
+        for (task, assignment) in std::mem::take(&mut self.waiting) {
+            let has_older = self
+                .running
+                .keys()
+                .any(|other| other.workload == task.workload && other.generation < task.generation);
+            if has_older || self.running.len() >= self.slots {
+                still.push((task, assignment));
+                continue;
+            }
+            let record = self.folder.rank_record(&task);
+            let (run, handle) = Task::new(task.clone(), assignment, record, self.shared.clone());
+            self.ends.spawn(run.run());
+            self.running.insert(task, handle);
+        }
+        self.waiting = still;
+    }
+
+    fn deliver(&mut self, task: TaskId, order: RankOrder) {
+        if let Some(handle) = self.running.get(&task) {
+            if matches!(order, Peers { .. }) {
+                self.shared.ledger.peers_given(&task);
+            }
+            return handle.deliver(order);
+        }
+        match order {
+            RankOrder::Stop { reason } | RankOrder::Abort { reason } => self.absent(&task, &reason),
+            _ => self.absent(&task, "it is not on this worker"),
+        }
+    }
+
+    fn kill(&mut self, task: TaskId, reason: &str) {
+        match self.running.get(&task) {
+            Some(handle) => handle.kill(reason),
+            None => self.absent(&task, reason),
+        }
+    }
+
+    /// Answers an order for a task that does not run here, so that the leader's view converges. One
+    /// that waits to start is given up; one whose exit is on its way needs no second exit.
+    fn absent(&mut self, task: &TaskId, reason: &str) {
+        let before = self.waiting.len();
+        self.waiting.retain(|(other, _)| other != task);
+        if before != self.waiting.len() || !self.shared.ledger.knows(task) {
+            self.shared.ledger.exited(task, ExitCause::Killed { reason: reason.to_owned() });
+        }
+    }
+
+    /// Asks every task to write a checkpoint and leave; nothing new is started.
+    pub(crate) fn stop(&mut self, reason: &str) {
+        self.is_stopping = true;
+        for (task, _) in std::mem::take(&mut self.waiting) {
+            self.refuse(&task, reason.to_owned());
+        }
+        for handle in self.running.values() {
+            handle.deliver(RankOrder::Stop { reason: reason.to_owned() });
+        }
+    }
+
+    pub(crate) fn kill_all(&self, reason: &str) {
+        self.running.values().for_each(|handle| handle.kill(reason));
+    }
+}

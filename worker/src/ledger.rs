@@ -1,0 +1,523 @@
+//! What the leader has yet to learn: which tasks this worker has, and the messages about them that
+//! are not acknowledged.
+//!
+//! Two queues. *Facts* (started, reports that change a record, exited) are kept until acknowledged
+//! and sent again after every reconnect, in order. *Samples* (metrics, log lines) are kept and sent
+//! again too, but under pressure the oldest go first, with a note in the log where lines are
+//! missing. A task stays in the inventory until its exit is acknowledged, so that a leader never
+//! takes a task for vanished while its cause of death is still on the way.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use api::TaskId;
+use api::pb::WorkerFrame;
+use api::session::{
+    ExitCause, LOG_LINE_BYTES_MAX, LogLine, LogStream, MESSAGE_BYTES_MAX, RankReport, TaskEvent,
+    TaskView, WorkerMessage,
+};
+use tokio::sync::watch;
+use tracing::warn;
+
+/// Facts kept. A task makes about five besides its checkpoints; at one checkpoint a minute this is
+/// six weeks without a control plane.
+const FACTS_MAX: usize = 65_536;
+/// Bytes of log text and metrics kept (a fixed guess per metric): a few minutes of chatty ranks,
+/// small beside a rank's own memory.
+const SAMPLE_BYTES_MAX: usize = 8 << 20;
+/// What one metrics report is counted as; more than it occupies.
+const METRICS_BYTES: usize = 1 << 10;
+/// Lines in one frame.
+const LOG_BATCH_LINES: usize = 1_024;
+/// Text in one frame, in bytes.
+const LOG_BATCH_BYTES: usize = 256 << 10;
+/// A line's bytes beside its text: JSON keys and numbers, and the worst text is escaped sixfold.
+const LOG_LINE_OVERHEAD: usize = 128;
+
+const _: () = assert!(LOG_LINE_BYTES_MAX <= LOG_BATCH_BYTES);
+const _: () = assert!(
+    (LOG_BATCH_BYTES + LOG_LINE_BYTES_MAX) * 6 + LOG_BATCH_LINES * LOG_LINE_OVERHEAD
+        < MESSAGE_BYTES_MAX
+);
+
+struct Fact {
+    order: u64,
+    task: TaskId,
+    event: TaskEvent,
+    sent: Option<u64>,
+}
+
+enum Sample {
+    Metrics { task: TaskId, report: RankReport },
+    Logs { task: TaskId, gap: Option<Gap>, lines: Vec<LogLine>, bytes: usize },
+}
+
+struct Queued {
+    order: u64,
+    sample: Sample,
+    sent: Option<u64>,
+}
+
+/// Lines that were dropped from the queue.
+#[derive(Clone, Debug)]
+struct Gap {
+    sequence: u64,
+    time_ms: u64,
+    lines: u64,
+}
+
+struct Task {
+    view: TaskView,
+    exited: bool,
+}
+
+#[derive(Default)]
+struct Inner {
+    tasks: BTreeMap<TaskId, Task>,
+    facts: VecDeque<Fact>,
+    samples: VecDeque<Queued>,
+    sample_bytes: usize,
+    /// Facts and samples at the front that this session has sent.
+    facts_sent: usize,
+    samples_sent: usize,
+    gaps: BTreeMap<TaskId, Gap>,
+    order: u64,
+    sequence: u64,
+}
+
+/// Shared by the tasks that write to it and the session that empties it.
+pub(crate) struct Ledger {
+    inner: Mutex<Inner>,
+    changes: watch::Sender<u64>,
+}
+
+impl Sample {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Metrics { .. } => METRICS_BYTES,
+            Self::Logs { lines, bytes, .. } => bytes + lines.len() * LOG_LINE_OVERHEAD,
+        }
+    }
+
+    fn message(&self) -> WorkerMessage {
+        match self {
+            Self::Metrics { task, report } => WorkerMessage::Task {
+                task: task.clone(),
+                event: TaskEvent::Report { report: report.clone() },
+            },
+            Self::Logs { task, gap, lines, .. } => {
+                let note = gap.iter().map(|gap| LogLine {
+                    sequence: gap.sequence,
+                    time_ms: gap.time_ms,
+                    stream: LogStream::Gap,
+                    text: format!(
+                        "{} lines are missing here: the worker could not reach a coordinator in \
+                         time; the object store may have them",
+                        gap.lines
+                    ),
+                });
+                WorkerMessage::Logs {
+                    task: task.clone(),
+                    lines: note.chain(lines.iter().cloned()).collect(),
+                }
+            }
+        }
+    }
+}
+
+fn is_sample(report: &RankReport) -> bool {
+    matches!(report, RankReport::Step(_) | RankReport::Evaluation(_))
+}
+
+impl Inner {
+    fn next_order(&mut self) -> u64 {
+        self.order += 1;
+        self.order
+    }
+
+    fn push_fact(&mut self, task: TaskId, event: TaskEvent) {
+        if self.facts.len() >= FACTS_MAX {
+            self.forget_a_fact();
+        }
+        let order = self.next_order();
+        self.facts.push_back(Fact { order, task, event, sent: None });
+    }
+
+    /// Only reports are forgotten: starts and exits are bounded by what the leader ordered. The
+    /// first choice is a checkpoint that a later one of its task supersedes; the next leader adopts
+    /// complete manifests from the store, so not even that is lost.
+    fn forget_a_fact(&mut self) {
+        let is_checkpoint = |fact: &Fact| {
+            matches!(&fact.event, TaskEvent::Report { report: RankReport::Checkpoint(_) })
+        };
+        let superseded = self.facts.iter().position(|fact| {
+            is_checkpoint(fact)
+                && self
+                    .facts
+                    .iter()
+                    .rev()
+                    .take_while(|later| later.order > fact.order)
+                    .any(|later| is_checkpoint(later) && later.task == fact.task)
+        });
+        let index = superseded.or_else(|| {
+            self.facts.iter().position(|fact| matches!(fact.event, TaskEvent::Report { .. }))
+        });
+        if let Some(index) = index
+            && let Some(fact) = self.facts.remove(index)
+        {
+            self.facts_sent -= usize::from(index < self.facts_sent);
+            warn!(task = %fact.task, kept = FACTS_MAX, "forgot a report: no coordinator takes them");
+        }
+    }
+
+    fn push_sample(&mut self, sample: Sample) {
+        self.sample_bytes += sample.bytes();
+        let order = self.next_order();
+        self.samples.push_back(Queued { order, sample, sent: None });
+        while self.sample_bytes > SAMPLE_BYTES_MAX && self.samples.len() > 1 {
+            self.drop_oldest_sample();
+        }
+    }
+
+    fn drop_oldest_sample(&mut self) {
+        let Some(Queued { sample, .. }) = self.samples.pop_front() else { return };
+        self.sample_bytes -= sample.bytes();
+        self.samples_sent = self.samples_sent.saturating_sub(1);
+        let Sample::Logs { task, gap, lines, .. } = sample else { return };
+        let Some(first) = lines.first() else { return };
+        let dropped = Gap {
+            sequence: gap.as_ref().map_or(first.sequence, |g| g.sequence),
+            time_ms: first.time_ms,
+            lines: lines.len() as u64 + gap.map_or(0, |g| g.lines),
+        };
+        let next = self.samples.iter_mut().find_map(|queued| match &mut queued.sample {
+            Sample::Logs { task: other, gap, .. } if *other == task => Some(gap),
+            _ => None,
+        });
+        match next {
+            Some(gap) => *gap = Some(merge(dropped, gap.take())),
+            None => {
+                self.gaps.insert(task, dropped);
+            }
+        }
+    }
+
+    fn push_lines(&mut self, task: &TaskId, lines: Vec<LogLine>) {
+        for line in lines {
+            let length = line.text.len();
+            let unsent = self.samples.len() > self.samples_sent;
+            if unsent
+                && let Some(Queued {
+                    sample: Sample::Logs { task: last, lines, bytes, .. }, ..
+                }) = self.samples.back_mut()
+                && last == task
+                && lines.len() < LOG_BATCH_LINES
+                && *bytes + length <= LOG_BATCH_BYTES
+            {
+                lines.push(line);
+                *bytes += length;
+                self.sample_bytes += length + LOG_LINE_OVERHEAD;
+                continue;
+            }
+            let gap = self.gaps.remove(task);
+            let task = task.clone();
+            self.push_sample(Sample::Logs { task, gap, lines: vec![line], bytes: length });
+        }
+    }
+}
+
+fn merge(earlier: Gap, later: Option<Gap>) -> Gap {
+    let lines = earlier.lines + later.map_or(0, |gap| gap.lines);
+    Gap { lines, ..earlier }
+}
+
+impl Ledger {
+    pub(crate) fn new() -> Self {
+        Self { inner: Mutex::default(), changes: watch::Sender::new(0) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Every change below is complete before anything in it can panic.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn changed(&self) {
+        self.changes.send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    /// Wakes when something was added or acknowledged.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// The task is this worker's from now on; false when it has it already or its exit is not yet
+    /// acknowledged.
+    pub(crate) fn accept(&self, task: &TaskId) -> bool {
+        let mut inner = self.lock();
+        if inner.tasks.contains_key(task) {
+            return false;
+        }
+        let view = TaskView { task: task.clone(), address: None, has_peers: false };
+        inner.tasks.insert(task.clone(), Task { view, exited: false });
+        true
+    }
+
+    /// Whether the task is in the inventory: running, or dead with its exit not acknowledged.
+    pub(crate) fn knows(&self, task: &TaskId) -> bool {
+        self.lock().tasks.contains_key(task)
+    }
+
+    pub(crate) fn started(&self, task: &TaskId, pid: u32) {
+        self.lock().push_fact(task.clone(), TaskEvent::Started { pid });
+        self.changed();
+    }
+
+    pub(crate) fn report(&self, task: &TaskId, report: RankReport) {
+        let mut inner = self.lock();
+        if let RankReport::Listening { address, .. } = &report
+            && let Some(known) = inner.tasks.get_mut(task)
+        {
+            known.view.address = Some(*address);
+        }
+        if is_sample(&report) {
+            inner.push_sample(Sample::Metrics { task: task.clone(), report });
+        } else {
+            inner.push_fact(task.clone(), TaskEvent::Report { report });
+        }
+        drop(inner);
+        self.changed();
+    }
+
+    pub(crate) fn peers_given(&self, task: &TaskId) {
+        if let Some(known) = self.lock().tasks.get_mut(task) {
+            known.view.has_peers = true;
+        }
+    }
+
+    pub(crate) fn exited(&self, task: &TaskId, cause: ExitCause) {
+        let mut inner = self.lock();
+        if let Some(known) = inner.tasks.get_mut(task) {
+            known.exited = true;
+        }
+        inner.gaps.remove(task);
+        inner.push_fact(task.clone(), TaskEvent::Exited { cause });
+        drop(inner);
+        self.changed();
+    }
+
+    pub(crate) fn lines(&self, task: &TaskId, lines: Vec<LogLine>) {
+        self.lock().push_lines(task, lines);
+        self.changed();
+    }
+
+    /// Facts that no leader has acknowledged.
+    pub(crate) fn facts_left(&self) -> usize {
+        self.lock().facts.len()
+    }
+
+    /// A new session: sequences begin again, everything is unsent again. Returns the hello's
+    /// sequence and the inventory, taken at the same instant.
+    pub(crate) fn begin_session(&self) -> (u64, Vec<TaskView>) {
+        let mut inner = self.lock();
+        inner.facts.iter_mut().for_each(|fact| fact.sent = None);
+        inner.samples.iter_mut().for_each(|queued| queued.sent = None);
+        (inner.facts_sent, inner.samples_sent, inner.sequence) = (0, 0, 1);
+        (1, inner.tasks.values().map(|task| task.view.clone()).collect())
+    }
+
+    /// The next heartbeat of this session.
+    pub(crate) fn heartbeat(&self) -> WorkerFrame {
+        let mut inner = self.lock();
+        inner.sequence += 1;
+        frame(inner.sequence, &WorkerMessage::Heartbeat)
+    }
+
+    /// The oldest message that this session has not sent, facts and samples in the order in which
+    /// they came about.
+    pub(crate) fn next_frame(&self) -> Option<WorkerFrame> {
+        let mut inner = self.lock();
+        let Inner { facts, samples, facts_sent, samples_sent, sequence, .. } = &mut *inner;
+        let fact = facts.get_mut(*facts_sent);
+        let sample = samples.get_mut(*samples_sent);
+        let fact_first = match (&fact, &sample) {
+            (Some(fact), Some(sample)) => fact.order < sample.order,
+            (fact, _) => fact.is_some(),
+        };
+        let (message, sent) = match (fact, sample) {
+            (Some(fact), _) if fact_first => {
+                *facts_sent += 1;
+                let (task, event) = (fact.task.clone(), fact.event.clone());
+                (WorkerMessage::Task { task, event }, &mut fact.sent)
+            }
+            (_, Some(queued)) => {
+                *samples_sent += 1;
+                (queued.sample.message(), &mut queued.sent)
+            }
+            _ => return None,
+        };
+        *sequence += 1;
+        *sent = Some(*sequence);
+        Some(frame(*sequence, &message))
+    }
+
+    /// Whether `next_frame` would return one.
+    pub(crate) fn has_unsent(&self) -> bool {
+        let inner = self.lock();
+        inner.facts.len() > inner.facts_sent || inner.samples.len() > inner.samples_sent
+    }
+
+    /// Whether something sent in this session waits for its acknowledgement.
+    pub(crate) fn awaits_acknowledgement(&self) -> bool {
+        self.lock().facts_sent > 0
+    }
+
+    /// The leader has acted on every frame of this session up to `sequence`.
+    pub(crate) fn acknowledge(&self, sequence: u64) {
+        let mut inner = self.lock();
+        let done = |sent: Option<u64>| sent.is_some_and(|sent| sent <= sequence);
+        let before = inner.facts.len() + inner.samples.len();
+        while inner.facts.front().is_some_and(|fact| done(fact.sent)) {
+            let Some(fact) = inner.facts.pop_front() else { break };
+            inner.facts_sent -= 1;
+            if matches!(fact.event, TaskEvent::Exited { .. })
+                && inner.tasks.get(&fact.task).is_some_and(|task| task.exited)
+            {
+                inner.tasks.remove(&fact.task);
+            }
+        }
+        while inner.samples.front().is_some_and(|queued| done(queued.sent)) {
+            let Some(queued) = inner.samples.pop_front() else { break };
+            inner.samples_sent -= 1;
+            inner.sample_bytes -= queued.sample.bytes();
+        }
+        let changed = before != inner.facts.len() + inner.samples.len();
+        drop(inner);
+        if changed {
+            self.changed();
+        }
+    }
+}
+
+/// Wraps a message; a message of ours always serialises, its maps have text keys.
+pub(crate) fn frame(sequence: u64, message: &WorkerMessage) -> WorkerFrame {
+    let json = serde_json::to_vec(message).expect("messages have no map with non-text keys");
+    WorkerFrame { sequence, json }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use api::{Generation, Rank};
+
+    fn task(rank: u32) -> TaskId {
+        TaskId {
+            workload: "job".parse().expect("a name"),
+            generation: Generation(1),
+            rank: Rank(rank),
+        }
+    }
+
+    fn line(sequence: u64, bytes: usize) -> LogLine {
+        LogLine { sequence, time_ms: 0, stream: LogStream::Stdout, text: "x".repeat(bytes) }
+    }
+
+    fn drain(ledger: &Ledger) -> Vec<(u64, WorkerMessage)> {
+        std::iter::from_fn(|| ledger.next_frame())
+            .map(|frame| (frame.sequence, serde_json::from_slice(&frame.json).expect("parses")))
+            .collect()
+    }
+
+    fn summary(messages: &[(u64, WorkerMessage)]) -> Vec<String> {
+        messages
+            .iter()
+            .map(|(sequence, message)| match message {
+                WorkerMessage::Task { task, event: TaskEvent::Started { .. } } => {
+                    format!("{sequence} {} started", task.rank)
+                }
+                WorkerMessage::Task { task, event: TaskEvent::Exited { .. } } => {
+                    format!("{sequence} {} exited", task.rank)
+                }
+                WorkerMessage::Logs { task, lines } => {
+                    format!("{sequence} {} {} lines", task.rank, lines.len())
+                }
+                other => format!("{sequence} {other:?}"),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_is_not_acknowledged_is_sent_again_in_order_under_new_sequences() {
+        let ledger = Ledger::new();
+        assert!(ledger.accept(&task(0)) && ledger.accept(&task(1)));
+        assert!(!ledger.accept(&task(0)), "a task is accepted once");
+        ledger.begin_session();
+        ledger.started(&task(0), 7);
+        ledger.lines(&task(0), vec![line(0, 1), line(1, 1)]);
+        ledger.started(&task(1), 8);
+        ledger.exited(&task(0), ExitCause::Completed);
+        let first = ["2 r0 started", "3 r0 2 lines", "4 r1 started", "5 r0 exited"];
+        assert_eq!(summary(&drain(&ledger)), first);
+        ledger.acknowledge(3);
+
+        let (hello, inventory) = ledger.begin_session();
+        assert_eq!((hello, inventory.len()), (1, 2), "an unacknowledged exit keeps its task");
+        assert_eq!(summary(&drain(&ledger)), ["2 r1 started", "3 r0 exited"]);
+        ledger.acknowledge(3);
+        assert_eq!(ledger.facts_left(), 0);
+        assert_eq!(ledger.begin_session().1.len(), 1);
+        assert!(ledger.accept(&task(0)), "its exit is acknowledged");
+    }
+
+    #[test]
+    fn pressure_drops_the_oldest_lines_with_a_note_and_never_a_fact() {
+        let ledger = Ledger::new();
+        ledger.started(&task(0), 7);
+        let count = (2 * SAMPLE_BYTES_MAX / LOG_LINE_BYTES_MAX) as u64;
+        for sequence in 0..count {
+            ledger.lines(&task(0), vec![line(sequence, LOG_LINE_BYTES_MAX)]);
+        }
+        assert!(ledger.lock().sample_bytes <= SAMPLE_BYTES_MAX);
+        ledger.begin_session();
+        let messages = drain(&ledger);
+        assert!(matches!(messages[0].1, WorkerMessage::Task { .. }), "the fact is still there");
+        let lines: Vec<LogLine> = messages
+            .into_iter()
+            .filter_map(|(_, message)| match message {
+                WorkerMessage::Logs { lines, .. } => Some(lines),
+                _ => None,
+            })
+            .flatten()
+            .collect();
+        assert_eq!((lines[0].stream, lines[0].sequence), (LogStream::Gap, 0));
+        let missing = format!("{} lines are missing", lines[1].sequence);
+        assert!(lines[0].text.starts_with(&missing), "{}", lines[0].text);
+        let kept: Vec<u64> = lines[1..].iter().map(|line| line.sequence).collect();
+        assert_eq!(kept, (lines[1].sequence..count).collect::<Vec<_>>());
+        ledger.acknowledge(u64::MAX);
+        assert_eq!(ledger.lock().sample_bytes, 0, "the count of bytes is exact");
+    }
+
+    #[test]
+    fn a_full_queue_forgets_superseded_checkpoints_first() {
+        let ledger = Ledger::new();
+        ledger.started(&task(0), 7);
+        for step in 0..=FACTS_MAX as u64 {
+            let fact = api::events::CheckpointFact {
+                step: api::Step(step),
+                generation: Generation(1),
+                manifest_key: String::new(),
+                manifest_digest: String::new(),
+                bytes: 0,
+            };
+            ledger.report(&task(0), RankReport::Checkpoint(fact));
+        }
+        assert_eq!(ledger.facts_left(), FACTS_MAX);
+        let inner = ledger.lock();
+        assert!(matches!(inner.facts[0].event, TaskEvent::Started { .. }));
+        let TaskEvent::Report { report: RankReport::Checkpoint(fact) } = &inner.facts[1].event
+        else {
+            panic!("expected a checkpoint")
+        };
+        assert_eq!(fact.step.0, 2, "steps 0 and 1 went, the newest stayed");
+    }
+}

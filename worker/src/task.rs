@@ -1,0 +1,373 @@
+//! One task from start to end: its process, its control socket, its output, and the one exit event
+//! that it always makes.
+
+use std::io;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use api::TaskId;
+use api::config::{ServeSection, StoreSection};
+use api::environment::{TaskPlace, task_environment};
+use api::session::{Assignment, ExitCause, MESSAGE_BYTES_MAX, RankOrder, RankReport};
+use nix::sys::signal::Signal;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::archive::Archive;
+use crate::capture::Capture;
+use crate::ledger::Ledger;
+use crate::process::{Launch, Spawner, Started};
+use crate::spool::Spooler;
+use crate::strays::RankRecord;
+
+/// Orders that a rank may leave unread; a rank that reads none of this many hangs.
+pub(crate) const ORDER_QUEUE: usize = 1_024;
+/// Longest report: it must fit a session frame together with its envelope.
+const REPORT_BYTES_MAX: usize = MESSAGE_BYTES_MAX - (64 << 10);
+/// After a rank's end its pipes and its socket end too, unless a process that left its group holds
+/// them open; that one is not waited for.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest message of an exit cause; it is recorded in the transaction log.
+const MESSAGE_CHARS_MAX: usize = 1_024;
+/// Credentials of the worker's environment that go to the rank by the socket only.
+const SECRET_VARIABLES: [&str; 2] = ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
+
+/// What all tasks of a worker share.
+pub(crate) struct Surroundings {
+    pub(crate) program: PathBuf,
+    pub(crate) data_address: std::net::IpAddr,
+    pub(crate) store: StoreSection,
+    pub(crate) serve: ServeSection,
+    pub(crate) spawner: Spawner,
+    pub(crate) ledger: Arc<Ledger>,
+    pub(crate) spooler: Spooler,
+    pub(crate) archive: Archive,
+}
+
+/// How the agent reaches a running task.
+pub(crate) struct TaskHandle {
+    orders: mpsc::Sender<RankOrder>,
+    kill: watch::Sender<Option<String>>,
+}
+
+impl TaskHandle {
+    /// Passes an order on; a rank that does not read its orders is killed.
+    pub(crate) fn deliver(&self, order: RankOrder) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.orders.try_send(order) {
+            self.kill(&format!("it left its last {ORDER_QUEUE} orders unread"));
+        }
+    }
+
+    /// Ends it now; the first reason counts.
+    pub(crate) fn kill(&self, reason: &str) {
+        self.kill.send_if_modified(|held| {
+            let is_first = held.is_none();
+            held.get_or_insert_with(|| reason.to_owned());
+            is_first
+        });
+    }
+
+    /// Whether nobody runs the task any more.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.kill.is_closed()
+    }
+
+    pub(crate) fn is_dying(&self) -> bool {
+        self.kill.borrow().is_some()
+    }
+}
+
+/// A task to be run.
+pub(crate) struct Task {
+    id: TaskId,
+    assignment: Box<Assignment>,
+    record: PathBuf,
+    shared: Arc<Surroundings>,
+    orders: mpsc::Receiver<RankOrder>,
+    kill: watch::Receiver<Option<String>>,
+}
+
+/// The credentials that a rank needs, out of the worker's environment where the file has none.
+pub(crate) fn store_for_ranks(mut store: StoreSection, uri: String) -> StoreSection {
+    store.uri = uri;
+    let from_environment = |name: &str| std::env::var(name).ok().map(api::Secret::new);
+    let s3 = &mut store.s3;
+    if s3.access_key_id.is_empty() {
+        s3.access_key_id = std::env::var("AWS_ACCESS_KEY_ID").unwrap_or_default();
+    }
+    if s3.secret_access_key.is_none() {
+        s3.secret_access_key = from_environment(SECRET_VARIABLES[0]);
+        if s3.session_token.is_none() {
+            s3.session_token = from_environment(SECRET_VARIABLES[1]);
+        }
+    }
+    store
+}
+
+impl Task {
+    pub(crate) fn new(
+        id: TaskId,
+        assignment: Box<Assignment>,
+        record: PathBuf,
+        shared: Arc<Surroundings>,
+    ) -> (Self, TaskHandle) {
+        let (orders_sender, orders) = mpsc::channel(ORDER_QUEUE);
+        let (kill_sender, kill) = watch::channel(None);
+        let handle = TaskHandle { orders: orders_sender, kill: kill_sender };
+        (Self { id, assignment, record, shared, orders, kill }, handle)
+    }
+
+    /// Runs it to its end, which is in the ledger when this returns.
+    pub(crate) async fn run(self) -> TaskId {
+        let (id, ledger) = (self.id.clone(), self.shared.ledger.clone());
+        let cause = match self.live().await {
+            Ok(cause) => cause,
+            Err(error) => ExitCause::NotStarted { reason: clip(&error.to_string()) },
+        };
+        info!(task = %id, %cause, "task ended");
+        ledger.exited(&id, cause);
+        id
+    }
+
+    async fn live(mut self) -> io::Result<ExitCause> {
+        let (id, shared) = (self.id.clone(), self.shared.clone());
+        let started = shared.spawner.spawn(self.launch()).await?;
+        let Started { pid, guard, control, stdout, stderr, mut ended } = started;
+
+        // Recorded before it is told anything, so that no rank computes unrecorded. Should this
+        // fail, dropping the guard kills it.
+        let (task, path) = (id.clone(), self.record.clone());
+        let recorded = tokio::task::spawn_blocking(move || {
+            RankRecord::of(&task, pid).and_then(|record| record.write(&path))
+        });
+        let recorded = recorded.await.map_err(io::Error::other).and_then(|written| written);
+        recorded.map_err(|error| {
+            io::Error::new(error.kind(), format!("cannot write {}: {error}", self.record.display()))
+        })?;
+        info!(task = %id, pid, "task started");
+        shared.ledger.started(&id, pid);
+
+        let give_up = CancellationToken::new();
+        let capture = Capture::new(id.clone(), shared.ledger.clone(), shared.spooler.clone());
+        let mut capture = tokio::spawn(capture.run(stdout, stderr, give_up.clone()));
+        let (read, write) = UnixStream::from_std(control)?.into_split();
+        let failed = Arc::new(Mutex::new(None));
+        let reader =
+            Reader { id: id.clone(), ledger: shared.ledger.clone(), failed: failed.clone() };
+        let mut reports = tokio::spawn(reader.run(read));
+        let (_, nothing) = mpsc::channel(1);
+        let first = self.assignment_order();
+        let orders = std::mem::replace(&mut self.orders, nothing);
+        let writer: JoinHandle<()> = tokio::spawn(write_orders(write, first, orders));
+        shared.archive.follow(&id).await;
+
+        let mut broken = None;
+        let mut listening = true;
+        let status = loop {
+            tokio::select! {
+                status = &mut ended => break status.unwrap_or_else(|_| {
+                    // The waiting thread always answers.
+                    ExitStatus::from_raw(Signal::SIGKILL as i32)
+                }),
+                Ok(()) = self.kill.changed() => guard.0.kill(),
+                finished = &mut reports, if listening => {
+                    listening = false;
+                    if let Ok(Err(reason)) = finished {
+                        warn!(task = %id, reason, "killing a rank that breaks the protocol");
+                        broken = Some(reason);
+                        guard.0.kill();
+                    }
+                }
+            }
+        };
+        if listening && timeout(DRAIN_TIMEOUT, &mut reports).await.is_err() {
+            reports.abort();
+        }
+        writer.abort();
+        let last_error = match timeout(DRAIN_TIMEOUT, &mut capture).await {
+            Ok(finished) => finished,
+            Err(_) => {
+                give_up.cancel();
+                capture.await
+            }
+        };
+        let last_error = last_error.map_err(io::Error::other).and_then(|read| read);
+        shared.spooler.close(&id).await;
+        shared.archive.ended(&id).await;
+        let record = self.record.clone();
+        if let Err(error) = tokio::fs::remove_file(&record).await {
+            // Harmless: the next incarnation finds no such process.
+            warn!(file = %record.display(), %error, "a rank's record cannot be removed");
+        }
+        let ordered = self.kill.borrow().clone().or(broken);
+        let failed = failed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Ok(exit_cause(status, ordered, failed, &last_error.unwrap_or_default()))
+    }
+
+    fn launch(&self) -> Launch {
+        let (role, world_size, local_rank, threads) = match &*self.assignment {
+            Assignment::Train(train) => {
+                let threads = train.spec.resources.threads_per_rank.get();
+                ("rank", train.world_size, train.local_rank, threads)
+            }
+            Assignment::Serve(_) => match self.shared.serve.threads {
+                0 => {
+                    let here = std::thread::available_parallelism();
+                    ("replica", 1, 0, here.map_or(1, |cores| cores.get() as u32))
+                }
+                threads => ("replica", 1, 0, threads),
+            },
+        };
+        let local_world_size = 1;
+        let task = &self.id;
+        let place = TaskPlace { task, world_size, local_rank, local_world_size, threads };
+        let mut environment = task_environment(&place);
+        let mut without: &'static [&'static str] = &SECRET_VARIABLES;
+        if world_size > 1 {
+            // The assignment does not say how many of the gang run here, and a wrong number is
+            // worse than none.
+            environment.remove(LOCAL_WORLD_SIZE);
+            without = &[SECRET_VARIABLES[0], SECRET_VARIABLES[1], LOCAL_WORLD_SIZE];
+        }
+        Launch { program: self.shared.program.clone(), role, environment, without }
+    }
+
+    fn assignment_order(&self) -> RankOrder {
+        RankOrder::Assignment {
+            assignment: self.assignment.clone(),
+            store: self.shared.store.clone(),
+            data_address: self.shared.data_address,
+            serve: self.shared.serve.clone(),
+        }
+    }
+}
+
+const LOCAL_WORLD_SIZE: &str = "LOCAL_WORLD_SIZE";
+
+/// What a rank says of itself before it exits with a code.
+struct Failed {
+    message: String,
+    retryable: bool,
+}
+
+/// Reads reports into the ledger.
+struct Reader {
+    id: TaskId,
+    ledger: Arc<Ledger>,
+    failed: Arc<Mutex<Option<Failed>>>,
+}
+
+impl Reader {
+    /// Until the rank's end of the socket is closed; fails when it says something unintelligible.
+    async fn run(self, socket: OwnedReadHalf) -> Result<(), String> {
+        let mut socket = BufReader::new(socket);
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            let mut bounded = (&mut socket).take(REPORT_BYTES_MAX as u64 + 1);
+            let read = bounded.read_until(b'\n', &mut line).await;
+            if line.last() != Some(&b'\n') {
+                if line.len() > REPORT_BYTES_MAX {
+                    return Err(format!("it sent a report of more than {REPORT_BYTES_MAX} bytes"));
+                }
+                // Closed, perhaps in the middle of a line because it was killed.
+                drop(read);
+                return Ok(());
+            }
+            let report: RankReport = serde_json::from_slice(&line)
+                .map_err(|error| format!("it sent what is not a report: {error}"))?;
+            if let RankReport::Failed { message, retryable, .. } = &report {
+                let failed = Failed { message: message.clone(), retryable: *retryable };
+                *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(failed);
+            }
+            self.ledger.report(&self.id, report);
+        }
+    }
+}
+
+/// Writes orders until the rank closes its end. The agent's queue to it is bounded, so that this may
+/// wait for a rank that reads slowly.
+async fn write_orders(
+    mut socket: OwnedWriteHalf,
+    first: RankOrder,
+    mut orders: mpsc::Receiver<RankOrder>,
+) {
+    let mut next = Some(first);
+    while let Some(order) = next {
+        // An order of ours always serialises: its maps have text keys.
+        let Ok(mut line) = serde_json::to_vec(&order) else { return };
+        line.push(b'\n');
+        if socket.write_all(&line).await.is_err() {
+            break;
+        }
+        next = orders.recv().await;
+    }
+    // What comes now cannot reach it any more; the agent must not see a full queue.
+    while orders.recv().await.is_some() {}
+    drop(socket);
+}
+
+fn clip(text: &str) -> String {
+    text.chars().take(MESSAGE_CHARS_MAX).collect()
+}
+
+fn exit_cause(
+    status: ExitStatus,
+    ordered: Option<String>,
+    failed: Option<Failed>,
+    last_error: &str,
+) -> ExitCause {
+    match (status.code(), status.signal(), ordered) {
+        (_, Some(signal), Some(reason)) if signal == Signal::SIGKILL as i32 => {
+            ExitCause::Killed { reason: clip(&reason) }
+        }
+        (Some(0), ..) => ExitCause::Completed,
+        (Some(code), ..) => {
+            let (message, retryable) =
+                failed.map_or((last_error.to_owned(), true), |f| (f.message, f.retryable));
+            ExitCause::Code { code, message: clip(&message), retryable }
+        }
+        (None, signal, _) => {
+            let message = failed.map_or_else(|| last_error.to_owned(), |failed| failed.message);
+            ExitCause::Signal { signal: signal.unwrap_or(0), message: clip(&message) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_way_to_end_has_its_cause() {
+        let exited = |code: i32| ExitStatus::from_raw(code << 8);
+        let signalled = ExitStatus::from_raw;
+        let order = || Some("superseded".to_owned());
+        let said = |retryable| Some(Failed { message: "said".into(), retryable });
+        let table = [
+            (exit_cause(exited(0), None, None, "x"), "completed"),
+            // It was already gone when the order came.
+            (exit_cause(exited(0), order(), None, "x"), "completed"),
+            (exit_cause(exited(3), order(), None, "x"), "exited with code 3: x"),
+            (exit_cause(exited(2), None, said(false), "x"), "exited with code 2: said"),
+            (exit_cause(signalled(9), None, None, "x"), "killed by signal 9 (SIGKILL): x"),
+            (exit_cause(signalled(9), order(), None, "x"), "stopped by its worker: superseded"),
+            // A crash is a crash, whatever was ordered meanwhile.
+            (exit_cause(signalled(11), order(), None, ""), "killed by signal 11 (SIGSEGV)"),
+        ];
+        for (cause, text) in table {
+            assert_eq!(cause.to_string(), text);
+        }
+        assert!(!exit_cause(exited(2), None, said(false), "").is_retryable());
+        assert!(exit_cause(exited(2), None, None, "").is_retryable());
+    }
+}

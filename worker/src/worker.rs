@@ -1,0 +1,229 @@
+//! The worker as a whole: what it needs, its start in safe order, its loop and its polite end.
+
+use std::fs;
+use std::io::Read;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::config::ClusterConfig;
+use api::session::WorkerHello;
+use api::{Name, Secret};
+use checkpoint::Store;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::agent::Agent;
+use crate::archive::Archive;
+use crate::error::WorkerError;
+use crate::folder::Folder;
+use crate::ledger::Ledger;
+use crate::process::Spawner;
+use crate::session::{Session, SessionOptions};
+use crate::spool::Spooler;
+use crate::strays;
+use crate::task::{Surroundings, store_for_ranks};
+
+/// Orders that wait for the agent, which takes each without waiting for anything.
+const ORDER_QUEUE: usize = 256;
+/// At the end, time for the leader to take the last facts; the next leader learns of lost ones by
+/// the end of the lease.
+const FACTS_TIMEOUT: Duration = Duration::from_secs(5);
+/// At the end, time for the store to take the last lines; what it does not take, the next
+/// incarnation uploads.
+const LOGS_TIMEOUT: Duration = Duration::from_secs(10);
+/// Why tasks end when the worker does.
+const STOP_REASON: &str = "the worker is shutting down";
+
+/// What a worker needs.
+pub struct WorkerOptions {
+    /// The whole cluster.toml.
+    pub config: ClusterConfig,
+    /// The worker's name, unique in the cluster.
+    pub name: Name,
+    /// Ranks it may run at once; at least 1.
+    pub slots: u32,
+    /// Coordinators to try in turn; whichever answers names the leader.
+    pub coordinators: Vec<SocketAddr>,
+    /// The cluster token.
+    pub token: Secret,
+    /// The cluster binary, started as `rank` and `replica`.
+    pub program: PathBuf,
+    /// This worker's folder; one worker at a time.
+    pub dir: PathBuf,
+}
+
+/// The agent of one host.
+pub struct Worker;
+
+impl Worker {
+    /// Runs until `shutdown`, then stops its tasks politely and returns. While it runs, only a
+    /// refusal by the cluster ends it; tasks do not outlive it.
+    pub async fn run(
+        options: WorkerOptions,
+        shutdown: CancellationToken,
+    ) -> Result<(), WorkerError> {
+        if options.coordinators.is_empty() {
+            return Err(WorkerError::Options("no coordinator's address is given".into()));
+        }
+        if options.slots == 0 {
+            return Err(WorkerError::Options("a worker needs at least 1 slot, found 0".into()));
+        }
+        // Certificates that cannot be read now would only look like an unreachable cluster later.
+        for address in &options.coordinators {
+            api::connect::endpoint(*address, &options.config.tls)?;
+        }
+        let config = &options.config;
+        let folder = open_folder(options.dir.clone()).await?;
+        let uri = config.store_uri();
+        let store = Store::open(&config.store, &uri)?;
+        let thread = |source| WorkerError::io("start a thread for", &options.dir, source);
+        let spooler = Spooler::start(folder.logs(), config.worker.log_bytes.0).map_err(thread)?;
+        let archive = Archive::start(store, folder.logs(), spooler.grown.clone());
+        let ledger = Arc::new(Ledger::new());
+        let shared = Arc::new(Surroundings {
+            program: options.program.clone(),
+            data_address: config.worker.data_address,
+            store: store_for_ranks(config.store.clone(), uri),
+            serve: config.serve.clone(),
+            spawner: Spawner::start().map_err(thread)?,
+            ledger: ledger.clone(),
+            spooler,
+            archive: archive.clone(),
+        });
+        let agent = Agent::new(folder, options.slots, shared);
+        let (orders, inbox) = mpsc::channel(ORDER_QUEUE);
+        let session = Session::new(session_options(&options)?, ledger.clone(), orders);
+        let stop_timeout = config.worker.stop_timeout.0;
+        info!(worker = %options.name, slots = options.slots, "worker starts");
+        let running = Running { agent, inbox, ledger, archive, stop_timeout };
+        running.run(session, shutdown).await
+    }
+}
+
+/// Takes the folder and clears what a former incarnation left, before anything else may happen.
+async fn open_folder(dir: PathBuf) -> Result<Folder, WorkerError> {
+    let path = dir.clone();
+    let opened = tokio::task::spawn_blocking(move || {
+        let folder = Folder::open(&dir)?;
+        strays::clear(&folder)?;
+        Ok(folder)
+    });
+    let failed = |error| WorkerError::io("open", path, std::io::Error::other(error));
+    opened.await.map_err(failed)?
+}
+
+fn session_options(options: &WorkerOptions) -> Result<SessionOptions, WorkerError> {
+    let random = PathBuf::from("/dev/urandom");
+    let mut drawn = [0; 8];
+    fs::File::open(&random)
+        .and_then(|mut file| file.read_exact(&mut drawn))
+        .map_err(|source| WorkerError::io("read", random, source))?;
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let hello = WorkerHello {
+        cluster_id: options.config.cluster.id.clone(),
+        token: options.token.clone(),
+        name: options.name.clone(),
+        host: host.trim().to_owned(),
+        slots: options.slots,
+        incarnation: u64::from_le_bytes(drawn),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        tasks: Vec::new(),
+    };
+    let (coordinators, tls) = (options.coordinators.clone(), options.config.tls.clone());
+    Ok(SessionOptions { hello, coordinators, tls })
+}
+
+/// A started worker.
+struct Running {
+    agent: Agent,
+    inbox: mpsc::Receiver<api::session::CoordinatorMessage>,
+    ledger: Arc<Ledger>,
+    archive: Archive,
+    stop_timeout: Duration,
+}
+
+impl Running {
+    async fn run(
+        mut self,
+        session: Session,
+        shutdown: CancellationToken,
+    ) -> Result<(), WorkerError> {
+        // Cancelled when this returns or is dropped, so that no session outlives the worker.
+        let stop_session = CancellationToken::new();
+        let _guard = stop_session.clone().drop_guard();
+        let mut session = tokio::spawn(session.run(stop_session.clone()));
+        let mut deadline = None;
+        let mut result = Ok(());
+        loop {
+            if deadline.is_some() && self.agent.is_idle() {
+                break;
+            }
+            let killing = deadline.unwrap_or_else(Instant::now);
+            tokio::select! {
+                Some(order) = self.inbox.recv() => self.agent.order(order),
+                () = self.agent.task_ended() => {}
+                () = shutdown.cancelled(), if deadline.is_none() => {
+                    info!("worker stops");
+                    self.agent.stop(STOP_REASON);
+                    deadline = Some(Instant::now() + self.stop_timeout);
+                }
+                () = sleep_until(killing), if deadline.is_some() => {
+                    self.agent.kill_all("it did not leave in time when the worker shut down");
+                    deadline = Some(Instant::now() + self.stop_timeout);
+                }
+                ended = &mut session, if result.is_ok() => {
+                    // Only a refusal ends a session that nobody stopped, and only before the first
+                    // welcome, so no task runs.
+                    result = match ended {
+                        Ok(Err(error)) => Err(error),
+                        Ok(Ok(())) => Err(WorkerError::Bug("its session ended".into())),
+                        Err(panic) => Err(WorkerError::Bug(panic.to_string())),
+                    };
+                    self.agent.kill_all("its worker was refused by the cluster");
+                    self.agent.stop(STOP_REASON);
+                    deadline = Some(Instant::now() + self.stop_timeout);
+                }
+            }
+        }
+        let archive = self.archive.clone();
+        let flush_logs = async move {
+            if timeout(LOGS_TIMEOUT, archive.flush()).await.is_err() {
+                warn!("the object store did not take the last output; it waits on disk");
+            }
+        };
+        if result.is_ok() {
+            tokio::join!(self.last_facts(), flush_logs);
+        } else {
+            flush_logs.await;
+        }
+        stop_session.cancel();
+        if result.is_ok() {
+            // It ends at once when told to.
+            let _ = session.await;
+        }
+        result
+    }
+
+    /// Returns when the leader has acknowledged every fact, or time is up. What it still orders is
+    /// answered.
+    async fn last_facts(&mut self) {
+        let mut changes = self.ledger.subscribe();
+        let deadline = Instant::now() + FACTS_TIMEOUT;
+        while self.ledger.facts_left() > 0 {
+            tokio::select! {
+                changed = changes.changed() => if changed.is_err() {
+                    return;
+                },
+                Some(order) = self.inbox.recv() => self.agent.order(order),
+                () = sleep_until(deadline) => {
+                    let facts = self.ledger.facts_left();
+                    return warn!(facts, "no coordinator took the last facts");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,305 @@
+//! From start to exit event: reports, output, causes of death, and who may start.
+
+use std::fs;
+
+use api::session::{ExitCause, LOG_LINE_BYTES_MAX, LogLine, LogStream, RankOrder, RankReport};
+use api::session::{TaskEvent, WorkerMessage};
+
+use crate::harness::{Coordinator, GANG_SECRET, Host, TOKEN, gone, is_alive, kill_9, task};
+
+/// Waits for orders until the socket ends.
+const OBEY: &str = r#"
+listen 7001
+while read -r order; do
+  case "$order" in
+    *'"order":"stop"'*) say '{"report":"stopped","step":3}'; exit 0 ;;
+  esac
+done
+"#;
+
+#[tokio::test]
+async fn a_rank_reports_prints_and_is_killed_from_outside() {
+    let host = Host::new(
+        r#"
+echo "rank $RANK of $WORLD_SIZE in $COHORT_JOB g$COHORT_GENERATION as $*"
+read -r order
+printf 'half a line, ' >&2; echo 'and the rest' >&2
+listen 7001
+read -r order
+head -c 20000 /dev/zero | tr '\0' x; echo
+printf '10%%\r20%%\r100%%\n'
+read -r order
+"#,
+    );
+    let mut coordinator = Coordinator::leader().await;
+    let worker = host.worker(&[coordinator.address]);
+    let mut session = coordinator.welcomed().await;
+    assert_eq!((session.hello.slots, session.hello.tasks.len()), (2, 0));
+    let rank = task(4, 1);
+    session.start(&rank).await;
+    let pid = session.started(&rank).await;
+
+    let mut lines = session.lines_until(|_| true).await;
+    // What a person on the host can see of the process shows no secret.
+    for file in ["cmdline", "environ"] {
+        let seen = fs::read(format!("/proc/{pid}/{file}")).expect("the rank runs");
+        let seen = String::from_utf8_lossy(&seen);
+        assert!(!seen.contains(GANG_SECRET) && !seen.contains(TOKEN), "{file}: {seen}");
+    }
+    session.nudge(&rank).await;
+    // The line on standard error was finished before the report; it may arrive after it.
+    let (mut listened, mut complained) = (false, false);
+    while !(listened && complained) {
+        match session.message().await {
+            WorkerMessage::Logs { lines: more, .. } => {
+                complained |= more.iter().any(|line| line.stream == LogStream::Stderr);
+                lines.extend(more);
+            }
+            WorkerMessage::Task { event, .. } => {
+                let report = TaskEvent::Report {
+                    report: RankReport::Listening {
+                        address: "127.0.0.1:7001".parse().expect("an address"),
+                        fingerprint: "f".into(),
+                    },
+                };
+                assert_eq!(event, report);
+                listened = true;
+            }
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    session.nudge(&rank).await;
+    lines.extend(session.lines_until(|line| line.text == "100%").await);
+
+    let sequences: Vec<u64> = lines.iter().map(|line| line.sequence).collect();
+    assert_eq!(sequences, [0, 1, 2, 3]);
+    assert_eq!(lines[0].text, "rank 1 of 2 in digits g4 as rank");
+    assert_eq!(
+        (lines[1].stream, lines[1].text.as_str()),
+        (LogStream::Stderr, "half a line, and the rest")
+    );
+    assert!(lines[2].text.len() <= LOG_LINE_BYTES_MAX && lines[2].text.ends_with("bytes cut]"));
+
+    kill_9(pid);
+    let message = "half a line, and the rest".to_owned();
+    assert_eq!(session.exited(&rank).await, ExitCause::Signal { signal: 9, message });
+    session.acknowledge(session.last).await;
+    worker.shut_down();
+    worker.result().await.expect("a clean end");
+
+    // The same lines lie in the object store, and no record of a live rank is left.
+    let key = host.store().join("jobs/digits/logs/g4/r1/000000000000.jsonl.zst");
+    let stored = zstd::decode_all(fs::File::open(key).expect("an object")).expect("zstd");
+    let stored: Vec<LogLine> = String::from_utf8(stored)
+        .expect("text")
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("a line"))
+        .collect();
+    assert_eq!(stored, lines);
+    assert_eq!(fs::read_dir(host.dir().join("ranks")).expect("a folder").count(), 0);
+}
+
+#[tokio::test]
+async fn a_rank_that_fails_says_why_and_whether_to_try_again() {
+    let host = Host::new(
+        r#"
+case "$RANK" in
+  0) say '{"report":"failed","message":"channel `train` is empty","retryable":false,"blames":null}'
+     exit 2 ;;
+  1) echo 'first' >&2
+     echo 'thread main panicked: out of memory' >&2
+     echo 'note: run with a backtrace' >&2
+     exit 101 ;;
+esac
+"#,
+    );
+    let mut coordinator = Coordinator::leader().await;
+    let _worker = host.worker(&[coordinator.address]);
+    let mut session = coordinator.welcomed().await;
+    let (first, second) = (task(1, 0), task(1, 1));
+    session.start(&first).await;
+    session.started(&first).await;
+    let (_, event) = session.fact().await;
+    assert!(matches!(event, TaskEvent::Report { report: RankReport::Failed { .. } }), "{event:?}");
+    let message = "channel `train` is empty".to_owned();
+    assert_eq!(
+        session.exited(&first).await,
+        ExitCause::Code { code: 2, message, retryable: false }
+    );
+
+    session.start(&second).await;
+    session.started(&second).await;
+    let message = "thread main panicked: out of memory".to_owned();
+    let cause = ExitCause::Code { code: 101, message, retryable: true };
+    assert_eq!(session.exited(&second).await, cause);
+}
+
+#[tokio::test]
+async fn what_a_rank_started_dies_with_it() {
+    let host = Host::new("sleep 100000 & echo $!\n[ $RANK = 1 ] || wait\n");
+    let mut coordinator = Coordinator::leader().await;
+    let _worker = host.worker(&[coordinator.address]);
+    let mut session = coordinator.welcomed().await;
+    let child = |line: &LogLine| line.text.parse::<i32>().ok();
+
+    // A rank that is killed, and one that leaves by itself without its child.
+    let (killed, leaving) = (task(1, 0), task(1, 1));
+    session.start(&killed).await;
+    let pid = session.started(&killed).await;
+    let lines = session.lines_until(|line| child(line).is_some()).await;
+    let orphan = child(&lines[0]).expect("a process id");
+    assert!(is_alive(orphan));
+    kill_9(pid);
+    session.exited(&killed).await;
+    gone(orphan).await;
+
+    session.start(&leaving).await;
+    session.started(&leaving).await;
+    let lines = session.lines_until(|line| child(line).is_some()).await;
+    assert_eq!(session.exited(&leaving).await, ExitCause::Completed);
+    gone(child(&lines[0]).expect("a process id")).await;
+}
+
+#[tokio::test]
+async fn a_process_that_left_the_group_does_not_hold_up_the_exit() {
+    let host = Host::new("setsid sleep 100000 & echo $!\n");
+    let mut coordinator = Coordinator::leader().await;
+    let _worker = host.worker(&[coordinator.address]);
+    let mut session = coordinator.welcomed().await;
+    let rank = task(1, 0);
+    session.start(&rank).await;
+    session.started(&rank).await;
+    let lines = session.lines_until(|line| line.stream == LogStream::Gap).await;
+    assert!(lines[1].text.contains("a process that it detached"), "{}", lines[1].text);
+    assert_eq!(session.exited(&rank).await, ExitCause::Completed);
+    kill_9(lines[0].text.parse().expect("a process id"));
+}
+
+#[tokio::test]
+async fn a_rank_that_breaks_the_protocol_is_killed() {
+    let host = Host::new(
+        r#"
+if [ $RANK = 0 ]; then say 'good morning'; else head -c 5000000 /dev/zero >&0; fi
+sleep 100000
+"#,
+    );
+    let mut coordinator = Coordinator::leader().await;
+    let _worker = host.worker(&[coordinator.address]);
+    let mut session = coordinator.welcomed().await;
+    for (rank, said) in [(task(1, 0), "not a report"), (task(1, 1), "a report of more than")] {
+        session.start(&rank).await;
+        session.started(&rank).await;
+        let cause = session.exited(&rank).await;
+        assert!(matches!(&cause, ExitCause::Killed { reason } if reason.contains(said)), "{cause}");
+    }
+}
+
+#[tokio::test]
+async fn starts_are_bounded_idempotent_and_superseded_by_a_newer_generation() {
+    let host = Host::new(OBEY);
+    let mut coordinator = Coordinator::leader().await;
+    let _worker = host.worker(&[coordinator.address]);
+    let mut session = coordinator.welcomed().await;
+    let old = [task(1, 0), task(1, 1)];
+    for rank in &old {
+        session.start(rank).await;
+        session.started(rank).await;
+        session.listening(rank).await;
+    }
+    // Twice is once; a third has no room; an older one is refused.
+    session.start(&old[0]).await;
+    let third = task(1, 2);
+    session.start(&third).await;
+    assert_eq!(
+        session.exited(&third).await,
+        ExitCause::NotStarted { reason: "no free slot: 2 of 2 are taken".into() }
+    );
+    let stale = task(0, 0);
+    session.start(&stale).await;
+    let cause = session.exited(&stale).await;
+    assert!(cause.to_string().contains("superseded: g1"), "{cause}");
+
+    // Both old ranks die before the first new one starts.
+    let new = task(2, 0);
+    session.start(&new).await;
+    let mut ended = vec![session.fact().await, session.fact().await];
+    ended.sort_by_key(|(task, _)| task.rank);
+    for ((who, event), rank) in ended.into_iter().zip(&old) {
+        let cause = ExitCause::Killed { reason: "superseded by g2".into() };
+        assert_eq!((&who, event), (rank, TaskEvent::Exited { cause }));
+    }
+    session.started(&new).await;
+    session.listening(&new).await;
+
+    // Orders for what is not here are answered, so that the leader learns of it.
+    let unknown = task(9, 0);
+    session.kill(&unknown, "not wanted").await;
+    let cause = ExitCause::Killed { reason: "not wanted".into() };
+    assert_eq!(session.exited(&unknown).await, cause);
+    session.deliver(&unknown, RankOrder::Committed { step: api::Step(1) }).await;
+    assert!(matches!(session.exited(&unknown).await, ExitCause::Killed { .. }));
+
+    session.kill(&new, "enough").await;
+    assert_eq!(session.exited(&new).await, ExitCause::Killed { reason: "enough".into() });
+}
+
+#[tokio::test]
+async fn a_program_that_cannot_be_started_is_a_fact_too() {
+    let host = Host::new("");
+    fs::remove_file(host.folder.path().join("program")).expect("removes");
+    let mut coordinator = Coordinator::leader().await;
+    let _worker = host.worker(&[coordinator.address]);
+    let mut session = coordinator.welcomed().await;
+    let rank = task(1, 0);
+    session.start(&rank).await;
+    let cause = session.exited(&rank).await;
+    let expected = "program: No such file or directory";
+    assert!(
+        matches!(&cause, ExitCause::NotStarted { reason } if reason.contains(expected)),
+        "{cause}"
+    );
+}
+
+#[tokio::test]
+async fn shutting_down_asks_first_and_kills_later() {
+    // Rank 1 neither reads its orders nor ends with its socket.
+    let host = Host::new(&format!("[ $RANK = 0 ] || exec sleep 100000\n{OBEY}"));
+    let mut coordinator = Coordinator::leader().await;
+    let worker = host.worker(&[coordinator.address]);
+    let mut session = coordinator.welcomed().await;
+    let (polite, deaf) = (task(1, 0), task(1, 1));
+    session.start(&polite).await;
+    session.started(&polite).await;
+    session.listening(&polite).await;
+    session.start(&deaf).await;
+    let pid = session.started(&deaf).await;
+
+    worker.shut_down();
+    let (who, event) = session.fact().await;
+    assert_eq!(who, polite);
+    assert!(matches!(event, TaskEvent::Report { report: RankReport::Stopped { .. } }), "{event:?}");
+    // What comes now is refused.
+    let late = task(2, 0);
+    session.start(&late).await;
+    let mut exits = Vec::new();
+    for _ in 0..3 {
+        match session.fact().await {
+            (who, TaskEvent::Exited { cause }) => exits.push((who, cause.to_string())),
+            other => panic!("expected exits, found {other:?}"),
+        }
+    }
+    exits.sort();
+    let late_text = "could not be started: the worker is shutting down";
+    let deaf_text = "stopped by its worker: it did not leave in time when the worker shut down";
+    assert_eq!(
+        exits,
+        [
+            (polite, "completed".to_owned()),
+            (deaf, deaf_text.to_owned()),
+            (late, late_text.to_owned()),
+        ]
+    );
+    assert!(!is_alive(pid));
+    session.acknowledge(session.last).await;
+    worker.result().await.expect("a clean end");
+}
