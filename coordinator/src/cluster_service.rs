@@ -11,7 +11,7 @@ use api::pb::cluster_client::ClusterClient;
 use api::pb::cluster_server::Cluster;
 use api::pb::{self, Record};
 use api::records::{
-    EndpointSpec, JobRecord, JobStatus, KIND_CHECKPOINT, KIND_ENDPOINT, KIND_JOB, KIND_MODEL,
+    EndpointSpec, JobRecord, JobStatus, KIND_ENDPOINT, KIND_JOB, KIND_MODEL,
 };
 use api::{JobSpec, Name, Rank};
 use coordinator_core::{Input, Records, Versioned};

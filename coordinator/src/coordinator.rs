@@ -29,7 +29,6 @@ use crate::cluster_service::{ClusterService, REPLY_BYTES_MAX};
 use crate::leader_loop::LeaderLoop;
 use crate::leadership::Leaderships;
 use crate::log_stream::LogSources;
-use crate::logs::LogWindow;
 use crate::peers::Peers;
 use crate::raft_node::{RaftHandle, RaftNode, RaftOptions, RaftService, RaftStatus, StartError};
 use crate::random::{RandomError, random_u64};
