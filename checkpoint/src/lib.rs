@@ -1,1 +1,40 @@
-//! skeleton
+//! Checkpoints and the object store they lie in: safetensors shards, a manifest written last, to a
+//! folder or to S3.
+//!
+//! It knows tensors only as names, shapes and bytes, and decides nothing about when to save, what
+//! to resume from or what to delete. Its invariant: a reader never sees half a checkpoint, because
+//! a manifest is written after every shard it names, only if absent, and never changed.
+//!
+//! [`Store`] and the functions in `tools` are asynchronous (coordinator, worker, command line);
+//! [`Saver`] and [`Restore`] block and own their runtime (a rank's step loop).
+
+#![forbid(unsafe_code)]
+
+mod decode;
+mod download;
+mod error;
+mod export;
+mod format;
+pub mod keys;
+mod local;
+mod manifest;
+mod nonce;
+mod plan;
+mod probe;
+mod restore;
+mod s3;
+mod saver;
+mod staging;
+mod store;
+mod tools;
+mod upload;
+
+pub use error::{Place, StoreError};
+pub use export::{ExportReport, export};
+pub use format::{Dtype, FormatError, TensorEntry, TensorSlice, safetensors_bytes};
+pub use manifest::{MANIFEST_VERSION, Manifest, ManifestInfo, ShardEntry};
+pub use plan::share_tensors;
+pub use restore::{Restore, RestoreError, TensorTarget};
+pub use saver::{SaveError, Saver, SaverOptions};
+pub use store::{ObjectInfo, Store};
+pub use tools::{VerifyReport, delete_checkpoint, find_complete, verify};

@@ -1,0 +1,191 @@
+//! Reads one shard as a stream: checksum, decompression, header, tensors, in bounded memory.
+//!
+//! Whatever the bytes are, no more is decompressed than the manifest declares, and a shard that is
+//! not exactly what was written is an error. Tensor data is handed on before the checksum of the
+//! whole is known: on an error, what was handed on is worthless.
+
+use std::io::{self, Write};
+
+use api::job::Compression;
+use bytes::Bytes;
+use futures::{StreamExt, stream};
+
+use crate::error::StoreError;
+use crate::manifest::ShardEntry;
+use crate::store::Store;
+
+/// Bytes asked for at once.
+const CHUNK_BYTES: u64 = 8 << 20;
+/// Chunks fetched ahead; with the one before, the memory that reading takes.
+const CHUNKS_AHEAD: usize = 4;
+/// Largest window a shard may make the decompressor allocate, as a power of two; level 1 needs less.
+const WINDOW_LOG_MAX: u32 = 24;
+
+/// Takes tensors as they come.
+pub(crate) trait TensorSink: Send {
+    /// Some bytes of the shard's tensor number `tensor`, from byte `offset` within it.
+    fn data(&mut self, tensor: usize, offset: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// Wants only to know whether the shard is whole.
+pub(crate) struct Discard;
+
+impl TensorSink for Discard {
+    fn data(&mut self, _: usize, _: u64, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Reads a shard to its end into `sink`.
+pub(crate) async fn read_shard(
+    store: &Store,
+    entry: &ShardEntry,
+    sink: &mut dyn TensorSink,
+) -> Result<(), StoreError> {
+    let corrupt = |problem: String| StoreError::Corrupt {
+        key: entry.key.clone(),
+        problem: format!("shard of {}: {problem}", entry.rank),
+    };
+    let found = store.size(&entry.key).await?;
+    if found != entry.stored_bytes {
+        return Err(corrupt(format!("it has {found} bytes, expected {}", entry.stored_bytes)));
+    }
+    let header = entry.header().map_err(&corrupt)?;
+    let layout = Layout { entry, header, position: 0, tensor: 0, sink };
+    let mut decoder =
+        Decoder::new(entry.compression, layout).map_err(|e| corrupt(e.to_string()))?;
+    let mut hasher = blake3::Hasher::new();
+    // The first thing wrong inside; the checksum, which says more, is awaited before it is told.
+    let mut wrong: Option<io::Error> = None;
+    let mut chunks = stream::iter(chunks(entry.stored_bytes))
+        .map(|(start, end)| fetch(store, &entry.key, start, end))
+        .buffered(CHUNKS_AHEAD);
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk?;
+        hasher.update(&chunk);
+        if wrong.is_none() {
+            wrong = decoder.write_all(&chunk).err();
+        }
+    }
+    let found = hasher.finalize().to_hex();
+    if found.as_str() != entry.blake3 {
+        return Err(corrupt(format!(
+            "its bytes are not those that were written: BLAKE3 {found}, expected {}",
+            entry.blake3
+        )));
+    }
+    if let Some(error) = wrong {
+        return Err(corrupt(error.to_string()));
+    }
+    decoder.finish().map_err(|error| corrupt(error.to_string()))
+}
+
+fn chunks(bytes: u64) -> impl Iterator<Item = (u64, u64)> {
+    (0..bytes.div_ceil(CHUNK_BYTES))
+        .map(move |i| (i * CHUNK_BYTES, bytes.min((i + 1) * CHUNK_BYTES)))
+}
+
+/// Fetches on a task of its own, so that chunks arrive while earlier ones are decoded.
+async fn fetch(store: &Store, key: &str, start: u64, end: u64) -> Result<Bytes, StoreError> {
+    let (task_store, task_key) = (store.clone(), key.to_owned());
+    let task = tokio::spawn(async move { task_store.get_range(&task_key, start..end).await });
+    match task.await {
+        Ok(chunk) => chunk,
+        Err(error) => Err(store.attempt("read", key).unavailable(error.to_string(), false)),
+    }
+}
+
+/// Undoes the compression.
+enum Decoder<'a> {
+    Plain(Layout<'a>),
+    Zstd(Box<zstd::stream::write::Decoder<'static, Layout<'a>>>),
+}
+
+impl<'a> Decoder<'a> {
+    fn new(compression: Compression, layout: Layout<'a>) -> io::Result<Self> {
+        match compression {
+            Compression::None => Ok(Self::Plain(layout)),
+            Compression::Zstd => {
+                let mut decoder = zstd::stream::write::Decoder::new(layout)?;
+                decoder.window_log_max(WINDOW_LOG_MAX)?;
+                Ok(Self::Zstd(Box::new(decoder)))
+            }
+        }
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Plain(layout) => layout.write_all(bytes),
+            Self::Zstd(decoder) => decoder.write_all(bytes),
+        }
+    }
+
+    fn finish(self) -> io::Result<()> {
+        match self {
+            Self::Plain(layout) => layout.check_end(),
+            Self::Zstd(mut decoder) => {
+                decoder.flush()?;
+                decoder.into_inner().check_end()
+            }
+        }
+    }
+}
+
+/// Splits the uncompressed bytes into the header, which must be the one the entries imply, and the
+/// tensors.
+struct Layout<'a> {
+    entry: &'a ShardEntry,
+    header: Vec<u8>,
+    position: u64,
+    tensor: usize,
+    sink: &'a mut dyn TensorSink,
+}
+
+impl Layout<'_> {
+    fn check_end(&self) -> io::Result<()> {
+        if self.position == self.entry.bytes {
+            return Ok(());
+        }
+        let (found, expected) = (self.position, self.entry.bytes);
+        Err(io::Error::other(format!("it holds {found} bytes uncompressed, expected {expected}")))
+    }
+
+    /// Takes some of the bytes, at least one.
+    fn take(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let header = self.header.len() as u64;
+        if self.position < header {
+            let rest = &self.header[self.position as usize..];
+            let taken = rest.len().min(bytes.len());
+            if rest[..taken] != bytes[..taken] {
+                return Err(io::Error::other("its header is not the one the manifest describes"));
+            }
+            return Ok(taken);
+        }
+        while let Some(tensor) = self.entry.tensors.get(self.tensor) {
+            let within = self.position - tensor.offset;
+            if within < tensor.bytes {
+                let taken = (bytes.len() as u64).min(tensor.bytes - within) as usize;
+                self.sink.data(self.tensor, within, &bytes[..taken])?;
+                return Ok(taken);
+            }
+            self.tensor += 1;
+        }
+        let expected = self.entry.bytes;
+        Err(io::Error::other(format!("it holds more than the expected {expected} bytes")))
+    }
+}
+
+impl Write for Layout<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.is_empty() {
+            return Ok(0);
+        }
+        let taken = self.take(bytes)?;
+        self.position += taken as u64;
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

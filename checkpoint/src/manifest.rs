@@ -1,0 +1,218 @@
+//! The manifest: what a complete checkpoint consists of, and how to know that it is whole.
+//!
+//! It is the last object of a checkpoint to be written, only if absent, and never changed. The
+//! digest of its bytes is what the leader records, so the record vouches for every byte of every
+//! shard. [`Manifest::parse`] yields only manifests that agree with themselves; what the shards
+//! really hold is checked by whoever reads them.
+
+use std::collections::{BTreeMap, HashSet};
+
+use api::job::Compression;
+use api::{Generation, Name, Rank, Step};
+use serde::{Deserialize, Serialize};
+
+use crate::error::StoreError;
+use crate::format::{self, TensorEntry};
+use crate::keys;
+
+/// The version this crate writes, and the only one it reads.
+pub const MANIFEST_VERSION: u32 = 1;
+/// Largest manifest: about half a million tensors; a larger object is no manifest of ours.
+pub(crate) const MANIFEST_BYTES_MAX: u64 = 64 << 20;
+/// Largest uncompressed shard: well beyond a host's memory.
+const SHARD_BYTES_MAX: u64 = 1 << 42;
+/// Most ranks in a gang.
+const WORLD_SIZE_MAX: u32 = 1 << 16;
+
+/// One rank's part of a checkpoint, as written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardEntry {
+    /// The rank that wrote it.
+    pub rank: Rank,
+    /// Its key in the store.
+    pub key: String,
+    /// Bytes of the safetensors file, uncompressed.
+    pub bytes: u64,
+    /// Bytes of the object in the store.
+    pub stored_bytes: u64,
+    /// BLAKE3 of the object in the store, hex.
+    pub blake3: String,
+    /// How the object is compressed.
+    pub compression: Compression,
+    /// The tensors inside, in the file's order.
+    pub tensors: Vec<TensorEntry>,
+}
+
+/// What a job knows about a checkpoint beyond its tensors.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ManifestInfo {
+    /// Numeric fingerprint of the ranks that computed the state.
+    pub fingerprint: String,
+    /// Digest of the training data.
+    pub data_digest: String,
+    /// Digest of the parts of the job's spec that the state depends on.
+    pub spec_digest: String,
+    /// Lanes of the global batch.
+    pub lanes: u32,
+    /// Metrics at this step; those that are not finite are left out (JSON has none).
+    pub metrics: BTreeMap<String, f64>,
+}
+
+/// A checkpoint's table of contents.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Layout of this document.
+    pub version: u32,
+    /// Whose state it is.
+    pub job: Name,
+    /// Steps applied.
+    pub step: Step,
+    /// The generation that wrote it.
+    pub generation: Generation,
+    /// Ranks that wrote it; any number may restore it.
+    pub world_size: u32,
+    /// Lanes of the global batch.
+    pub lanes: u32,
+    /// Numeric fingerprint of the ranks that computed the state.
+    pub fingerprint: String,
+    /// Digest of the training data.
+    pub data_digest: String,
+    /// Digest of the parts of the job's spec that the state depends on.
+    pub spec_digest: String,
+    /// Metrics at this step.
+    #[serde(default)]
+    pub metrics: BTreeMap<String, f64>,
+    /// Unique to the writer: tells a retried own write from somebody else's.
+    pub writer: String,
+    /// One per rank, in rank order.
+    pub shards: Vec<ShardEntry>,
+}
+
+impl Manifest {
+    /// Its key.
+    pub fn key(&self) -> String {
+        keys::manifest(&self.job, self.step, self.generation)
+    }
+
+    /// Bytes of all its shards in the store.
+    pub fn stored_bytes(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.stored_bytes).sum()
+    }
+
+    /// Every tensor, shard by shard.
+    pub fn tensors(&self) -> impl Iterator<Item = &TensorEntry> {
+        self.shards.iter().flat_map(|shard| &shard.tensors)
+    }
+
+    /// Reads a manifest's bytes as they lie under `key`; refuses one that contradicts itself or
+    /// its key.
+    pub(crate) fn parse(key: &str, bytes: &[u8]) -> Result<Self, StoreError> {
+        let corrupt = |problem| StoreError::Corrupt { key: key.to_owned(), problem };
+        let Version { version } = serde_json::from_slice(bytes)
+            .map_err(|error| corrupt(format!("it is not a manifest: {error}")))?;
+        if version != MANIFEST_VERSION {
+            return Err(corrupt(format!(
+                "it has version {version}, expected {MANIFEST_VERSION}: it was written by another \
+                 release of Cohort, use that one"
+            )));
+        }
+        let manifest: Self = serde_json::from_slice(bytes)
+            .map_err(|error| corrupt(format!("it is not a manifest: {error}")))?;
+        if manifest.key() != key {
+            let own = manifest.key();
+            return Err(corrupt(format!("it describes `{own}`: the object was moved or copied")));
+        }
+        manifest.validate().map_err(corrupt)?;
+        Ok(manifest)
+    }
+
+    /// The document's bytes.
+    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>, String> {
+        let bytes = serde_json::to_vec(self).map_err(|error| error.to_string())?;
+        if bytes.len() as u64 > MANIFEST_BYTES_MAX {
+            let length = bytes.len();
+            return Err(format!("it has {length} bytes, expected at most {MANIFEST_BYTES_MAX}"));
+        }
+        Ok(bytes)
+    }
+
+    /// Checks every rule that needs only the document.
+    pub(crate) fn validate(&self) -> Result<(), String> {
+        let world_size = self.world_size;
+        if world_size == 0 || world_size > WORLD_SIZE_MAX {
+            return Err(format!("world size {world_size} is not within 1 to {WORLD_SIZE_MAX}"));
+        }
+        if self.shards.len() != world_size as usize {
+            let found = self.shards.len();
+            return Err(format!("it names {found} shards for a world size of {world_size}"));
+        }
+        let folder = keys::checkpoint(&self.job, self.step, self.generation);
+        let mut names = HashSet::new();
+        for (rank, shard) in self.shards.iter().enumerate() {
+            if shard.rank != Rank(rank as u32) {
+                return Err(format!("its shard {rank} is that of {}", shard.rank));
+            }
+            shard
+                .validate(&folder)
+                .map_err(|problem| format!("shard of {} `{}`: {problem}", shard.rank, shard.key))?;
+            for tensor in &shard.tensors {
+                if !names.insert(tensor.name.as_str()) {
+                    return Err(format!("tensor `{}` is in two shards", tensor.name));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Read first, so that another version is not called damaged.
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
+}
+
+impl ShardEntry {
+    /// The bytes before the first tensor, as the entries imply them.
+    pub(crate) fn header(&self) -> Result<Vec<u8>, String> {
+        let tensors = self.tensors.iter().map(|t| (t.name.as_str(), t.shape.clone()));
+        let (header, entries) = format::layout(tensors).map_err(|error| error.to_string())?;
+        if entries != self.tensors {
+            return Err("its tensors do not lie one after another".into());
+        }
+        Ok(header)
+    }
+
+    fn validate(&self, folder: &str) -> Result<(), String> {
+        let file = self.key.strip_prefix(folder).and_then(|rest| rest.strip_prefix('/'));
+        if file.is_none_or(|file| file.is_empty() || file.contains('/')) {
+            return Err(format!("it does not lie in `{folder}`"));
+        }
+        if self.bytes > SHARD_BYTES_MAX || self.stored_bytes > stored_bytes_max(self.bytes) {
+            let (raw, stored) = (self.bytes, self.stored_bytes);
+            return Err(format!("{raw} bytes, {stored} stored: more than can be"));
+        }
+        if self.compression == Compression::None && self.bytes != self.stored_bytes {
+            return Err(format!("{} bytes, {} stored uncompressed", self.bytes, self.stored_bytes));
+        }
+        let is_hex = self.blake3.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        if self.blake3.len() != 64 || !is_hex {
+            return Err("its checksum is not 64 hexadecimal digits".into());
+        }
+        let header = self.header()?.len() as u64;
+        let end = self.tensors.last().map_or(header, |last| last.offset + last.bytes);
+        if end != self.bytes {
+            return Err(format!("its tensors end at byte {end} of {}", self.bytes));
+        }
+        Ok(())
+    }
+}
+
+/// Longest compressed form of so many bytes: zstd's own bound (`ZSTD_compressBound`), rounded up.
+pub(crate) fn stored_bytes_max(raw: u64) -> u64 {
+    raw.saturating_add(raw >> 8).saturating_add(1 << 10)
+}
+
+/// BLAKE3 in hex.
+pub(crate) fn digest(bytes: &[u8]) -> String {
+    blake3::hash(bytes).to_hex().to_string()
+}

@@ -1,0 +1,533 @@
+//! Saves a rank's part of a checkpoint behind training: stage, upload, and (rank 0) commit.
+//!
+//! The caller's thread only copies; hashing, compression and transfer run on the saver's own small
+//! runtime. What fails there is returned by the next call. The order of writes is the whole
+//! safety: shards first, each under a key that no other write ever uses; the manifest when every
+//! shard is there, only if absent. So whatever instruction the process dies at, a manifest that
+//! exists is whole.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use api::config::StoreSection;
+use api::events::CheckpointFact;
+use api::job::Compression;
+use api::{Generation, Name, Rank, Step};
+use bytes::Bytes;
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
+use sha2::{Digest, Sha256};
+use tokio::runtime::{Builder, Runtime};
+
+use crate::error::StoreError;
+use crate::format::{FormatError, TensorSlice};
+use crate::manifest::{self, MANIFEST_VERSION, Manifest, ManifestInfo, ShardEntry};
+use crate::nonce::nonce;
+use crate::staging::{ARENAS_MAX, Staged};
+use crate::store::{Store, back_off};
+use crate::upload::write_object;
+use crate::{keys, local, tools};
+
+/// Commits and deletions that may be under way; one more makes the caller wait. Each is small, and
+/// training stages no faster than its two arenas come back.
+const PENDING_MAX: usize = 16;
+/// Shards looked up at once before a manifest is written.
+const LOOKUPS_AT_ONCE: usize = 16;
+/// Tries of a deletion, over the library's retries of each request.
+const DELETE_ATTEMPTS_MAX: u32 = 3;
+
+/// Why a checkpoint or model was not saved.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SaveError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The tensors cannot be written.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// Steps go forward only.
+    #[error("step {step} cannot be staged after step {last}")]
+    StepOrder {
+        /// The step given.
+        step: u64,
+        /// The last one staged.
+        last: u64,
+    },
+    /// Something is awaited that was never begun, or was taken before.
+    #[error("nothing is under way for step {0}")]
+    UnknownStep(u64),
+    /// The shards do not make a checkpoint.
+    #[error("checkpoint at step {step} cannot be committed: {problem}")]
+    Shards {
+        /// The step.
+        step: u64,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A shard is not where rank 0 looks for it.
+    #[error(
+        "checkpoint at step {step} cannot be committed: the shard of {rank}, `{key}`, {problem}: \
+         do all hosts reach the same store? a `file://` store must be one shared folder"
+    )]
+    ShardMissing {
+        /// The step.
+        step: u64,
+        /// Whose shard.
+        rank: Rank,
+        /// Where it should be.
+        key: String,
+        /// What was found.
+        problem: String,
+    },
+    /// Another writer committed this step of this generation.
+    #[error(
+        "`{0}` exists already and is not this writer's: another process of this generation runs"
+    )]
+    Superseded(String),
+    /// The saver itself failed.
+    #[error("saving failed: {0}")]
+    Background(String),
+}
+
+impl SaveError {
+    /// Whether saving again may succeed.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Store(error) => error.is_retryable(),
+            Self::Background(_) => true,
+            _ => false,
+        }
+    }
+}
+
+/// What a saver saves for, and where.
+#[derive(Clone, Debug)]
+pub struct SaverOptions {
+    /// How to reach the store.
+    pub section: StoreSection,
+    /// The store.
+    pub uri: String,
+    /// The job.
+    pub job: Name,
+    /// The gang's incarnation, part of every key.
+    pub generation: Generation,
+    /// This rank.
+    pub rank: Rank,
+    /// Ranks in the gang.
+    pub world_size: u32,
+    /// Compression of shards.
+    pub compression: Compression,
+}
+
+/// Saves one rank's checkpoints. Its methods block and must not be called from async code; when it
+/// is dropped without [`finish`](Saver::finish), what is under way is broken off.
+pub struct Saver {
+    options: Arc<SaverOptions>,
+    store: Store,
+    writer: Arc<str>,
+    last_staged: Option<Step>,
+    shared: Arc<Shared>,
+    /// Present until dropped.
+    runtime: Option<Runtime>,
+}
+
+/// What the background and the caller share.
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    /// Arenas not in use; fewer than [`ARENAS_MAX`] exist until they are needed.
+    arenas: Vec<Vec<u8>>,
+    /// Steps whose shard is being written.
+    staging: BTreeSet<Step>,
+    /// Steps whose manifest is being written.
+    committing: BTreeSet<Step>,
+    /// Deletions under way.
+    deleting: usize,
+    shards: BTreeMap<Step, ShardEntry>,
+    committed: BTreeMap<Step, CheckpointFact>,
+    errors: VecDeque<SaveError>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic elsewhere is reported as an error; the state is consistent at every unlock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `ready` yields something, or an error from behind comes first.
+    fn wait<T>(&self, mut ready: impl FnMut(&mut State) -> Option<T>) -> Result<T, SaveError> {
+        let mut state = self.lock();
+        loop {
+            if let Some(found) = ready(&mut state) {
+                return Ok(found);
+            }
+            if let Some(error) = state.errors.pop_front() {
+                return Err(error);
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn update(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.lock());
+        self.changed.notify_all();
+    }
+
+    fn next_error(&self) -> Result<(), SaveError> {
+        self.lock().errors.pop_front().map_or(Ok(()), Err)
+    }
+}
+
+impl Saver {
+    /// Opens the store and starts the background.
+    pub fn start(options: SaverOptions) -> Result<Self, SaveError> {
+        let store = Store::open(&options.section, &options.uri)?;
+        Self::with_store(store, options)
+    }
+
+    /// The same over a store that is open already.
+    pub fn with_store(store: Store, options: SaverOptions) -> Result<Self, SaveError> {
+        if options.rank.0 >= options.world_size {
+            let (rank, size) = (options.rank, options.world_size);
+            return Err(SaveError::Background(format!("{rank} is not of a world size of {size}")));
+        }
+        if let Some(folder) = store.folder() {
+            let checkpoints = folder.join(keys::checkpoints(&options.job));
+            local::clean_superseded(&checkpoints, options.generation);
+        }
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("checkpoint")
+            .enable_all()
+            .build()
+            .map_err(|error| SaveError::Background(error.to_string()))?;
+        let state = State {
+            arenas: vec![Vec::new(); ARENAS_MAX],
+            staging: BTreeSet::new(),
+            committing: BTreeSet::new(),
+            deleting: 0,
+            shards: BTreeMap::new(),
+            committed: BTreeMap::new(),
+            errors: VecDeque::new(),
+        };
+        Ok(Self {
+            options: Arc::new(options),
+            store,
+            writer: nonce().into(),
+            last_staged: None,
+            shared: Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() }),
+            runtime: Some(runtime),
+        })
+    }
+
+    /// Copies this rank's tensors and returns; its shard is written behind. Waits only when both
+    /// arenas are still being uploaded. `step` must be larger than the last one staged.
+    pub fn stage(&mut self, step: Step, tensors: &[TensorSlice<'_>]) -> Result<(), SaveError> {
+        self.shared.next_error()?;
+        if let Some(last) = self.last_staged.filter(|last| step <= *last) {
+            return Err(SaveError::StepOrder { step: step.0, last: last.0 });
+        }
+        let arena = self.shared.wait(|state| state.arenas.pop())?;
+        let staged = match Staged::copy(tensors, arena) {
+            Ok(staged) => staged,
+            Err(error) => {
+                self.shared.update(|state| state.arenas.push(Vec::new()));
+                return Err(error.into());
+            }
+        };
+        self.last_staged = Some(step);
+        self.shared.update(|state| {
+            state.staging.insert(step);
+        });
+        let guard = Guard { shared: self.shared.clone(), work: Some(Work::Stage(step)) };
+        let (store, options, writer) =
+            (self.store.clone(), self.options.clone(), self.writer.clone());
+        self.spawn(async move {
+            let written = write_shard(&store, &options, &writer, step, &staged).await;
+            let arena = staged.into_arena();
+            guard.done(move |state| {
+                state.arenas.push(arena);
+                state.staging.remove(&step);
+                match written {
+                    Ok(entry) => drop(state.shards.insert(step, entry)),
+                    Err(error) => state.errors.push_back(error.into()),
+                }
+            });
+        });
+        Ok(())
+    }
+
+    /// Shards written since the last call, by step.
+    pub fn poll_shards(&mut self) -> Result<Vec<(Step, ShardEntry)>, SaveError> {
+        self.shared.next_error()?;
+        Ok(std::mem::take(&mut self.shared.lock().shards).into_iter().collect())
+    }
+
+    /// Waits until the shard of a staged step is written.
+    pub fn wait_shard(&mut self, step: Step) -> Result<ShardEntry, SaveError> {
+        self.shared.wait(|state| match state.shards.remove(&step) {
+            Some(entry) => Some(Ok(entry)),
+            None if state.staging.contains(&step) || !state.errors.is_empty() => None,
+            None => Some(Err(SaveError::UnknownStep(step.0))),
+        })?
+    }
+
+    /// Begins the manifest of a step whose every rank has written its shard (rank 0 only). The
+    /// outcome comes from [`poll_committed`](Self::poll_committed) or an error from any call.
+    pub fn commit(&mut self, step: Step, shards: Vec<ShardEntry>, info: ManifestInfo) {
+        let manifest = self.manifest(step, shards, info);
+        let mut state = self.shared.lock();
+        while state.committing.len() + state.deleting >= PENDING_MAX {
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.committing.insert(step);
+        drop(state);
+        let guard = Guard { shared: self.shared.clone(), work: Some(Work::Commit(step)) };
+        let store = self.store.clone();
+        self.spawn(async move {
+            let fact = match manifest {
+                Ok(manifest) => write_manifest(&store, &manifest).await,
+                Err(problem) => Err(SaveError::Shards { step: step.0, problem }),
+            };
+            guard.done(move |state| {
+                state.committing.remove(&step);
+                match fact {
+                    Ok(fact) => drop(state.committed.insert(step, fact)),
+                    Err(error) => state.errors.push_back(error),
+                }
+            });
+        });
+    }
+
+    fn manifest(
+        &self,
+        step: Step,
+        mut shards: Vec<ShardEntry>,
+        info: ManifestInfo,
+    ) -> Result<Manifest, String> {
+        shards.sort_by_key(|shard| shard.rank);
+        let finite = |(name, value): (String, f64)| value.is_finite().then_some((name, value));
+        let manifest = Manifest {
+            version: MANIFEST_VERSION,
+            job: self.options.job.clone(),
+            step,
+            generation: self.options.generation,
+            world_size: self.options.world_size,
+            lanes: info.lanes,
+            fingerprint: info.fingerprint,
+            data_digest: info.data_digest,
+            spec_digest: info.spec_digest,
+            metrics: info.metrics.into_iter().filter_map(finite).collect(),
+            writer: self.writer.to_string(),
+            shards,
+        };
+        manifest.validate()?;
+        Ok(manifest)
+    }
+
+    /// Checkpoints whose manifest was written since the last call.
+    pub fn poll_committed(&mut self) -> Result<Vec<CheckpointFact>, SaveError> {
+        self.shared.next_error()?;
+        Ok(std::mem::take(&mut self.shared.lock().committed).into_values().collect())
+    }
+
+    /// Waits until the manifest of a step is written.
+    pub fn wait_committed(&mut self, step: Step) -> Result<CheckpointFact, SaveError> {
+        self.shared.wait(|state| match state.committed.remove(&step) {
+            Some(fact) => Some(Ok(fact)),
+            None if state.committing.contains(&step) || !state.errors.is_empty() => None,
+            None => Some(Err(SaveError::UnknownStep(step.0))),
+        })?
+    }
+
+    /// Deletes checkpoints behind training. One that cannot be deleted is reported in the log and
+    /// left: it takes space, nothing else, and training must not end for it.
+    pub fn delete(&mut self, manifest_keys: Vec<String>) {
+        let mut state = self.shared.lock();
+        while state.committing.len() + state.deleting >= PENDING_MAX {
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.deleting += 1;
+        drop(state);
+        let guard = Guard { shared: self.shared.clone(), work: Some(Work::Delete) };
+        let store = self.store.clone();
+        self.spawn(async move {
+            for key in &manifest_keys {
+                if let Err(error) = delete_with_retries(&store, key).await {
+                    tracing::warn!(key, %error, "a checkpoint cannot be deleted");
+                }
+            }
+            guard.done(|state| state.deleting -= 1);
+        });
+    }
+
+    /// Writes the finished model: `model.safetensors`, then `model.json`, under
+    /// [`keys::model`]. Blocks until both are written; returns the folder's key, and SHA-256 (hex)
+    /// and size of the weights.
+    pub fn put_model(
+        &mut self,
+        tensors: &[TensorSlice<'_>],
+        descriptor_json: &[u8],
+    ) -> Result<(String, String, u64), SaveError> {
+        self.shared.next_error()?;
+        let staged = Staged::copy(tensors, Vec::new())?;
+        let mut hasher = Sha256::new();
+        for piece in staged.pieces() {
+            hasher.update(&piece);
+        }
+        let sha256 = hex(&hasher.finalize());
+        let folder = keys::model(&self.options.job, self.options.generation);
+        let descriptor = [Bytes::copy_from_slice(descriptor_json)];
+        let weights_key = format!("{folder}/{}", keys::MODEL_WEIGHTS);
+        let descriptor_key = format!("{folder}/{}", keys::MODEL_DESCRIPTOR);
+        let store = &self.store;
+        let runtime = self.runtime.as_ref().expect("the runtime is present until drop");
+        runtime.block_on(async {
+            write_object(store, &weights_key, &staged.pieces(), Compression::None).await?;
+            write_object(store, &descriptor_key, &descriptor, Compression::None).await
+        })?;
+        Ok((folder, sha256, staged.bytes()))
+    }
+
+    /// Waits for everything under way, and returns the first error that no call has returned yet.
+    pub fn finish(self) -> Result<(), SaveError> {
+        let mut state = self.shared.lock();
+        while !state.staging.is_empty() || !state.committing.is_empty() || state.deleting > 0 {
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.errors.pop_front().map_or(Ok(()), Err)
+    }
+
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        if let Some(runtime) = &self.runtime {
+            runtime.spawn(work);
+        }
+    }
+}
+
+impl Drop for Saver {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// What a background task is for.
+enum Work {
+    Stage(Step),
+    Commit(Step),
+    Delete,
+}
+
+/// Settles a background task's account even when it panics, so that nobody waits for ever.
+struct Guard {
+    shared: Arc<Shared>,
+    work: Option<Work>,
+}
+
+impl Guard {
+    fn done(mut self, change: impl FnOnce(&mut State)) {
+        self.work = None;
+        self.shared.update(change);
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let Some(work) = self.work.take() else { return };
+        self.shared.update(|state| {
+            let what = match work {
+                Work::Stage(step) => {
+                    state.staging.remove(&step);
+                    state.arenas.push(Vec::new());
+                    "writing a shard"
+                }
+                Work::Commit(step) => {
+                    state.committing.remove(&step);
+                    "writing a manifest"
+                }
+                Work::Delete => {
+                    state.deleting -= 1;
+                    "deleting a checkpoint"
+                }
+            };
+            state.errors.push_back(SaveError::Background(format!("{what} was broken off")));
+        });
+    }
+}
+
+async fn write_shard(
+    store: &Store,
+    options: &SaverOptions,
+    writer: &str,
+    step: Step,
+    staged: &Staged,
+) -> Result<ShardEntry, StoreError> {
+    let mut key = keys::shard(&options.job, step, options.generation, options.rank, writer);
+    if options.compression == Compression::Zstd {
+        key.push_str(".zst");
+    }
+    let stored = write_object(store, &key, &staged.pieces(), options.compression).await?;
+    Ok(ShardEntry {
+        rank: options.rank,
+        key,
+        bytes: staged.bytes(),
+        stored_bytes: stored.bytes,
+        blake3: stored.blake3,
+        compression: options.compression,
+        tensors: staged.tensors.clone(),
+    })
+}
+
+/// Looks that every shard is there, then writes the manifest if there is none.
+async fn write_manifest(store: &Store, manifest: &Manifest) -> Result<CheckpointFact, SaveError> {
+    let step = manifest.step.0;
+    let lookups: Vec<_> =
+        manifest.shards.iter().map(|shard| look_up(store, step, shard).boxed()).collect();
+    stream::iter(lookups).buffer_unordered(LOOKUPS_AT_ONCE).try_collect::<()>().await?;
+    let bytes = manifest.to_bytes().map_err(|problem| SaveError::Shards { step, problem })?;
+    let manifest_digest = manifest::digest(&bytes);
+    let manifest_key = manifest.key();
+    if !store.put_if_absent(&manifest_key, bytes.into()).await? {
+        return Err(SaveError::Superseded(manifest_key));
+    }
+    Ok(CheckpointFact {
+        step: manifest.step,
+        generation: manifest.generation,
+        manifest_key,
+        manifest_digest,
+        bytes: manifest.stored_bytes(),
+    })
+}
+
+async fn look_up(store: &Store, step: u64, shard: &ShardEntry) -> Result<(), SaveError> {
+    let problem = match store.size(&shard.key).await {
+        Ok(bytes) if bytes == shard.stored_bytes => return Ok(()),
+        Ok(bytes) => format!("has {bytes} bytes, expected {}", shard.stored_bytes),
+        Err(StoreError::NotFound { .. }) => "is not in the store".to_owned(),
+        Err(error) => return Err(SaveError::Store(error)),
+    };
+    let (rank, key) = (shard.rank, shard.key.clone());
+    Err(SaveError::ShardMissing { step, rank, key, problem })
+}
+
+async fn delete_with_retries(store: &Store, key: &str) -> Result<(), StoreError> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match tools::delete_checkpoint(store, key).await {
+            Err(error) if error.is_retryable() && tries < DELETE_ATTEMPTS_MAX => {
+                back_off(tries).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Lower-case hexadecimal.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

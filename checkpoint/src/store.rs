@@ -1,0 +1,290 @@
+//! One object store, a folder or a bucket, behind the few operations that Cohort needs.
+//!
+//! It wraps `object_store`: keys are relative to the store's root, errors are ours, everything
+//! read into memory is bounded, and put-if-absent knows its own retried write. It keeps no state
+//! and may be cloned freely.
+
+use std::fmt;
+use std::ops::Range;
+use std::path::Path as FsPath;
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::config::StoreSection;
+use bytes::Bytes;
+use futures::TryStreamExt;
+use object_store::path::Path;
+use object_store::{
+    Error, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
+};
+
+use crate::error::{Attempt, Place, StoreError};
+use crate::{local, s3};
+
+/// Largest object that [`Store::get`] reads into memory; what is larger is read by ranges.
+const GET_BYTES_MAX: u64 = 16 << 30;
+/// Most objects in one listing: a year of a job's log segments and then some.
+const LIST_MAX: usize = 1_000_000;
+/// Tries of one put-if-absent whose outcome is unknown; the library retries inside each.
+const CREATE_ATTEMPTS_MAX: u32 = 4;
+/// Wait before the second try, doubled each time.
+const BACKOFF: Duration = Duration::from_millis(100);
+
+/// Where data, checkpoints, models and logs are remembered.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<dyn ObjectStore>,
+    /// What `s3://bucket/prefix` puts before every key; empty in a folder.
+    prefix: Path,
+    place: Arc<Place>,
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Not `inner`: its Debug would show credentials.
+        write!(f, "Store({}, {})", self.place, self.prefix)
+    }
+}
+
+/// An object in a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObjectInfo {
+    /// Its key, relative to the store's root.
+    pub key: String,
+    /// Its size.
+    pub bytes: u64,
+}
+
+impl Store {
+    /// Opens `file:///absolute/folder` (made when absent) or `s3://bucket/prefix`. Talks to no
+    /// server yet: [`probe`](Self::probe) does.
+    pub fn open(section: &StoreSection, uri: &str) -> Result<Self, StoreError> {
+        let bad = |problem: &str| StoreError::Uri { uri: uri.to_owned(), problem: problem.into() };
+        if let Some(path) = uri.strip_prefix("file://") {
+            let (inner, folder) = local::open(uri, FsPath::new(path))?;
+            let place = Arc::new(Place::Folder(folder));
+            return Ok(Self { inner, prefix: Path::default(), place });
+        }
+        let Some(rest) = uri.strip_prefix("s3://") else {
+            return Err(bad("expected `file:///folder` or `s3://bucket/prefix`"));
+        };
+        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+        if bucket.is_empty() {
+            return Err(bad("it names no bucket, expected `s3://bucket/prefix`"));
+        }
+        let prefix = Path::parse(prefix).map_err(|error| bad(&error.to_string()))?;
+        let (inner, place) = s3::open(&section.s3, bucket)?;
+        Ok(Self { inner, prefix, place: Arc::new(place) })
+    }
+
+    /// Wraps a store that the caller made, such as one that fails on purpose; `name` appears in
+    /// errors.
+    pub fn with_inner(inner: Arc<dyn ObjectStore>, name: &str) -> Self {
+        let place = Arc::new(Place::Other(name.to_owned()));
+        Self { inner, prefix: Path::default(), place }
+    }
+
+    /// Which store this is, for messages.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// The folder, when it is one.
+    pub(crate) fn folder(&self) -> Option<&FsPath> {
+        match &*self.place {
+            Place::Folder(path) => Some(path),
+            _ => None,
+        }
+    }
+
+    /// Writes an object, replacing one of the same key. Atomic: a reader sees the old one or the
+    /// new one; durable when it returns.
+    pub async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
+        self.put_payload(key, bytes.into()).await
+    }
+
+    pub(crate) async fn put_payload(
+        &self,
+        key: &str,
+        payload: PutPayload,
+    ) -> Result<(), StoreError> {
+        let attempt = self.attempt("write", key);
+        let result = self.inner.put_opts(&self.path(key)?, payload, PutOptions::default()).await;
+        result.map(drop).map_err(|error| attempt.failed(error))
+    }
+
+    /// Begins an upload in parts; nothing is visible before it is completed.
+    pub(crate) async fn put_multipart(
+        &self,
+        key: &str,
+    ) -> Result<Box<dyn MultipartUpload>, StoreError> {
+        let attempt = self.attempt("write", key);
+        let result = self.inner.put_multipart(&self.path(key)?).await;
+        result.map_err(|error| attempt.failed(error))
+    }
+
+    /// Writes an object unless one of that key exists; tells whether this call's object is the one
+    /// that is there now.
+    ///
+    /// `bytes` must be unique to the caller (hold a nonce): a write whose answer was lost is
+    /// recognised by reading the object back, so two callers with equal bytes would both win.
+    pub async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<bool, StoreError> {
+        let attempt = self.attempt("create", key);
+        let path = self.path(key)?;
+        let mut unknown = attempt.unavailable("it answers conflicts without end".into(), true);
+        for tries in 0..CREATE_ATTEMPTS_MAX {
+            if tries > 0 {
+                tokio::time::sleep(BACKOFF * (1 << tries)).await;
+            }
+            let options = PutOptions::from(PutMode::Create);
+            match self.inner.put_opts(&path, bytes.clone().into(), options).await {
+                Ok(_) => return Ok(true),
+                // Somebody's object, or this call's own, written by a try whose answer was lost; or
+                // S3's 409 for two writes at once, which leaves none behind.
+                Err(Error::AlreadyExists { .. }) => {
+                    match self.get_bounded(key, bytes.len() as u64).await {
+                        Ok(found) => return Ok(found == bytes),
+                        Err(StoreError::TooLarge { .. }) => return Ok(false),
+                        Err(error) if error.is_retryable() => unknown = error,
+                        Err(StoreError::NotFound { .. }) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+                Err(error) => {
+                    let error = attempt.failed(error);
+                    if !error.is_retryable() {
+                        return Err(error);
+                    }
+                    unknown = error;
+                }
+            }
+        }
+        Err(unknown)
+    }
+
+    /// Reads a whole object of at most 16 GiB.
+    pub async fn get(&self, key: &str) -> Result<Bytes, StoreError> {
+        self.get_bounded(key, GET_BYTES_MAX).await
+    }
+
+    /// Reads a whole object of at most `max` bytes; a larger one is refused before it is read.
+    pub async fn get_bounded(&self, key: &str, max: u64) -> Result<Bytes, StoreError> {
+        let attempt = self.attempt("read", key);
+        let found = self.inner.get(&self.path(key)?).await;
+        let found = found.map_err(|error| attempt.failed(error))?;
+        let bytes = found.meta.size;
+        if bytes > max {
+            return Err(StoreError::TooLarge { key: key.to_owned(), bytes, max });
+        }
+        let content = found.bytes().await.map_err(|error| attempt.failed(error))?;
+        if content.len() as u64 != bytes {
+            let problem = format!("{} of {bytes} bytes came", content.len());
+            return Err(attempt.unavailable(problem, false));
+        }
+        Ok(content)
+    }
+
+    /// Reads some bytes of an object; fewer than asked for is an error.
+    pub async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        let attempt = self.attempt("read", key);
+        let expected = range.end.saturating_sub(range.start);
+        if expected > GET_BYTES_MAX {
+            let (key, bytes, max) = (key.to_owned(), expected, GET_BYTES_MAX);
+            return Err(StoreError::TooLarge { key, bytes, max });
+        }
+        if expected == 0 {
+            return Ok(Bytes::new());
+        }
+        let found = self.inner.get_range(&self.path(key)?, range.clone()).await;
+        let found = found.map_err(|error| attempt.failed(error))?;
+        if found.len() as u64 != expected {
+            let end = range.start + found.len() as u64;
+            let problem = format!("it ends at byte {end}, expected at least {}", range.end);
+            return Err(StoreError::Corrupt { key: key.to_owned(), problem });
+        }
+        Ok(found)
+    }
+
+    /// The size of an object.
+    pub async fn size(&self, key: &str) -> Result<u64, StoreError> {
+        let attempt = self.attempt("look up", key);
+        let found = self.inner.head(&self.path(key)?).await;
+        found.map(|meta| meta.size).map_err(|error| attempt.failed(error))
+    }
+
+    /// Every object below a folder, sorted by key. A prefix is whole path segments: `a/b` does not
+    /// list `a/bc`. A folder that does not exist is empty.
+    pub async fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>, StoreError> {
+        let attempt = self.attempt("list", prefix);
+        let path = self.path(prefix)?;
+        let mut stream = self.inner.list(Some(&path));
+        let mut found = Vec::new();
+        while let Some(meta) = stream.try_next().await.map_err(|error| attempt.failed(error))? {
+            if found.len() == LIST_MAX {
+                let (key, max) = (prefix.to_owned(), LIST_MAX);
+                let problem = format!("more than {max} objects lie below it");
+                return Err(StoreError::Key { key, problem });
+            }
+            if let Some(key) = self.key(&meta.location) {
+                found.push(ObjectInfo { key, bytes: meta.size });
+            }
+        }
+        found.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(found)
+    }
+
+    /// Deletes an object; one that is not there is no error.
+    pub async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        let attempt = self.attempt("delete", key);
+        match self.inner.delete(&self.path(key)?).await {
+            Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(attempt.failed(error)),
+        }
+    }
+
+    /// Deletes every object below a folder, and the folder itself where that is a thing.
+    pub(crate) async fn delete_below(&self, prefix: &str) -> Result<(), StoreError> {
+        for object in self.list(prefix).await? {
+            self.delete(&object.key).await?;
+        }
+        if let Some(folder) = self.folder() {
+            // Only an empty one goes; what somebody is just writing into it stays.
+            let _ = std::fs::remove_dir(folder.join(prefix));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn attempt<'a>(&'a self, operation: &'static str, key: &'a str) -> Attempt<'a> {
+        Attempt { place: &self.place, operation, key }
+    }
+
+    fn path(&self, key: &str) -> Result<Path, StoreError> {
+        let parsed = Path::parse(key).map_err(|error| StoreError::Key {
+            key: key.chars().take(200).collect(),
+            problem: error.to_string(),
+        })?;
+        Ok(self.prefix.parts().chain(parsed.parts()).collect())
+    }
+
+    /// What a copy of a key is called: its last segment, or that of the store's prefix or bucket.
+    pub(crate) fn last_name(&self, key: &str) -> String {
+        let path = self.path(key).unwrap_or_default();
+        match (path.filename(), &*self.place) {
+            (Some(name), _) => name.to_owned(),
+            (None, Place::Bucket { bucket, .. }) => bucket.clone(),
+            (None, _) => "store".to_owned(),
+        }
+    }
+
+    /// The reverse of `path`; nothing for what lies outside the prefix.
+    fn key(&self, location: &Path) -> Option<String> {
+        let parts = location.prefix_match(&self.prefix)?;
+        let path: Path = parts.collect();
+        Some(path.to_string())
+    }
+}
+
+/// Waits between tries that a caller of the store makes itself: `tries` failed so far.
+pub(crate) async fn back_off(tries: u32) {
+    tokio::time::sleep(BACKOFF * 2u32.saturating_pow(tries.min(8))).await;
+}

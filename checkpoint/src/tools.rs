@@ -1,0 +1,162 @@
+//! What coordinator and command line do with checkpoints: find complete ones, verify, delete.
+
+use std::collections::HashMap;
+
+use api::events::CheckpointFact;
+use api::{Generation, Name};
+use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
+
+use crate::decode::{Discard, read_shard};
+use crate::error::StoreError;
+use crate::keys;
+use crate::manifest::{self, MANIFEST_BYTES_MAX, Manifest};
+use crate::store::Store;
+
+/// What reading every byte of a checkpoint showed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyReport {
+    /// Whether nothing is wrong.
+    pub ok: bool,
+    /// What is wrong, one sentence each.
+    pub problems: Vec<String>,
+    /// Shards that the manifest names.
+    pub shards: u64,
+    /// Tensors in them.
+    pub tensors: u64,
+    /// Bytes of the shards in the store.
+    pub bytes: u64,
+}
+
+/// Every complete checkpoint of a job (of one generation, if given), oldest step first: its
+/// manifest can be read and its shards exist with the right length. Shards are not read.
+pub async fn find_complete(
+    store: &Store,
+    job: &Name,
+    generation: Option<Generation>,
+) -> Result<Vec<CheckpointFact>, StoreError> {
+    let objects = store.list(&keys::checkpoints(job)).await?;
+    let sizes: HashMap<&str, u64> = objects.iter().map(|o| (o.key.as_str(), o.bytes)).collect();
+    let mut facts = Vec::new();
+    for object in &objects {
+        let Some(parsed) = keys::parse_manifest(&object.key) else { continue };
+        if generation.is_some_and(|wanted| wanted != parsed.generation) {
+            continue;
+        }
+        let bytes = match store.get_bounded(&object.key, MANIFEST_BYTES_MAX).await {
+            Ok(bytes) => bytes,
+            // Deleted since it was listed.
+            Err(StoreError::NotFound { .. }) => continue,
+            Err(error @ StoreError::TooLarge { .. }) => {
+                tracing::warn!(%error, "a checkpoint is not usable");
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let manifest = match Manifest::parse(&object.key, &bytes) {
+            Ok(manifest) => manifest,
+            Err(error) => {
+                tracing::warn!(%error, "a checkpoint is not usable");
+                continue;
+            }
+        };
+        let lacking = manifest
+            .shards
+            .iter()
+            .find(|shard| sizes.get(shard.key.as_str()) != Some(&shard.stored_bytes));
+        if let Some(shard) = lacking {
+            tracing::warn!(key = object.key, shard = shard.key, "a checkpoint lacks a shard");
+            continue;
+        }
+        facts.push(CheckpointFact {
+            step: manifest.step,
+            generation: manifest.generation,
+            manifest_key: object.key.clone(),
+            manifest_digest: manifest::digest(&bytes),
+            bytes: manifest.stored_bytes(),
+        });
+    }
+    facts.sort_by_key(|fact| (fact.step, fact.generation));
+    Ok(facts)
+}
+
+/// Reads every byte of a checkpoint and reports what is wrong with it. An error means that the
+/// store could not be asked, or has no such manifest.
+pub async fn verify(
+    store: &Store,
+    manifest_key: &str,
+    expected_digest: Option<&str>,
+) -> Result<VerifyReport, StoreError> {
+    let (store, key) = (store.clone(), manifest_key.to_owned());
+    let expected = expected_digest.map(str::to_owned);
+    blocking(manifest_key, async move { verify_here(&store, &key, expected.as_deref()).await })
+        .await
+}
+
+async fn verify_here(
+    store: &Store,
+    key: &str,
+    expected_digest: Option<&str>,
+) -> Result<VerifyReport, StoreError> {
+    let mut report = VerifyReport::default();
+    let bytes = match store.get_bounded(key, MANIFEST_BYTES_MAX).await {
+        Err(error @ StoreError::TooLarge { .. }) => {
+            report.problems.push(error.to_string());
+            return Ok(report);
+        }
+        bytes => bytes?,
+    };
+    let found = manifest::digest(&bytes);
+    if let Some(expected) = expected_digest.filter(|expected| *expected != found) {
+        report.problems.push(format!(
+            "manifest `{key}` is not the one that was recorded: BLAKE3 {found}, expected {expected}"
+        ));
+    }
+    let manifest = match Manifest::parse(key, &bytes) {
+        Ok(manifest) => manifest,
+        Err(error) => {
+            report.problems.push(error.to_string());
+            return Ok(report);
+        }
+    };
+    report.shards = manifest.shards.len() as u64;
+    report.tensors = manifest.tensors().count() as u64;
+    report.bytes = manifest.stored_bytes();
+    for shard in &manifest.shards {
+        match read_shard(store, shard, &mut Discard).await {
+            Ok(()) => {}
+            Err(error @ (StoreError::Corrupt { .. } | StoreError::NotFound { .. })) => {
+                report.problems.push(error.to_string());
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    report.ok = report.problems.is_empty();
+    Ok(report)
+}
+
+/// Deletes a checkpoint: its manifest first, so that nobody begins to read what is going away, then
+/// all else in its folder. One that is gone already, wholly or in part, is no error.
+pub async fn delete_checkpoint(store: &Store, manifest_key: &str) -> Result<(), StoreError> {
+    let Some(folder) = keys::folder_of(manifest_key) else {
+        return Err(StoreError::Key {
+            key: manifest_key.to_owned(),
+            problem: "expected the key of a checkpoint's manifest".into(),
+        });
+    };
+    store.delete(manifest_key).await?;
+    store.delete_below(folder).await
+}
+
+/// Runs work that computes as much as it waits off the threads that answer requests.
+pub(crate) async fn blocking<T, W>(key: &str, work: W) -> Result<T, StoreError>
+where
+    T: Send + 'static,
+    W: Future<Output = Result<T, StoreError>> + Send + 'static,
+{
+    let handle = Handle::current();
+    let done = tokio::task::spawn_blocking(move || handle.block_on(work)).await;
+    done.unwrap_or_else(|error| {
+        Err(StoreError::Host { path: key.to_owned(), problem: error.to_string() })
+    })
+}
