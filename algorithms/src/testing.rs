@@ -131,14 +131,14 @@ pub(crate) fn one_tape(
 }
 
 /// Compares block-wise gradients with finite differences of the loss, along one random direction
-/// per parameter (which involves all its elements), and with one tape's.
+/// per parameter (which involves all its elements), and with one tape's. Differences below
+/// `tolerance · floor` are noise.
 pub(crate) fn check_gradients(
     model: &Model,
     values: &Values,
     input: &BlockInput,
     targets: &Targets,
-    step: f32,
-    tolerance: f64,
+    (step, tolerance, floor): (f32, f64, f64),
 ) {
     let (_, gradients) = blockwise(model, values, input, targets, TRAIN);
     let reference = one_tape(model, values, input, targets, TRAIN);
@@ -156,7 +156,7 @@ pub(crate) fn check_gradients(
             let numeric = (along(1.0) - along(-1.0)) / (2.0 * f64::from(step));
             let analytic: f64 =
                 gradients[b][p].iter().zip(&direction).map(|(g, d)| f64::from(g * d)).sum();
-            let scale = numeric.abs().max(analytic.abs()).max(0.05);
+            let scale = numeric.abs().max(analytic.abs()).max(floor);
             assert!(
                 (numeric - analytic).abs() < tolerance * scale,
                 "{}: numeric {numeric}, analytic {analytic}",

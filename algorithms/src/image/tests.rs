@@ -28,7 +28,7 @@ fn geometry(height: usize, width: usize, channels: usize, classes: usize) -> Ima
     }
 }
 
-/// Images of noise with a bright patch whose place tells the class.
+/// Noisy images of textures: plain, stripes one way or the other, a chequerboard.
 fn microbatch(geometry: &ImageGeometry, batch: usize) -> (BlockInput, Targets) {
     let device = Device::flex();
     let features = geometry.features();
@@ -36,9 +36,10 @@ fn microbatch(geometry: &ImageGeometry, batch: usize) -> (BlockInput, Targets) {
     let mut classes = Vec::new();
     for (i, image) in pixels.chunks_exact_mut(features).enumerate() {
         let class = i % geometry.labels.len();
-        let share = features / geometry.labels.len();
-        for value in &mut image[class * share..(class + 1) * share] {
-            *value += 1.0;
+        for (at, value) in image.iter_mut().enumerate() {
+            let (x, y) = (at % geometry.width, at / geometry.width);
+            let bright = [true, x % 2 == 0, y % 2 == 0, (x + y) % 2 == 0][class];
+            *value += if bright { 1.0 } else { -1.0 };
         }
         classes.push(class as i64);
     }
@@ -53,8 +54,9 @@ fn gradients_are_right_through_blocks() {
         let geometry = geometry(height, width, channels, 3);
         let model = NETWORK.model(&geometry);
         let (input, targets) = microbatch(&geometry, 3);
-        // The rectifier bends, so steps are small and the tolerance larger than the transformer's.
-        check_gradients(&model, &perturbed(&model, 0.3), &input, &targets, 1e-3, 5e-2);
+        // Rectifiers bend and small groups curve: the step is small and noise takes a larger share.
+        let values = perturbed(&model, 0.3);
+        check_gradients(&model, &values, &input, &targets, (1e-4, 5e-2, 0.2));
     }
 }
 
