@@ -266,3 +266,77 @@ fn prune(logs: &Path, live: &[TaskId]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use api::config::StoreSection;
+    use api::session::{LogLine, LogStream};
+
+    use super::*;
+    use crate::spool::Spooler;
+
+    fn task(generation: u64) -> TaskId {
+        let workload = "job".parse().expect("a name");
+        TaskId { workload, generation: Generation(generation), rank: Rank(0) }
+    }
+
+    async fn print(spooler: &Spooler, task: &TaskId, sequence: u64) {
+        let text = format!("line {sequence}");
+        let line = LogLine { sequence, time_ms: 1, stream: LogStream::Stdout, text };
+        assert!(spooler.offer(task, vec![line]));
+        spooler.close(task).await;
+    }
+
+    #[tokio::test]
+    async fn output_waits_on_disk_while_the_store_is_down() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (logs, place) = (folder.path().join("logs"), folder.path().join("store"));
+        fs::create_dir(&place).expect("creates");
+        let uri = format!("file://{}", place.display());
+        let store = Store::open(&StoreSection::default(), &uri).expect("opens");
+        let spooler = Spooler::start(logs.clone(), 1 << 20).expect("starts");
+        let archive = Archive::start(store.clone(), logs.clone(), spooler.grown.clone());
+        archive.follow(&task(1)).await;
+        // A file where the store's folder was: every write fails.
+        fs::remove_dir_all(&place).expect("removes");
+        fs::write(&place, "").expect("writes");
+        print(&spooler, &task(1), 0).await;
+        archive.flush().await;
+        archive.ended(&task(1)).await;
+        archive.flush().await;
+
+        fs::remove_file(&place).expect("removes");
+        fs::create_dir(&place).expect("creates");
+        archive.flush().await;
+        let key = "jobs/job/logs/g1/r0/000000000000.jsonl.zst";
+        let stored = store.get(key).await.expect("the object is there");
+        let text = zstd::decode_all(stored.as_ref()).expect("zstd");
+        assert!(String::from_utf8_lossy(&text).contains("line 0"));
+
+        // The next incarnation has nothing to upload again.
+        store.delete(key).await.expect("deletes");
+        let next = Archive::start(store.clone(), logs, Arc::new(Notify::new()));
+        next.flush().await;
+        assert!(store.get(key).await.is_err(), "the cursor was not kept");
+    }
+
+    #[test]
+    fn only_the_newest_folders_of_ended_tasks_are_kept() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let logs = folder.path();
+        let count = UPLOADED_FOLDERS_MAX as u64 + 3;
+        for generation in 0..count {
+            let path = log_folder(logs, &task(generation));
+            fs::create_dir_all(&path).expect("creates");
+            fs::write(path.join("000000000000.jsonl"), "").expect("writes");
+            let modified = SystemTime::UNIX_EPOCH + Duration::from_secs(generation);
+            fs::File::open(path).and_then(|f| f.set_modified(modified)).expect("sets its time");
+        }
+        prune(logs, &[task(1)]);
+        let mut kept: Vec<u64> =
+            former_tasks(logs).into_iter().map(|task| task.generation.0).collect();
+        kept.sort_unstable();
+        let expected: Vec<u64> = std::iter::once(1).chain(3..count).collect();
+        assert_eq!(kept, expected, "0 and 2 went; 1 is live");
+    }
+}

@@ -27,7 +27,7 @@ pub(crate) struct Capture {
     spooler: Spooler,
     next: u64,
     last_error: String,
-    /// First sequence and number of lines that the disk's queue had no room for.
+    /// Last sequence and number of lines that the disk's queue had no room for.
     lost: Option<(u64, u64)>,
 }
 
@@ -105,17 +105,16 @@ impl Capture {
 
     fn emit(&mut self, lines: Vec<LogLine>) {
         let mut batch = Vec::with_capacity(lines.len() + 1);
-        if let Some((first, count)) = self.lost {
+        if let Some((last, count)) = self.lost {
             let text = format!("{count} lines are missing here: the disk is too slow for them");
-            batch.push(gap(first, now_ms(), text));
+            batch.push(gap(last, now_ms(), text));
         }
         batch.extend(lines.iter().cloned());
-        let count = lines.len() as u64;
         if self.spooler.offer(&self.task, batch) {
             self.lost = None;
         } else {
-            let (first, before) = self.lost.unwrap_or((lines[0].sequence, 0));
-            self.lost = Some((first, before + count));
+            let before = self.lost.map_or(0, |(_, before)| before);
+            self.lost = lines.last().map(|last| (last.sequence, before + lines.len() as u64));
         }
         self.ledger.lines(&self.task, lines);
     }

@@ -61,6 +61,7 @@ struct Queued {
 /// Lines that were dropped from the queue.
 #[derive(Clone, Debug)]
 struct Gap {
+    /// Sequence of the last of them, so that the line behind the note follows on.
     sequence: u64,
     time_ms: u64,
     lines: u64,
@@ -174,6 +175,10 @@ impl Inner {
         self.sample_bytes += sample.bytes();
         let order = self.next_order();
         self.samples.push_back(Queued { order, sample, sent: None });
+        self.enforce_bound();
+    }
+
+    fn enforce_bound(&mut self) {
         while self.sample_bytes > SAMPLE_BYTES_MAX && self.samples.len() > 1 {
             self.drop_oldest_sample();
         }
@@ -184,18 +189,19 @@ impl Inner {
         self.sample_bytes -= sample.bytes();
         self.samples_sent = self.samples_sent.saturating_sub(1);
         let Sample::Logs { task, gap, lines, .. } = sample else { return };
-        let Some(first) = lines.first() else { return };
+        let Some(last) = lines.last() else { return };
         let dropped = Gap {
-            sequence: gap.as_ref().map_or(first.sequence, |g| g.sequence),
-            time_ms: first.time_ms,
-            lines: lines.len() as u64 + gap.map_or(0, |g| g.lines),
+            sequence: last.sequence,
+            time_ms: last.time_ms,
+            lines: lines.len() as u64 + gap.map_or(0, |earlier| earlier.lines),
         };
         let next = self.samples.iter_mut().find_map(|queued| match &mut queued.sample {
             Sample::Logs { task: other, gap, .. } if *other == task => Some(gap),
             _ => None,
         });
         match next {
-            Some(gap) => *gap = Some(merge(dropped, gap.take())),
+            // What was queued behind a note has none of its own: notes only come from the front.
+            Some(gap) => *gap = Some(dropped),
             None => {
                 self.gaps.insert(task, dropped);
             }
@@ -217,6 +223,7 @@ impl Inner {
                 lines.push(line);
                 *bytes += length;
                 self.sample_bytes += length + LOG_LINE_OVERHEAD;
+                self.enforce_bound();
                 continue;
             }
             let gap = self.gaps.remove(task);
@@ -224,11 +231,6 @@ impl Inner {
             self.push_sample(Sample::Logs { task, gap, lines: vec![line], bytes: length });
         }
     }
-}
-
-fn merge(earlier: Gap, later: Option<Gap>) -> Gap {
-    let lines = earlier.lines + later.map_or(0, |gap| gap.lines);
-    Gap { lines, ..earlier }
 }
 
 impl Ledger {
@@ -488,7 +490,7 @@ mod tests {
             })
             .flatten()
             .collect();
-        assert_eq!((lines[0].stream, lines[0].sequence), (LogStream::Gap, 0));
+        assert_eq!((lines[0].stream, lines[0].sequence), (LogStream::Gap, lines[1].sequence - 1));
         let missing = format!("{} lines are missing", lines[1].sequence);
         assert!(lines[0].text.starts_with(&missing), "{}", lines[0].text);
         let kept: Vec<u64> = lines[1..].iter().map(|line| line.sequence).collect();

@@ -275,7 +275,9 @@ fn decode(frame: &CoordinatorFrame) -> Result<CoordinatorMessage, Ended> {
 fn refused(status: Status) -> Ended {
     let leader = || status.metadata().get(LEADER_KEY)?.to_str().ok()?.parse().ok();
     match status.code() {
-        Code::Unauthenticated => Ended::Denied(status.message().to_owned()),
+        Code::Unauthenticated | Code::PermissionDenied => {
+            Ended::Denied(status.message().to_owned())
+        }
         Code::FailedPrecondition => match leader() {
             Some(address) => Ended::Elsewhere(address),
             None => Ended::Lost(format!("no leader is known: {}", status.message())),

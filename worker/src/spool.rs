@@ -35,7 +35,7 @@ const CURSOR_BYTES_MAX: u64 = 4 << 10;
 
 const _: () = assert!(ENCODED_LINE_BYTES_MAX < CHUNK_BYTES);
 
-/// A note that lines are missing from `sequence` on.
+/// A note that lines are missing up to and with `sequence`: the line behind it follows on.
 pub(crate) fn gap(sequence: u64, time_ms: u64, text: String) -> LogLine {
     LogLine { sequence, time_ms, stream: LogStream::Gap, text }
 }
@@ -121,20 +121,19 @@ impl Spool {
         for line in lines {
             match self.append_line(&line) {
                 Ok(bytes) => written += bytes,
-                Err(error) => self.lose(line, &error),
+                Err(error) => self.lose(&line, &error),
             }
         }
         written
     }
 
-    fn lose(&mut self, line: LogLine, error: &io::Error) {
+    fn lose(&mut self, line: &LogLine, error: &io::Error) {
         if self.lost.is_none() {
             warn!(folder = %self.folder.display(), %error, "output of a rank cannot be kept on disk");
         }
-        let (first, count) = self.lost.take().unwrap_or_else(|| {
-            (gap(line.sequence, line.time_ms, format!("the disk refused them: {error}")), 0)
-        });
-        self.lost = Some((first, count + 1));
+        let count = self.lost.take().map_or(1, |(_, before)| before + 1);
+        let text = format!("the disk refused them: {error}");
+        self.lost = Some((gap(line.sequence, line.time_ms, text), count));
     }
 
     fn append_line(&mut self, line: &LogLine) -> io::Result<u64> {
@@ -187,7 +186,7 @@ impl Spool {
             self.bytes_max
         );
         let temporary = self.folder.join("dropped.tmp");
-        fs::write(&temporary, serde_json::to_vec(&gap(0, 0, text))?)?;
+        fs::write(&temporary, serde_json::to_vec(&gap(first.saturating_sub(1), 0, text))?)?;
         fs::rename(temporary, self.folder.join(NOTE_FILE))
     }
 }
@@ -214,8 +213,6 @@ struct Cursor {
     segment: u64,
     offset: u64,
     next_sequence: u64,
-    /// The last line was a note, so the next sequence may be any.
-    after_gap: bool,
 }
 
 /// Follows a task's segments in order; may skip what the bound removed, noting it.
@@ -302,15 +299,13 @@ fn chunk(bytes: &[u8], mut cursor: Cursor) -> io::Result<Option<Chunk>> {
         if line.sequence < cursor.next_sequence {
             continue;
         }
-        if line.sequence > cursor.next_sequence && !cursor.after_gap {
+        if line.sequence > cursor.next_sequence && line.stream != LogStream::Gap {
             let missing = line.sequence - cursor.next_sequence;
             let text = format!("{missing} lines are missing here: dropped on the worker's disk");
-            write(&gap(cursor.next_sequence, line.time_ms, text))?;
+            write(&gap(line.sequence - 1, line.time_ms, text))?;
         }
         write(&line)?;
-        cursor.after_gap = line.stream == LogStream::Gap;
-        // A note takes no number of its own: the lines after it tell how many are missing.
-        cursor.next_sequence = line.sequence + u64::from(!cursor.after_gap);
+        cursor.next_sequence = line.sequence + 1;
     }
     let Some(first) = first else { return Ok(None) };
     Ok(Some(Chunk { first, compressed: zstd::encode_all(out.as_slice(), 3)?, end: cursor }))
@@ -369,7 +364,7 @@ mod tests {
         assert!(note.contains(&format!("{} lines are missing", kept[0])), "{note}");
 
         let lines = read_all(&mut tail);
-        assert_eq!((lines[0].stream, lines[0].sequence), (LogStream::Gap, 3));
+        assert_eq!((lines[0].stream, lines[0].sequence), (LogStream::Gap, kept[0] - 1));
         assert!(lines[0].text.starts_with(&format!("{} lines are missing", kept[0] - 3)));
         assert_eq!(lines[1..], (kept[0]..200).map(line).collect::<Vec<_>>());
     }
@@ -384,7 +379,7 @@ mod tests {
         fs::remove_file(&blocked).expect("removes");
         spool.append((5..7).map(line).collect());
         let lines = read_all(&mut Tail::open(blocked));
-        assert_eq!((lines[0].stream, lines[0].sequence), (LogStream::Gap, 0));
+        assert_eq!((lines[0].stream, lines[0].sequence), (LogStream::Gap, 4));
         assert!(lines[0].text.starts_with("5 lines are missing here: the disk refused them"));
         assert_eq!(lines[1..], [line(5), line(6)]);
     }

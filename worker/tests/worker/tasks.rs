@@ -162,14 +162,17 @@ async fn what_a_rank_started_dies_with_it() {
 
 #[tokio::test]
 async fn a_process_that_left_the_group_does_not_hold_up_the_exit() {
-    let host = Host::new("setsid sleep 100000 & echo $!\n");
+    let host = Host::new("setsid sh -c 'echo $$; exec sleep 100000' &\nread -r order\n");
     let mut coordinator = Coordinator::leader().await;
     let _worker = host.worker(&[coordinator.address]);
     let mut session = coordinator.welcomed().await;
     let rank = task(1, 0);
     session.start(&rank).await;
     session.started(&rank).await;
-    let lines = session.lines_until(|line| line.stream == LogStream::Gap).await;
+    // It prints only after it has left the group; then the rank may go.
+    let mut lines = session.lines_until(|_| true).await;
+    session.nudge(&rank).await;
+    lines.extend(session.lines_until(|line| line.stream == LogStream::Gap).await);
     assert!(lines[1].text.contains("a process that it detached"), "{}", lines[1].text);
     assert_eq!(session.exited(&rank).await, ExitCause::Completed);
     kill_9(lines[0].text.parse().expect("a process id"));
