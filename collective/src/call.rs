@@ -1,0 +1,215 @@
+//! What a rank asked for, as every frame carries it, so that two ranks can compare their calls.
+//!
+//! 16 bytes on the wire. Two ranks agree when theirs are equal; when not, both name both.
+
+use std::fmt;
+
+use api::Rank;
+
+use crate::buffer::ElementType;
+use crate::communicator::ReduceOp;
+
+/// Bytes of an encoded call.
+pub(crate) const CALL_BYTES: usize = 16;
+
+/// Which method of the communicator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Operation {
+    /// No call: the process leaves the group.
+    Leave = 0,
+    /// [`crate::Communicator::all_reduce`]
+    AllReduce = 1,
+    /// [`crate::Communicator::reduce_scatter`]
+    ReduceScatter = 2,
+    /// [`crate::Communicator::all_gather`]
+    AllGather = 3,
+    /// [`crate::Communicator::broadcast`]
+    Broadcast = 4,
+    /// [`crate::Communicator::send`]
+    Send = 5,
+    /// [`crate::Communicator::recv`]
+    Recv = 6,
+    /// [`crate::Communicator::barrier`]
+    Barrier = 7,
+    /// [`crate::Communicator::gather_bytes`]
+    GatherBytes = 8,
+    /// [`crate::Communicator::reduce_lanes`]
+    ReduceLanes = 9,
+}
+
+impl Operation {
+    const ALL: [Self; 10] = [
+        Self::Leave,
+        Self::AllReduce,
+        Self::ReduceScatter,
+        Self::AllGather,
+        Self::Broadcast,
+        Self::Send,
+        Self::Recv,
+        Self::Barrier,
+        Self::GatherBytes,
+        Self::ReduceLanes,
+    ];
+
+    /// Whether it concerns two ranks only.
+    pub fn is_point_to_point(self) -> bool {
+        matches!(self, Self::Send | Self::Recv)
+    }
+}
+
+/// A call with what must agree between ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Call {
+    /// Which method.
+    pub operation: Operation,
+    /// The type of the elements, if it has any.
+    pub element: Option<ElementType>,
+    /// How they are reduced, if they are.
+    pub reduce: Option<ReduceOp>,
+    /// The root, the peer or the number of lanes, by method; else 0.
+    pub detail: u32,
+    /// Elements of the whole buffer (not of a chunk).
+    pub count: u64,
+}
+
+impl Call {
+    /// A call without elements.
+    pub(crate) fn plain(operation: Operation) -> Self {
+        Self { operation, element: None, reduce: None, detail: 0, count: 0 }
+    }
+
+    /// A call over elements.
+    pub(crate) fn over(operation: Operation, element: ElementType, count: usize) -> Self {
+        Self { element: Some(element), count: count as u64, ..Self::plain(operation) }
+    }
+
+    /// The same with a reduction.
+    pub(crate) fn reducing(self, op: ReduceOp) -> Self {
+        Self { reduce: Some(op), ..self }
+    }
+
+    /// The same with a root, peer or number of lanes.
+    pub(crate) fn with_detail(self, detail: u32) -> Self {
+        Self { detail, ..self }
+    }
+
+    pub(crate) fn encode(&self) -> [u8; CALL_BYTES] {
+        let mut bytes = [0; CALL_BYTES];
+        bytes[0] = self.operation as u8;
+        bytes[1] = self.element.map_or(0, |element| element as u8);
+        bytes[2] = self.reduce.map_or(0, |reduce| reduce as u8);
+        bytes[4..8].copy_from_slice(&self.detail.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.count.to_le_bytes());
+        bytes
+    }
+
+    pub(crate) fn decode(bytes: &[u8; CALL_BYTES]) -> Option<Self> {
+        let [operation, element, reduce, _, rest @ ..] = *bytes;
+        let [d0, d1, d2, d3, count @ ..] = rest;
+        Some(Self {
+            operation: Operation::ALL.into_iter().find(|known| *known as u8 == operation)?,
+            element: match element {
+                0 => None,
+                code => Some(ElementType::from_code(code)?),
+            },
+            reduce: match reduce {
+                0 => None,
+                code => Some(
+                    [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min, ReduceOp::Avg]
+                        .into_iter()
+                        .find(|op| *op as u8 == code)?,
+                ),
+            },
+            detail: u32::from_le_bytes([d0, d1, d2, d3]),
+            count: u64::from_le_bytes(count),
+        })
+    }
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, separator) = match self.operation {
+            Operation::Leave => return f.write_str("leave"),
+            Operation::Barrier => return f.write_str("barrier()"),
+            Operation::GatherBytes => return f.write_str("gather_bytes()"),
+            Operation::AllReduce => ("all_reduce", ""),
+            Operation::ReduceScatter => ("reduce_scatter", ""),
+            Operation::AllGather => ("all_gather", ""),
+            Operation::Broadcast => ("broadcast", " from "),
+            Operation::Send => ("send", " to "),
+            Operation::Recv => ("recv", " from "),
+            Operation::ReduceLanes => ("reduce_lanes", " over "),
+        };
+        write!(f, "{name}({}", self.count)?;
+        if let Some(element) = self.element {
+            write!(f, " {element}")?;
+        }
+        if let Some(reduce) = self.reduce {
+            f.write_str(match reduce {
+                ReduceOp::Sum => ", sum",
+                ReduceOp::Max => ", max",
+                ReduceOp::Min => ", min",
+                ReduceOp::Avg => ", average",
+            })?;
+        }
+        f.write_str(separator)?;
+        match self.operation {
+            Operation::ReduceLanes => write!(f, "{} lanes)", self.detail),
+            _ if separator.is_empty() => f.write_str(")"),
+            _ => write!(f, "{})", Rank(self.detail)),
+        }
+    }
+}
+
+/// A call and its number: the collectives of a group and the messages of a pair are counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CallSite {
+    /// What was called.
+    pub call: Call,
+    /// The how-manieth, from 0.
+    pub number: u64,
+}
+
+impl fmt::Display for CallSite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} #{}", self.call, self.number)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_read_well_and_survive_the_wire() {
+        let cases = [
+            (
+                Call::over(Operation::AllReduce, ElementType::F32, 10).reducing(ReduceOp::Sum),
+                "all_reduce(10 f32, sum)",
+            ),
+            (
+                Call::over(Operation::Broadcast, ElementType::U8, 3).with_detail(2),
+                "broadcast(3 u8 from r2)",
+            ),
+            (Call::over(Operation::Send, ElementType::F64, 1).with_detail(1), "send(1 f64 to r1)"),
+            (
+                Call::over(Operation::ReduceLanes, ElementType::F32, 7)
+                    .reducing(ReduceOp::Sum)
+                    .with_detail(8),
+                "reduce_lanes(7 f32, sum over 8 lanes)",
+            ),
+            (Call::plain(Operation::Barrier), "barrier()"),
+            (Call::over(Operation::AllGather, ElementType::I64, 5), "all_gather(5 i64)"),
+        ];
+        for (call, shown) in cases {
+            assert_eq!(call.to_string(), shown);
+            assert_eq!(Call::decode(&call.encode()), Some(call));
+        }
+        for (index, code) in [(0, 10), (1, 5), (2, 5)] {
+            let mut bytes = cases[0].0.encode();
+            bytes[index] = code;
+            assert_eq!(Call::decode(&bytes), None);
+        }
+    }
+}

@@ -1,0 +1,450 @@
+//! Forming the full mesh: each rank connects to the lower ones and accepts the higher ones.
+//!
+//! One thread polls everything at once. A connection that fails its handshake is closed and told
+//! why; it never fails the group, for anybody can connect to a port. Only what a rank learns about
+//! the addresses it was *given* is final: a lower rank that refuses it or cannot prove itself.
+
+use std::io::{ErrorKind, Read};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use api::Rank;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::MsgFlags;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+
+use crate::abort::AbortHandle;
+use crate::error::CollectiveError;
+use crate::handshake::{
+    ENVELOPE_BYTES, Failure, Identity, Negotiation, Progress, body_bytes, fresh_nonce,
+};
+
+/// Accepted connections in a handshake at one time; more wait in the kernel's queue.
+const HANDSHAKES_MAX: usize = 64;
+/// How long an accepted connection may take: a stranger holds a place for no longer.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(5);
+/// Wait before the second attempt to connect to a peer that is not there yet; doubles …
+const RETRY_FIRST: Duration = Duration::from_millis(10);
+/// … up to this.
+const RETRY_MOST: Duration = Duration::from_millis(500);
+/// Longest wait of one poll where no deadline is nearer (a timeout beyond any clock has none).
+const POLL_MOST: Duration = Duration::from_secs(60);
+
+/// A connection in its handshake.
+struct Attempt {
+    stream: TcpStream,
+    from: SocketAddr,
+    /// The lower rank that this rank connects to; none if accepted.
+    target: Option<u32>,
+    negotiation: Negotiation,
+    /// The kernel has not yet finished connecting.
+    connecting: bool,
+    inbox: Vec<u8>,
+    outbox: Vec<u8>,
+    /// Authenticated as this rank; over when the outbox is empty.
+    joined: Option<u32>,
+    until: Option<Instant>,
+}
+
+/// How an attempt stands.
+enum Standing {
+    Pending,
+    Joined(u32),
+    /// Not now: the peer is not there, or the connection broke.
+    Broken(String),
+    Failed(Failure),
+}
+
+#[derive(Clone, Debug)]
+struct Retry {
+    at: Instant,
+    wait: Duration,
+}
+
+/// The forming of a group.
+pub(crate) struct Formation<'a> {
+    identity: &'a Identity,
+    peers: &'a [SocketAddr],
+    listener: &'a TcpListener,
+    abort: &'a AbortHandle,
+    timeout: Duration,
+    deadline: Option<Instant>,
+    joined: Vec<Option<TcpStream>>,
+    attempts: Vec<Attempt>,
+    /// By lower rank.
+    retries: Vec<Retry>,
+    /// What was last heard of each rank that is missing.
+    heard: Vec<Option<String>>,
+    refused: u64,
+}
+
+impl<'a> Formation<'a> {
+    pub(crate) fn new(
+        identity: &'a Identity,
+        peers: &'a [SocketAddr],
+        listener: &'a TcpListener,
+        abort: &'a AbortHandle,
+        timeout: Duration,
+        deadline: Option<Instant>,
+    ) -> Self {
+        let retry = Retry { at: Instant::now(), wait: RETRY_FIRST };
+        Self {
+            identity,
+            peers,
+            listener,
+            abort,
+            timeout,
+            deadline,
+            joined: peers.iter().map(|_| None).collect(),
+            attempts: Vec::new(),
+            retries: vec![retry; identity.rank as usize],
+            heard: vec![None; peers.len()],
+            refused: 0,
+        }
+    }
+
+    /// Connections to all peers, by rank.
+    pub(crate) fn run(mut self) -> Result<Vec<Option<TcpStream>>, CollectiveError> {
+        while self.missing().next().is_some() {
+            if let Some(aborted) = self.abort.raised() {
+                return Err(aborted);
+            }
+            let now = Instant::now();
+            if self.deadline.is_some_and(|deadline| deadline <= now) {
+                return Err(self.timed_out());
+            }
+            self.expire(now);
+            self.connect_due(now)?;
+            let (ready, acceptable) = self.wait(now)?;
+            // From the back, so that removing one does not move those still to be served.
+            for index in ready.into_iter().rev() {
+                self.serve(index)?;
+            }
+            if acceptable {
+                self.accept()?;
+            }
+        }
+        match self.abort.raised() {
+            Some(aborted) => Err(aborted),
+            None => Ok(self.joined),
+        }
+    }
+
+    fn missing(&self) -> impl Iterator<Item = usize> {
+        let own = self.identity.rank as usize;
+        self.joined
+            .iter()
+            .enumerate()
+            .filter(move |(rank, stream)| *rank != own && stream.is_none())
+            .map(|(rank, _)| rank)
+    }
+
+    fn timed_out(&self) -> CollectiveError {
+        let missing = self
+            .missing()
+            .map(|rank| {
+                let (name, address) = (Rank(rank as u32), self.peers[rank]);
+                match &self.heard[rank] {
+                    Some(heard) => format!("{name} at `{address}` ({heard})"),
+                    None => format!("{name} at `{address}`"),
+                }
+            })
+            .collect::<Vec<_>>()
+            .join(", ");
+        CollectiveError::ConnectTimeout { waited: self.timeout, missing }
+    }
+
+    fn accepted(&self) -> usize {
+        self.attempts.iter().filter(|attempt| attempt.target.is_none()).count()
+    }
+
+    /// Drops accepted connections that took too long.
+    fn expire(&mut self, now: Instant) {
+        self.attempts.retain(|attempt| {
+            let keep = attempt.until.is_none_or(|until| now < until);
+            if !keep {
+                tracing::warn!(from = %attempt.from, "a connection did not finish its handshake");
+            }
+            keep
+        });
+    }
+
+    /// Begins the connections whose time has come.
+    fn connect_due(&mut self, now: Instant) -> Result<(), CollectiveError> {
+        for rank in 0..self.identity.rank {
+            let index = rank as usize;
+            let busy = self.attempts.iter().any(|attempt| attempt.target == Some(rank));
+            if busy || self.joined[index].is_some() || self.retries[index].at > now {
+                continue;
+            }
+            match begin(self.identity, rank, self.peers[index])? {
+                Ok(attempt) => self.attempts.push(attempt),
+                Err(cause) => self.retry(rank, cause),
+            }
+        }
+        Ok(())
+    }
+
+    fn retry(&mut self, rank: u32, cause: String) {
+        let retry = &mut self.retries[rank as usize];
+        retry.at = Instant::now() + retry.wait;
+        retry.wait = (retry.wait * 2).min(RETRY_MOST);
+        self.heard[rank as usize] = Some(cause);
+    }
+
+    /// Waits for something to do: which attempts, and whether a connection can be accepted.
+    fn wait(&self, now: Instant) -> Result<(Vec<usize>, bool), CollectiveError> {
+        let accepting = self.accepted() < HANDSHAKES_MAX;
+        let mut descriptors = vec![PollFd::new(self.abort.wake_descriptor(), PollFlags::POLLIN)];
+        let listening = if accepting { PollFlags::POLLIN } else { PollFlags::empty() };
+        descriptors.push(PollFd::new(self.listener.as_fd(), listening));
+        for attempt in &self.attempts {
+            let writes = attempt.connecting || !attempt.outbox.is_empty();
+            let flags = if writes { PollFlags::POLLOUT } else { PollFlags::POLLIN };
+            descriptors.push(PollFd::new(attempt.stream.as_fd(), flags));
+        }
+        let due = (self.retries.iter().zip(&self.joined))
+            .filter(|(retry, joined)| joined.is_none() && retry.at > now)
+            .map(|(retry, _)| retry.at);
+        let wake = due
+            .chain(self.attempts.iter().filter_map(|attempt| attempt.until))
+            .chain(self.deadline)
+            .min();
+        let wait = wake.map_or(POLL_MOST, |wake| wake.saturating_duration_since(now));
+        // Rounded up: a poll that ends a moment early would spin until the moment has passed.
+        let wait = (wait + Duration::from_millis(1)).min(POLL_MOST);
+        match poll(&mut descriptors, PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(CollectiveError::socket("wait for peers", error)),
+        }
+        let is_ready = |descriptor: &PollFd<'_>| descriptor.any().unwrap_or(true);
+        let ready = descriptors[2..]
+            .iter()
+            .enumerate()
+            .filter(|(_, descriptor)| is_ready(descriptor))
+            .map(|(index, _)| index)
+            .collect();
+        Ok((ready, accepting && is_ready(&descriptors[1])))
+    }
+
+    fn accept(&mut self) -> Result<(), CollectiveError> {
+        while self.accepted() < HANDSHAKES_MAX {
+            let (stream, from) = match self.listener.accept() {
+                Ok(accepted) => accepted,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if is_connection_error(&error) => continue,
+                Err(error) => return Err(CollectiveError::socket("accept a peer", error)),
+            };
+            if let Err(error) = stream.set_nonblocking(true) {
+                tracing::warn!(%from, %error, "cannot use an accepted connection");
+                continue;
+            }
+            self.attempts.push(Attempt {
+                stream,
+                from,
+                target: None,
+                negotiation: Negotiation::accept(nonce()?),
+                connecting: false,
+                inbox: Vec::new(),
+                outbox: Vec::new(),
+                joined: None,
+                until: Some(Instant::now() + HANDSHAKE_TIME),
+            });
+        }
+        Ok(())
+    }
+
+    /// Lets an attempt go on.
+    fn serve(&mut self, index: usize) -> Result<(), CollectiveError> {
+        let standing = self.attempts[index].advance(self.identity);
+        if matches!(standing, Standing::Pending) {
+            return Ok(());
+        }
+        let attempt = self.attempts.swap_remove(index);
+        match (standing, attempt.target) {
+            (Standing::Pending, _) => Ok(()),
+            (Standing::Joined(rank), _) => {
+                // A higher rank that comes again has lost its first connection: the newest counts.
+                self.joined[rank as usize] = Some(attempt.stream);
+                Ok(())
+            }
+            (Standing::Broken(cause), Some(target)) => {
+                self.retry(target, cause);
+                Ok(())
+            }
+            (Standing::Failed(failure), Some(target)) => {
+                let (rank, address) = (Rank(target), self.peers[target as usize]);
+                Err(match failure {
+                    Failure::WrongSecret => CollectiveError::WrongSecret { rank, address },
+                    Failure::Refused(reason) => CollectiveError::Refused { rank, address, reason },
+                })
+            }
+            (Standing::Broken(cause), None) => {
+                self.note(&attempt, cause);
+                Ok(())
+            }
+            (Standing::Failed(failure), None) => {
+                let cause = match failure {
+                    Failure::WrongSecret => "it does not know the secret".to_owned(),
+                    Failure::Refused(reason) => reason,
+                };
+                self.note(&attempt, cause);
+                Ok(())
+            }
+        }
+    }
+
+    /// Remembers why a connection that came in was dropped.
+    fn note(&mut self, attempt: &Attempt, cause: String) {
+        self.refused += 1;
+        tracing::warn!(
+            from = %attempt.from, claimed = attempt.negotiation.peer(), %cause,
+            refused = self.refused, "a connection was refused"
+        );
+        let cause = format!("refused a connection from `{}`: {cause}", attempt.from);
+        match attempt.negotiation.peer() {
+            Some(rank) => self.heard[rank as usize] = Some(cause),
+            // A hello that was refused claims nothing: it may have been any of the missing.
+            None => {
+                let missing: Vec<usize> =
+                    self.missing().filter(|rank| *rank > self.identity.rank as usize).collect();
+                for rank in missing {
+                    self.heard[rank].get_or_insert_with(|| cause.clone());
+                }
+            }
+        }
+    }
+}
+
+/// Begins to connect to a lower rank; the inner error is a reason to try again.
+fn begin(
+    identity: &Identity,
+    rank: u32,
+    address: SocketAddr,
+) -> Result<Result<Attempt, String>, CollectiveError> {
+    let (negotiation, hello) = Negotiation::connect(identity, rank, nonce()?);
+    let failed = |source| CollectiveError::socket("make a socket", source);
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))
+        .map_err(failed)?;
+    socket.set_nonblocking(true).map_err(failed)?;
+    let connecting = match socket.connect(&address.into()) {
+        Ok(()) => false,
+        Err(error) if error.raw_os_error() == Some(Errno::EINPROGRESS as i32) => true,
+        Err(error) => return Ok(Err(error.to_string())),
+    };
+    Ok(Ok(Attempt {
+        stream: socket.into(),
+        from: address,
+        target: Some(rank),
+        negotiation,
+        connecting,
+        inbox: Vec::new(),
+        outbox: hello,
+        joined: None,
+        // A lower rank may be long in coming to its `connect`: the group's deadline holds.
+        until: None,
+    }))
+}
+
+fn nonce() -> Result<[u8; 32], CollectiveError> {
+    fresh_nonce().map_err(|source| CollectiveError::socket("read `/dev/urandom`", source))
+}
+
+fn is_connection_error(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::ConnectionAborted | ErrorKind::ConnectionReset | ErrorKind::Interrupted
+    )
+}
+
+impl Attempt {
+    /// Goes on as far as the socket lets it.
+    fn advance(&mut self, identity: &Identity) -> Standing {
+        if self.connecting {
+            match self.stream.take_error() {
+                Ok(None) => self.connecting = false,
+                Ok(Some(error)) | Err(error) => return Standing::Broken(error.to_string()),
+            }
+        }
+        loop {
+            match self.flush() {
+                Ok(true) => {}
+                Ok(false) => return Standing::Pending,
+                Err(error) => return Standing::Broken(error.to_string()),
+            }
+            if let Some(rank) = self.joined {
+                return Standing::Joined(rank);
+            }
+            let (kind, body) = match self.read_message() {
+                Ok(Some(message)) => message,
+                Ok(None) => return Standing::Pending,
+                Err(standing) => return standing,
+            };
+            match self.negotiation.receive(identity, kind, &body) {
+                Progress::Answer(message) => self.outbox = message,
+                Progress::Joined(rank, message) => {
+                    self.joined = Some(rank);
+                    self.outbox = message;
+                }
+                Progress::Failed(failure, message) => {
+                    self.outbox = message;
+                    // The refusal is a courtesy: it goes out now or not at all.
+                    let _ = self.flush();
+                    return Standing::Failed(failure);
+                }
+            }
+        }
+    }
+
+    /// Writes what is due; whether all is written.
+    fn flush(&mut self) -> std::io::Result<bool> {
+        while !self.outbox.is_empty() {
+            let flags = MsgFlags::MSG_NOSIGNAL.bits();
+            match SockRef::from(&self.stream).send_with_flags(&self.outbox, flags) {
+                Ok(written) => drop(self.outbox.drain(..written)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reads one message and not a byte more: frames may follow the last.
+    fn read_message(&mut self) -> Result<Option<(u8, Vec<u8>)>, Standing> {
+        loop {
+            let need = match self.inbox.first_chunk::<ENVELOPE_BYTES>() {
+                None => ENVELOPE_BYTES,
+                Some(envelope) => {
+                    let body = body_bytes(envelope)
+                        .map_err(|reason| Standing::Failed(Failure::Refused(reason)))?;
+                    ENVELOPE_BYTES + body
+                }
+            };
+            // Without an envelope `need` is longer than what is there.
+            if need == self.inbox.len() {
+                let body = self.inbox.split_off(ENVELOPE_BYTES);
+                let kind = self.inbox[5];
+                self.inbox.clear();
+                return Ok(Some((kind, body)));
+            }
+            let filled = self.inbox.len();
+            self.inbox.resize(need, 0);
+            let result = self.stream.read(&mut self.inbox[filled..]);
+            let read = *result.as_ref().unwrap_or(&0);
+            self.inbox.truncate(filled + read);
+            match result {
+                Ok(0) => {
+                    let cause = "it closed the connection during the handshake";
+                    return Err(Standing::Broken(cause.to_owned()));
+                }
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(Standing::Broken(error.to_string())),
+            }
+        }
+    }
+}

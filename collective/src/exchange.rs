@@ -1,0 +1,481 @@
+//! One exchange of frames: every rank sends some and waits for some, all at the same time.
+//!
+//! A single thread over non-blocking sockets: sending never waits for receiving, so no size of
+//! payload can lock two ranks. Whatever it waits for, it looks at every connection: the end of any
+//! peer, an error frame and a call that differs are found at once, also on ranks that exchange
+//! nothing with the culprit.
+//!
+//! Two ranks that wait for each other in calls that cannot meet (`recv` against `recv`, `recv`
+//! against `barrier`) send nothing that could be compared. So a rank that was blocked for
+//! [`WAITING_AFTER`] says for which frame it waits; a peer that has not sent that frame and itself
+//! waits for this rank knows that neither can go on. Longer cycles of point-to-point calls are not
+//! found; an abort ends them.
+
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::call::{Call, CallSite, Operation};
+use crate::error::CollectiveError;
+use crate::frame::{FrameKind, Header, decode_site};
+use crate::link::{Arrival, Link, LinkError, Sending, TURNS};
+use crate::mesh::Mesh;
+
+/// How long a rank is blocked before it tells whom it waits for: longer than most steps of a
+/// healthy group differ, short for a person.
+const WAITING_AFTER: Duration = Duration::from_millis(200);
+/// How often a blocked rank looks again at what it knows of its peers; costs nothing.
+const WAITING_AGAIN: Duration = Duration::from_secs(1);
+
+/// Where a payload goes.
+#[derive(Debug)]
+pub(crate) enum Sink<'a> {
+    /// Memory of exactly the payload's length.
+    Exact(&'a mut [u8]),
+    /// A vector that takes the payload's length, up to a bound.
+    Bounded(&'a mut Vec<u8>, usize),
+}
+
+/// What to exchange with one peer.
+#[derive(Debug, Default)]
+pub(crate) struct Transfer<'a> {
+    /// The payload for it, as parts of memory.
+    pub send: Option<Vec<&'a [u8]>>,
+    /// Where its payload goes.
+    pub receive: Option<Sink<'a>>,
+}
+
+struct Pending<'a> {
+    sending: Option<Sending<'a>>,
+    receive: Option<Sink<'a>>,
+    /// The front frame was compared with this call, and the sink fits it.
+    accepted: bool,
+    told: bool,
+}
+
+impl Pending<'_> {
+    fn is_done(&self) -> bool {
+        self.sending.is_none() && self.receive.is_none()
+    }
+}
+
+/// An exchange under way.
+pub(crate) struct Exchange<'m, 'a> {
+    mesh: &'m mut Mesh,
+    site: CallSite,
+    phase: u8,
+    pending: Vec<Pending<'a>>,
+}
+
+impl<'m, 'a> Exchange<'m, 'a> {
+    /// Exchanges one frame per transfer (indexed by rank; this rank's own is empty), to the end.
+    pub(crate) fn run(
+        mesh: &'m mut Mesh,
+        site: CallSite,
+        phase: u8,
+        transfers: Vec<Transfer<'a>>,
+    ) -> Result<(), CollectiveError> {
+        assert_eq!(transfers.len(), mesh.links.len(), "one transfer per rank");
+        let pending = transfers
+            .into_iter()
+            .map(|transfer| Pending {
+                sending: transfer.send.map(|parts| Sending::new(&mesh.codec, phase, site, parts)),
+                receive: transfer.receive,
+                accepted: false,
+                told: false,
+            })
+            .collect();
+        let mut exchange = Self { mesh, site, phase, pending };
+        exchange.start()?;
+        exchange.finish()
+    }
+
+    /// Looks at what came early, and sends what the kernel takes.
+    fn start(&mut self) -> Result<(), CollectiveError> {
+        for peer in 0..self.pending.len() {
+            let Some(link) = self.mesh.links[peer].as_ref() else { continue };
+            if let Some(header) = link.next_data().copied() {
+                self.compare(peer, &header, self.pending[peer].receive.is_some())?;
+            }
+        }
+        for peer in 0..self.pending.len() {
+            if self.mesh.links[peer].is_none() {
+                continue;
+            }
+            self.take_ahead(peer)?;
+            if self.mesh.links[peer].as_ref().is_some_and(|link| link.left)
+                && !self.pending[peer].is_done()
+            {
+                return Err(self.left(peer));
+            }
+            self.write(peer)?;
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<(), CollectiveError> {
+        let mut timeout = WAITING_AFTER;
+        let mut ready = Vec::with_capacity(self.pending.len());
+        while !self.pending.iter().all(Pending::is_done) {
+            self.wait(timeout, &mut ready)?;
+            if let Some(aborted) = self.mesh.abort.raised() {
+                return Err(aborted);
+            }
+            if ready.is_empty() {
+                self.tell_waiting()?;
+                timeout = WAITING_AGAIN;
+                continue;
+            }
+            for (peer, flags) in ready.drain(..) {
+                self.serve(peer, flags)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until a connection is ready, an abort, or the timeout.
+    fn wait(
+        &self,
+        timeout: Duration,
+        ready: &mut Vec<(usize, PollFlags)>,
+    ) -> Result<(), CollectiveError> {
+        ready.clear();
+        let mut peers = Vec::with_capacity(self.pending.len());
+        let mut descriptors = Vec::with_capacity(self.pending.len() + 1);
+        descriptors.push(PollFd::new(self.mesh.abort.wake_descriptor(), PollFlags::POLLIN));
+        for (peer, link) in self.mesh.links.iter().enumerate() {
+            let Some(link) = link else { continue };
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::POLLIN, self.wants_read(peer, link));
+            flags.set(PollFlags::POLLOUT, self.wants_write(peer, link));
+            if flags.is_empty() && link.hung_up {
+                continue;
+            }
+            peers.push(peer);
+            descriptors.push(PollFd::new(link.descriptor(), flags));
+        }
+        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+        match poll(&mut descriptors, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(CollectiveError::socket("wait for peers", error)),
+        }
+        for (peer, descriptor) in peers.into_iter().zip(&descriptors[1..]) {
+            match descriptor.revents() {
+                Some(flags) if !flags.is_empty() => ready.push((peer, flags)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn wants_read(&self, peer: usize, link: &Link) -> bool {
+        if link.hung_up && self.pending[peer].receive.is_none() {
+            return false;
+        }
+        link.front.is_none()
+            || self.pending[peer].receive.is_some()
+            || link.may_read_ahead(self.site.call.operation == Operation::Send)
+    }
+
+    fn wants_write(&self, peer: usize, link: &Link) -> bool {
+        !link.hung_up && (self.pending[peer].sending.is_some() || link.has_outbox())
+    }
+
+    fn serve(&mut self, peer: usize, flags: PollFlags) -> Result<(), CollectiveError> {
+        let Some(link) = self.mesh.links[peer].as_ref() else { return Ok(()) };
+        let broken = flags.intersects(PollFlags::POLLERR | PollFlags::POLLHUP);
+        let reads = self.wants_read(peer, link);
+        if reads && (broken || flags.contains(PollFlags::POLLIN)) {
+            self.read(peer)?;
+        }
+        if flags.contains(PollFlags::POLLOUT) || (broken && self.pending[peer].sending.is_some()) {
+            self.write(peer)?;
+        }
+        if broken
+            && !reads
+            && let Some(link) = self.mesh.links[peer].as_mut()
+        {
+            link.hung_up = true;
+        }
+        Ok(())
+    }
+
+    /// Reads a few frames or pieces of frames from a peer.
+    fn read(&mut self, peer: usize) -> Result<(), CollectiveError> {
+        let sending = self.site.call.operation == Operation::Send;
+        for _ in 0..TURNS {
+            let codec = self.mesh.codec;
+            let Some(link) = self.mesh.links[peer].as_mut() else { return Ok(()) };
+            if let Some(front) = link.front {
+                let awaited = self.pending[peer].receive.is_some() && link.ahead.is_empty();
+                if awaited && !link.reads_early() {
+                    if !self.read_payload(peer, &front)? {
+                        return Ok(());
+                    }
+                } else if link.may_read_ahead(sending) {
+                    let whole = link.read_ahead().map_err(|error| self.broken(peer, error))?;
+                    if !whole {
+                        return Ok(());
+                    }
+                    self.take_ahead(peer)?;
+                } else {
+                    return Ok(());
+                }
+                continue;
+            }
+            match link.next_arrival(&codec) {
+                Ok(Arrival::Nothing) => return Ok(()),
+                Ok(Arrival::Data(header)) => {
+                    let awaited = self.pending[peer].receive.is_some();
+                    self.compare(peer, &header, awaited)?;
+                }
+                Ok(Arrival::Control(header, payload)) => self.control(peer, &header, &payload)?,
+                Ok(Arrival::End) if link.left => {
+                    link.hung_up = true;
+                    return Ok(());
+                }
+                Ok(Arrival::End) => {
+                    let error = LinkError::Broken("it closed the connection".to_owned());
+                    return Err(self.broken(peer, error));
+                }
+                Err(error) => return Err(self.broken(peer, error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads on in the awaited payload; whether it is whole.
+    fn read_payload(&mut self, peer: usize, front: &Header) -> Result<bool, CollectiveError> {
+        if !self.pending[peer].accepted {
+            self.accept(peer, front)?;
+        }
+        let (Some(link), Some(sink)) =
+            (self.mesh.links[peer].as_mut(), self.pending[peer].receive.as_mut())
+        else {
+            return Ok(false);
+        };
+        let buffer = match sink {
+            Sink::Exact(buffer) => &mut **buffer,
+            Sink::Bounded(buffer, _) => buffer.as_mut_slice(),
+        };
+        let before = link.front_read;
+        match link.read_front(buffer) {
+            Ok(true) => {
+                self.pending[peer].receive = None;
+                Ok(true)
+            }
+            // More may be there: take another turn if this one brought something.
+            Ok(false) => Ok(link.front_read > before),
+            Err(error) => Err(self.broken(peer, error)),
+        }
+    }
+
+    /// Takes the awaited frame from those that came early.
+    fn take_ahead(&mut self, peer: usize) -> Result<(), CollectiveError> {
+        if self.pending[peer].receive.is_none() {
+            return Ok(());
+        }
+        let Some((header, payload)) = self.mesh.links[peer].as_mut().and_then(Link::take_ahead)
+        else {
+            return Ok(());
+        };
+        self.accept(peer, &header)?;
+        match self.pending[peer].receive.take() {
+            Some(Sink::Exact(buffer)) => buffer.copy_from_slice(&payload),
+            Some(Sink::Bounded(buffer, _)) => *buffer = payload,
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Compares the awaited frame with this call, and makes the sink fit it.
+    fn accept(&mut self, peer: usize, header: &Header) -> Result<(), CollectiveError> {
+        self.compare(peer, header, true)?;
+        let found = usize::try_from(header.payload).unwrap_or(usize::MAX);
+        let wrong = match self.pending[peer].receive.as_mut() {
+            Some(Sink::Exact(buffer)) if buffer.len() != found => {
+                Some(format!("expected {}", buffer.len()))
+            }
+            Some(Sink::Bounded(_, most)) if found > *most => {
+                Some(format!("at most {most} are allowed"))
+            }
+            Some(Sink::Bounded(buffer, _)) => {
+                buffer.resize(found, 0);
+                None
+            }
+            _ => None,
+        };
+        if let Some(expected) = wrong {
+            let message =
+                format!("`{}` came with a payload of {found} bytes, {expected}", header.site);
+            return Err(self.protocol(peer, message));
+        }
+        self.pending[peer].accepted = true;
+        Ok(())
+    }
+
+    /// Whether the calls of two ranks can meet, given the peer's next data frame.
+    fn compare(&self, peer: usize, header: &Header, awaited: bool) -> Result<(), CollectiveError> {
+        let theirs = header.site;
+        let point = theirs.call.operation.is_point_to_point();
+        let meets = match (self.site.call.operation, awaited) {
+            (Operation::Recv, true) => {
+                theirs.call == self.sent_as() && theirs.number == self.site.number
+            }
+            (_, true) => theirs == self.site,
+            (Operation::Send | Operation::Recv, false) => true,
+            (_, false) => {
+                point
+                    || theirs.number > self.site.number
+                    || (theirs == self.site && header.phase >= self.phase)
+            }
+        };
+        if !meets {
+            return Err(self.mismatch(peer, theirs));
+        }
+        if awaited && header.phase != self.phase {
+            let message =
+                format!("part {} of `{theirs}` came, expected part {}", header.phase, self.phase);
+            return Err(self.protocol(peer, message));
+        }
+        Ok(())
+    }
+
+    /// The call that a `recv` waits for.
+    fn sent_as(&self) -> Call {
+        Call { operation: Operation::Send, detail: self.mesh.rank, ..self.site.call }
+    }
+
+    fn control(
+        &mut self,
+        peer: usize,
+        header: &Header,
+        payload: &[u8],
+    ) -> Result<(), CollectiveError> {
+        match header.kind {
+            FrameKind::Leave if !self.pending[peer].is_done() => Err(self.left(peer)),
+            FrameKind::Waiting => {
+                let Ok(number) = payload.try_into().map(u64::from_le_bytes) else {
+                    let message = "a notice of waiting without a frame number".to_owned();
+                    return Err(self.protocol(peer, message));
+                };
+                if let Some(link) = self.mesh.links[peer].as_mut() {
+                    link.waiting = Some((header.site, number));
+                }
+                self.find_deadlock(peer)
+            }
+            FrameKind::Mismatch | FrameKind::Failed => Err(self.told(peer, header, payload)),
+            FrameKind::Leave | FrameKind::Data => Ok(()),
+        }
+    }
+
+    /// The error that a peer reported.
+    fn told(&self, peer: usize, header: &Header, payload: &[u8]) -> CollectiveError {
+        match (header.kind, decode_site(payload)) {
+            (FrameKind::Mismatch, Some(ours)) => {
+                let error = self.mismatch(peer, header.site);
+                match error {
+                    CollectiveError::Mismatch { own, rank, address, theirs, .. } => {
+                        CollectiveError::Mismatch { own, rank, address, ours, theirs }
+                    }
+                    other => other,
+                }
+            }
+            _ => {
+                let (rank, address) = self.mesh.peer(peer);
+                let message = String::from_utf8_lossy(payload).into_owned();
+                CollectiveError::PeerFailed { rank, address, message }
+            }
+        }
+    }
+
+    fn write(&mut self, peer: usize) -> Result<(), CollectiveError> {
+        let Some(link) = self.mesh.links[peer].as_mut() else { return Ok(()) };
+        let result = match self.pending[peer].sending.as_mut() {
+            Some(sending) => link.write(sending),
+            None => link.flush().map(|_| ()),
+        };
+        if let Err(error) = result {
+            return Err(self.broken(peer, error));
+        }
+        if self.pending[peer].sending.as_ref().is_some_and(Sending::is_done) {
+            self.pending[peer].sending = None;
+        }
+        Ok(())
+    }
+
+    /// Tells every peer from which nothing has come that this rank is blocked.
+    fn tell_waiting(&mut self) -> Result<(), CollectiveError> {
+        for peer in 0..self.pending.len() {
+            if !self.is_blocked_on(peer) {
+                continue;
+            }
+            self.find_deadlock(peer)?;
+            let (codec, site) = (self.mesh.codec, self.site);
+            let Some(link) = self.mesh.links[peer].as_mut() else { continue };
+            if self.pending[peer].told {
+                continue;
+            }
+            let number = link.frames_received.to_le_bytes();
+            let frame = codec.control(FrameKind::Waiting, site, &number);
+            match link.send_control(&frame) {
+                Ok(sent) => self.pending[peer].told = sent,
+                Err(error) => return Err(self.broken(peer, error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// This rank has given the peer all it will, and has nothing of what it waits for.
+    fn is_blocked_on(&self, peer: usize) -> bool {
+        let pending = &self.pending[peer];
+        pending.receive.is_some()
+            && pending.sending.is_none()
+            && self.mesh.links[peer].as_ref().is_some_and(Link::is_silent)
+    }
+
+    /// Neither can go on if the peer waits for a frame that this rank has not sent, and this rank
+    /// waits for the peer.
+    fn find_deadlock(&self, peer: usize) -> Result<(), CollectiveError> {
+        let Some(link) = self.mesh.links[peer].as_ref() else { return Ok(()) };
+        match link.waiting {
+            Some((theirs, number)) if number == link.frames_sent && self.is_blocked_on(peer) => {
+                Err(self.mismatch(peer, theirs))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What a broken connection means: the peer's last words, if it had any.
+    fn broken(&mut self, peer: usize, error: LinkError) -> CollectiveError {
+        let (rank, address) = self.mesh.peer(peer);
+        match error {
+            LinkError::Frame(error) => self.mesh.frame_error(peer, &error),
+            LinkError::Broken(cause) => {
+                let codec = self.mesh.codec;
+                let words = self.mesh.links[peer].as_mut().and_then(|link| link.last_words(&codec));
+                match words {
+                    Some((header, payload)) => self.told(peer, &header, &payload),
+                    None => CollectiveError::PeerLost { rank, address, during: self.site, cause },
+                }
+            }
+        }
+    }
+
+    fn mismatch(&self, peer: usize, theirs: CallSite) -> CollectiveError {
+        let (rank, address) = self.mesh.peer(peer);
+        let own = api::Rank(self.mesh.rank);
+        CollectiveError::Mismatch { own, rank, address, ours: self.site, theirs }
+    }
+
+    fn protocol(&self, peer: usize, message: String) -> CollectiveError {
+        let (rank, address) = self.mesh.peer(peer);
+        CollectiveError::Protocol { rank, address, message }
+    }
+
+    fn left(&self, peer: usize) -> CollectiveError {
+        let (rank, address) = self.mesh.peer(peer);
+        CollectiveError::PeerLeft { rank, address, during: self.site }
+    }
+}

@@ -1,0 +1,466 @@
+//! How two ranks prove to each other that they belong to the same group.
+//!
+//! ```text
+//! connector (higher rank)                       acceptor (lower rank)
+//!   hello: generation, group, world, ranks, nonce   →
+//!                                                   ←  challenge: nonce, proof
+//!   proof                                           →
+//!                                                   ←  welcome
+//! ```
+//! A proof is HMAC-SHA256 under the generation's secret over who proves, the job, the group, the
+//! generation, the world size, both ranks and both nonces: it cannot be replayed, reflected or moved
+//! to another pair. Proofs are compared in constant time. Either side may answer `refused: reason`.
+//! Pure: no sockets and no clock here. The frames that follow are not encrypted; a group that
+//! leaves the host belongs on a private network.
+
+use std::io::Read;
+
+use api::{Generation, Secret};
+use hmac::{Hmac, Mac};
+use sha2::Sha256;
+
+use crate::communicator::GroupOptions;
+use crate::frame::group_number;
+
+/// Bytes in front of a message: magic, version, kind, length.
+pub(crate) const ENVELOPE_BYTES: usize = 8;
+/// Most bytes of a message's body: a refusal's reason.
+pub(crate) const BODY_BYTES_MAX: usize = 512;
+const MAGIC: [u8; 4] = *b"CHHS";
+const VERSION: u8 = 1;
+const NONCE_BYTES: usize = 32;
+const PROOF_BYTES: usize = 32;
+
+type Nonce = [u8; NONCE_BYTES];
+type Proof = [u8; PROOF_BYTES];
+
+/// What the ranks of a group have in common, and which one this is.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    pub rank: u32,
+    pub world: u32,
+    pub generation: Generation,
+    pub group: u64,
+    job: String,
+    group_name: String,
+    secret: Secret,
+}
+
+impl Identity {
+    pub(crate) fn new(options: &GroupOptions) -> Self {
+        Self {
+            rank: options.rank.0,
+            world: options.world_size,
+            generation: options.generation,
+            group: group_number(&options.job, &options.group, options.world_size),
+            job: options.job.to_string(),
+            group_name: options.group.clone(),
+            secret: options.secret.clone(),
+        }
+    }
+
+    /// The keyed digest that one side of a pair proves itself with.
+    fn mac(&self, prover: Side, pair: &Pair) -> Hmac<Sha256> {
+        // The secret is revealed to key the digest; only the digest leaves the process.
+        let mut mac = Hmac::<Sha256>::new_from_slice(self.secret.reveal().as_bytes())
+            .expect("HMAC takes a key of any length");
+        let label: &[u8] = match prover {
+            Side::Connector => b"cohort collective 1: connector",
+            Side::Acceptor => b"cohort collective 1: acceptor",
+        };
+        for field in [label, self.job.as_bytes(), self.group_name.as_bytes()] {
+            mac.update(&(field.len() as u64).to_le_bytes());
+            mac.update(field);
+        }
+        mac.update(&self.generation.0.to_le_bytes());
+        for number in [self.world, pair.connector, pair.acceptor] {
+            mac.update(&number.to_le_bytes());
+        }
+        mac.update(&pair.connector_nonce);
+        mac.update(&pair.acceptor_nonce);
+        mac
+    }
+
+    fn prove(&self, prover: Side, pair: &Pair) -> Proof {
+        self.mac(prover, pair).finalize().into_bytes().into()
+    }
+
+    fn verify(&self, prover: Side, pair: &Pair, proof: &Proof) -> bool {
+        self.mac(prover, pair).verify_slice(proof).is_ok()
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Connector,
+    Acceptor,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Pair {
+    connector: u32,
+    acceptor: u32,
+    connector_nonce: Nonce,
+    acceptor_nonce: Nonce,
+}
+
+/// Fresh randomness from the operating system.
+pub(crate) fn fresh_nonce() -> std::io::Result<[u8; NONCE_BYTES]> {
+    let mut nonce = [0; NONCE_BYTES];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut nonce)?;
+    Ok(nonce)
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Message {
+    Hello { generation: u64, group: u64, world: u32, from: u32, to: u32, nonce: Nonce },
+    Challenge { nonce: Nonce, proof: Proof },
+    Proof { proof: Proof },
+    Welcome,
+    Refused { reason: String },
+}
+
+/// Splits fields off a body.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (head, tail) = self.0.split_first_chunk::<N>()?;
+        self.0 = tail;
+        Some(*head)
+    }
+}
+
+impl Message {
+    fn encode(&self) -> Vec<u8> {
+        let (kind, body) = match self {
+            Self::Hello { generation, group, world, from, to, nonce } => {
+                let mut body = generation.to_le_bytes().to_vec();
+                body.extend_from_slice(&group.to_le_bytes());
+                for number in [world, from, to] {
+                    body.extend_from_slice(&number.to_le_bytes());
+                }
+                body.extend_from_slice(nonce);
+                (1, body)
+            }
+            Self::Challenge { nonce, proof } => (2, [nonce.as_slice(), proof].concat()),
+            Self::Proof { proof } => (3, proof.to_vec()),
+            Self::Welcome => (4, Vec::new()),
+            Self::Refused { reason } => {
+                (5, reason.bytes().take(BODY_BYTES_MAX).collect::<Vec<u8>>())
+            }
+        };
+        let mut message = MAGIC.to_vec();
+        message.extend_from_slice(&[VERSION, kind]);
+        message.extend_from_slice(&(body.len() as u16).to_le_bytes());
+        message.extend_from_slice(&body);
+        message
+    }
+
+    fn decode(kind: u8, body: &[u8]) -> Option<Self> {
+        let mut fields = Fields(body);
+        let message = match kind {
+            1 => Self::Hello {
+                generation: u64::from_le_bytes(fields.take()?),
+                group: u64::from_le_bytes(fields.take()?),
+                world: u32::from_le_bytes(fields.take()?),
+                from: u32::from_le_bytes(fields.take()?),
+                to: u32::from_le_bytes(fields.take()?),
+                nonce: fields.take()?,
+            },
+            2 => Self::Challenge { nonce: fields.take()?, proof: fields.take()? },
+            3 => Self::Proof { proof: fields.take()? },
+            4 => Self::Welcome,
+            5 => {
+                let reason = String::from_utf8_lossy(std::mem::take(&mut fields.0));
+                // Said by a process that has proved nothing yet: keep it to one printable line.
+                let reason = reason.chars().filter(|c| !c.is_control()).collect();
+                Self::Refused { reason }
+            }
+            _ => return None,
+        };
+        fields.0.is_empty().then_some(message)
+    }
+}
+
+/// The bytes of a message's body, given its envelope; an error if it is no such message.
+pub(crate) fn body_bytes(envelope: &[u8; ENVELOPE_BYTES]) -> Result<usize, String> {
+    let [a, b, c, d, version, _, low, high] = *envelope;
+    if [a, b, c, d] != MAGIC {
+        return Err("it does not speak the protocol of ranks".to_owned());
+    }
+    if version != VERSION {
+        return Err(format!("it speaks version {version} of the handshake, expected {VERSION}"));
+    }
+    let len = usize::from(u16::from_le_bytes([low, high]));
+    if len > BODY_BYTES_MAX {
+        return Err(format!("it announced {len} bytes, at most {BODY_BYTES_MAX} are allowed"));
+    }
+    Ok(len)
+}
+
+/// How a handshake goes on after a message.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// Send this and wait for the answer.
+    Answer(Vec<u8>),
+    /// Send this (it may be empty): the peer is authenticated, and is this rank.
+    Joined(u32, Vec<u8>),
+    /// Send this and give up.
+    Failed(Failure, Vec<u8>),
+}
+
+/// Why a handshake failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// The peer's proof is wrong.
+    WrongSecret,
+    /// The peer refused, or said what cannot be.
+    Refused(String),
+}
+
+/// One side of a handshake.
+#[derive(Debug)]
+pub(crate) struct Negotiation {
+    side: Side,
+    /// The other rank: known to a connector, claimed by the hello to an acceptor.
+    peer: Option<u32>,
+    nonce: Nonce,
+    pair: Option<Pair>,
+}
+
+impl Negotiation {
+    /// Begins as the connector; the bytes are its hello.
+    pub(crate) fn connect(identity: &Identity, peer: u32, nonce: Nonce) -> (Self, Vec<u8>) {
+        let hello = Message::Hello {
+            generation: identity.generation.0,
+            group: identity.group,
+            world: identity.world,
+            from: identity.rank,
+            to: peer,
+            nonce,
+        };
+        (Self { side: Side::Connector, peer: Some(peer), nonce, pair: None }, hello.encode())
+    }
+
+    /// Begins as the acceptor.
+    pub(crate) fn accept(nonce: Nonce) -> Self {
+        Self { side: Side::Acceptor, peer: None, nonce, pair: None }
+    }
+
+    /// The other rank, as far as it is known; only a claim before the handshake is over.
+    pub(crate) fn peer(&self) -> Option<u32> {
+        self.peer
+    }
+
+    /// Takes a whole message: the envelope's kind, and the body.
+    pub(crate) fn receive(&mut self, identity: &Identity, kind: u8, body: &[u8]) -> Progress {
+        let Some(message) = Message::decode(kind, body) else {
+            return refuse("it sent a malformed handshake message".to_owned());
+        };
+        match (self.side, message, self.pair) {
+            (_, Message::Refused { reason }, _) => {
+                Progress::Failed(Failure::Refused(format!("it refused: {reason}")), Vec::new())
+            }
+            (
+                Side::Acceptor,
+                Message::Hello { generation, group, world, from, to, nonce },
+                None,
+            ) => {
+                if let Some(reason) = self.object(identity, generation, group, world, from, to) {
+                    return refuse(reason);
+                }
+                self.peer = Some(from);
+                let pair = Pair {
+                    connector: from,
+                    acceptor: identity.rank,
+                    connector_nonce: nonce,
+                    acceptor_nonce: self.nonce,
+                };
+                self.pair = Some(pair);
+                let proof = identity.prove(Side::Acceptor, &pair);
+                Progress::Answer(Message::Challenge { nonce: self.nonce, proof }.encode())
+            }
+            (Side::Connector, Message::Challenge { nonce, proof }, None) => {
+                let pair = Pair {
+                    connector: identity.rank,
+                    acceptor: self.peer.unwrap_or(identity.rank),
+                    connector_nonce: self.nonce,
+                    acceptor_nonce: nonce,
+                };
+                if !identity.verify(Side::Acceptor, &pair, &proof) {
+                    return wrong_secret();
+                }
+                self.pair = Some(pair);
+                let proof = identity.prove(Side::Connector, &pair);
+                Progress::Answer(Message::Proof { proof }.encode())
+            }
+            (Side::Acceptor, Message::Proof { proof }, Some(pair)) => {
+                if identity.verify(Side::Connector, &pair, &proof) {
+                    Progress::Joined(pair.connector, Message::Welcome.encode())
+                } else {
+                    wrong_secret()
+                }
+            }
+            (Side::Connector, Message::Welcome, Some(pair)) => {
+                Progress::Joined(pair.acceptor, Vec::new())
+            }
+            _ => refuse("it sent a handshake message out of turn".to_owned()),
+        }
+    }
+
+    /// Why a hello does not belong here, in words for the rank that sent it.
+    fn object(
+        &self,
+        identity: &Identity,
+        generation: u64,
+        group: u64,
+        world: u32,
+        from: u32,
+        to: u32,
+    ) -> Option<String> {
+        if generation != identity.generation.0 {
+            let found = Generation(generation);
+            return Some(format!("generation {found}, expected {}", identity.generation));
+        }
+        if world != identity.world {
+            return Some(format!("a world of {world} ranks, expected {}", identity.world));
+        }
+        if group != identity.group {
+            return Some("another job or group".to_owned());
+        }
+        if to != identity.rank {
+            return Some(format!("a hello to r{to}, but this is r{}", identity.rank));
+        }
+        if from <= identity.rank || from >= identity.world {
+            return Some(format!(
+                "a hello from r{from}, expected a rank above r{} and below {}",
+                identity.rank, identity.world
+            ));
+        }
+        None
+    }
+}
+
+fn refuse(reason: String) -> Progress {
+    let message = Message::Refused { reason: reason.clone() }.encode();
+    Progress::Failed(Failure::Refused(reason), message)
+}
+
+fn wrong_secret() -> Progress {
+    let reason = "the proof is wrong: the secrets differ".to_owned();
+    Progress::Failed(Failure::WrongSecret, Message::Refused { reason }.encode())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use api::Rank;
+    use std::time::Duration;
+
+    fn identity(rank: u32, change: impl Fn(&mut GroupOptions)) -> Identity {
+        let mut options = GroupOptions {
+            job: "digits".parse().unwrap(),
+            group: "world".to_owned(),
+            generation: Generation(3),
+            rank: Rank(rank),
+            world_size: 4,
+            secret: Secret::new("correct horse"),
+            connect_timeout: Duration::from_secs(1),
+        };
+        change(&mut options);
+        Identity::new(&options)
+    }
+
+    fn deliver(to: &mut Negotiation, identity: &Identity, message: &[u8]) -> Progress {
+        let (envelope, body) = message.split_first_chunk::<ENVELOPE_BYTES>().unwrap();
+        assert_eq!(body_bytes(envelope), Ok(body.len()));
+        to.receive(identity, envelope[5], body)
+    }
+
+    /// Runs a handshake; what each side ends with.
+    fn negotiate(connector: &Identity, acceptor: &Identity, to: u32) -> (Progress, Progress) {
+        let (mut a, mut message) = Negotiation::connect(connector, to, [1; 32]);
+        let mut b = Negotiation::accept([2; 32]);
+        let mut last = Progress::Answer(Vec::new());
+        for turn in 0.. {
+            let (side, who) = if turn % 2 == 0 { (&mut b, acceptor) } else { (&mut a, connector) };
+            let progress = deliver(side, who, &message);
+            let (Progress::Answer(next) | Progress::Joined(_, next) | Progress::Failed(_, next)) =
+                &progress;
+            message = next.clone();
+            let over = message.is_empty();
+            let before = std::mem::replace(&mut last, progress);
+            if over {
+                return if turn % 2 == 0 { (before, last) } else { (last, before) };
+            }
+        }
+        unreachable!("a handshake ends")
+    }
+
+    #[test]
+    fn ranks_of_one_group_join() {
+        let (connector, acceptor) = (identity(2, |_| ()), identity(1, |_| ()));
+        let (a, b) = negotiate(&connector, &acceptor, 1);
+        assert_eq!(a, Progress::Joined(1, Vec::new()));
+        assert!(matches!(b, Progress::Joined(2, _)));
+    }
+
+    #[test]
+    fn every_difference_is_refused_and_named() {
+        type Change = fn(&mut GroupOptions);
+        let cases: [(&str, Change, u32); 6] = [
+            ("generation g2, expected g3", |o| o.generation = Generation(2), 1),
+            ("a world of 5 ranks, expected 4", |o| o.world_size = 5, 1),
+            ("another job or group", |o| o.group = "pipeline".to_owned(), 1),
+            ("another job or group", |o| o.job = "other".parse().unwrap(), 1),
+            ("a hello to r0, but this is r1", |_| (), 0),
+            ("a hello from r1, expected a rank above r1", |o| o.rank = Rank(1), 1),
+        ];
+        for (expected, change, to) in cases {
+            let (a, b) = negotiate(&identity(2, change), &identity(1, |_| ()), to);
+            for side in [a, b] {
+                let Progress::Failed(Failure::Refused(reason), _) = side else {
+                    panic!("expected a refusal, found {side:?}")
+                };
+                assert!(reason.contains(expected), "`{reason}` does not say `{expected}`");
+            }
+        }
+    }
+
+    #[test]
+    fn a_wrong_secret_is_noticed_by_either_side() {
+        let liar = identity(2, |o| o.secret = Secret::new("battery staple"));
+        let (a, b) = negotiate(&liar, &identity(1, |_| ()), 1);
+        assert!(matches!(a, Progress::Failed(Failure::WrongSecret, _)), "{a:?}");
+        assert!(matches!(b, Progress::Failed(Failure::Refused(_), _)), "{b:?}");
+
+        // A connector that does not check: the acceptor does, and no proof of its own helps.
+        let acceptor = identity(1, |_| ());
+        let (_, hello) = Negotiation::connect(&liar, 1, [1; 32]);
+        let mut b = Negotiation::accept([2; 32]);
+        let Progress::Answer(challenge) = deliver(&mut b, &acceptor, &hello) else {
+            panic!("a hello is answered")
+        };
+        let reflected: Proof = challenge[ENVELOPE_BYTES + 32..].try_into().unwrap();
+        for proof in [[0; 32], reflected] {
+            let mut b = Negotiation::accept([2; 32]);
+            deliver(&mut b, &acceptor, &hello);
+            let end = deliver(&mut b, &acceptor, &Message::Proof { proof }.encode());
+            assert!(matches!(end, Progress::Failed(Failure::WrongSecret, _)), "{end:?}");
+        }
+    }
+
+    #[test]
+    fn messages_out_of_turn_and_malformed_ones_are_refused() {
+        let me = identity(1, |_| ());
+        for message in [Message::Welcome, Message::Proof { proof: [0; 32] }] {
+            let end = deliver(&mut Negotiation::accept([0; 32]), &me, &message.encode());
+            assert!(matches!(end, Progress::Failed(Failure::Refused(_), _)), "{end:?}");
+        }
+        let end = Negotiation::accept([0; 32]).receive(&me, 1, &[0; 7]);
+        assert!(matches!(end, Progress::Failed(Failure::Refused(_), _)));
+        assert!(body_bytes(b"GET / HT").is_err());
+        assert!(body_bytes(&[b'C', b'H', b'H', b'S', 1, 1, 0xff, 0xff]).is_err());
+    }
+}

@@ -1,0 +1,140 @@
+//! Where a rank waits for its peers, before it knows who they are.
+
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use api::Rank;
+use socket2::{SockRef, TcpKeepalive};
+
+use crate::abort::AbortHandle;
+use crate::communicator::GroupOptions;
+use crate::connect::Formation;
+use crate::error::CollectiveError;
+use crate::frame::FrameCodec;
+use crate::handshake::Identity;
+use crate::link::Link;
+use crate::mesh::Mesh;
+use crate::tcp::TcpCommunicator;
+
+/// Most ranks of one group: a full mesh of more needs more file descriptors than a process has.
+const WORLD_SIZE_MAX: u32 = 1024;
+/// Most characters of a group's name.
+const GROUP_CHARS_MAX: usize = 256;
+/// A silent host is found dead after 10 s + 4 · 5 s. A stopped process on a living host is not:
+/// its kernel still answers.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const KEEPALIVE_RETRIES: u32 = 4;
+
+/// A bound socket: its address is told to the peers before the group forms.
+#[derive(Debug)]
+pub struct Listener {
+    socket: TcpListener,
+    address: SocketAddr,
+    abort: AbortHandle,
+}
+
+impl Listener {
+    /// Listens on a free port of an address.
+    ///
+    /// # Errors
+    /// If the address is not this host's, or there are no ports or descriptors.
+    pub fn bind(address: IpAddr) -> Result<Self, CollectiveError> {
+        let failed = |source| CollectiveError::socket(format!("listen on `{address}`"), source);
+        let socket = TcpListener::bind((address, 0)).map_err(failed)?;
+        socket.set_nonblocking(true).map_err(failed)?;
+        let address = socket.local_addr().map_err(failed)?;
+        Ok(Self { socket, address, abort: AbortHandle::new()? })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Breaks off the group before, during and after [`Listener::connect`], from any thread.
+    pub fn abort_handle(&self) -> AbortHandle {
+        self.abort.clone()
+    }
+
+    /// Forms the group with the peers' listeners, which are given in rank order and include this
+    /// rank's own. A world of one opens no connection.
+    ///
+    /// # Errors
+    /// [`CollectiveError::WrongSecret`] or [`CollectiveError::Refused`] if a lower rank is not who
+    /// it should be; [`CollectiveError::ConnectTimeout`] naming whoever is missing;
+    /// [`CollectiveError::InvalidOptions`]; [`CollectiveError::Aborted`].
+    pub fn connect(
+        self,
+        options: GroupOptions,
+        peers: &[SocketAddr],
+    ) -> Result<TcpCommunicator, CollectiveError> {
+        check(&options, peers)?;
+        let abort = self.abort.clone();
+        let identity = Identity::new(&options);
+        let codec = FrameCodec { generation: options.generation, group: identity.group };
+        let links = if options.world_size == 1 {
+            vec![None]
+        } else {
+            let streams = self.form(&identity, peers, options.connect_timeout)?;
+            watch(&abort, &streams)?;
+            streams
+                .into_iter()
+                .zip(peers)
+                .enumerate()
+                .map(|(rank, (stream, address))| {
+                    stream.map(|stream| Link::new(Rank(rank as u32), *address, stream))
+                })
+                .collect()
+        };
+        Ok(TcpCommunicator::new(Mesh::new(options.rank.0, options.generation, codec, links, abort)))
+    }
+
+    /// Authenticated, non-blocking connections by rank; none at this rank's place.
+    pub(crate) fn form(
+        self,
+        identity: &Identity,
+        peers: &[SocketAddr],
+        timeout: Duration,
+    ) -> Result<Vec<Option<TcpStream>>, CollectiveError> {
+        let deadline = Instant::now().checked_add(timeout);
+        let formation =
+            Formation::new(identity, peers, &self.socket, &self.abort, timeout, deadline);
+        let streams = formation.run()?;
+        for stream in streams.iter().flatten() {
+            let failed = |source| CollectiveError::socket("set up a connection to a peer", source);
+            stream.set_nodelay(true).map_err(failed)?;
+            let keepalive = TcpKeepalive::new()
+                .with_time(KEEPALIVE_IDLE)
+                .with_interval(KEEPALIVE_INTERVAL)
+                .with_retries(KEEPALIVE_RETRIES);
+            SockRef::from(stream).set_tcp_keepalive(&keepalive).map_err(failed)?;
+        }
+        Ok(streams)
+    }
+}
+
+fn watch(abort: &AbortHandle, streams: &[Option<TcpStream>]) -> Result<(), CollectiveError> {
+    let clones = streams.iter().flatten().map(TcpStream::try_clone).collect::<Result<_, _>>();
+    let clones = clones.map_err(|source| CollectiveError::socket("watch the peers", source))?;
+    abort.watch(clones)
+}
+
+fn check(options: &GroupOptions, peers: &[SocketAddr]) -> Result<(), CollectiveError> {
+    let world = options.world_size;
+    let message = if world == 0 || world > WORLD_SIZE_MAX {
+        format!("a world of {world} ranks, expected 1 to {WORLD_SIZE_MAX}")
+    } else if options.rank.0 >= world {
+        format!("{} is not below the world size of {world}", options.rank)
+    } else if peers.len() != world as usize {
+        format!("{} addresses of peers, expected one for each of {world} ranks", peers.len())
+    } else if options.group.chars().count() > GROUP_CHARS_MAX {
+        format!("its name is longer than {GROUP_CHARS_MAX} characters")
+    } else if world > 1 && options.secret.reveal().is_empty() {
+        "the secret is empty".to_owned()
+    } else {
+        return Ok(());
+    };
+    let group = options.group.chars().take(GROUP_CHARS_MAX).collect();
+    Err(CollectiveError::InvalidOptions { group, message })
+}
