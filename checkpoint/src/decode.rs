@@ -12,7 +12,7 @@ use futures::{StreamExt, stream};
 
 use crate::error::StoreError;
 use crate::manifest::ShardEntry;
-use crate::store::Store;
+use crate::store::{Store, with_retries};
 
 /// Bytes asked for at once.
 const CHUNK_BYTES: u64 = 8 << 20;
@@ -46,7 +46,7 @@ pub(crate) async fn read_shard(
         key: entry.key.clone(),
         problem: format!("shard of {}: {problem}", entry.rank),
     };
-    let found = store.size(&entry.key).await?;
+    let found = with_retries(|| store.size(&entry.key)).await?;
     if found != entry.stored_bytes {
         return Err(corrupt(format!("it has {found} bytes, expected {}", entry.stored_bytes)));
     }
@@ -88,7 +88,10 @@ fn chunks(bytes: u64) -> impl Iterator<Item = (u64, u64)> {
 /// Fetches on a task of its own, so that chunks arrive while earlier ones are decoded.
 async fn fetch(store: &Store, key: &str, start: u64, end: u64) -> Result<Bytes, StoreError> {
     let (task_store, task_key) = (store.clone(), key.to_owned());
-    let task = tokio::spawn(async move { task_store.get_range(&task_key, start..end).await });
+    let task =
+        tokio::spawn(
+            async move { with_retries(|| task_store.get_range(&task_key, start..end)).await },
+        );
     match task.await {
         Ok(chunk) => chunk,
         Err(error) => Err(store.attempt("read", key).unavailable(error.to_string(), false)),

@@ -14,7 +14,7 @@ use tokio::runtime::{Builder, Runtime};
 use crate::decode::{TensorSink, read_shard};
 use crate::error::StoreError;
 use crate::manifest::{self, MANIFEST_BYTES_MAX, Manifest};
-use crate::store::Store;
+use crate::store::{Store, with_retries};
 
 /// Why a checkpoint was not restored.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -213,7 +213,7 @@ pub(crate) async fn read_recorded(
     fact: &CheckpointFact,
 ) -> Result<Manifest, RestoreError> {
     let key = fact.manifest_key.clone();
-    let bytes = store.get_bounded(&key, MANIFEST_BYTES_MAX).await?;
+    let bytes = with_retries(|| store.get_bounded(&key, MANIFEST_BYTES_MAX)).await?;
     let found = manifest::digest(&bytes);
     if found != fact.manifest_digest {
         let expected = fact.manifest_digest.clone();

@@ -23,7 +23,7 @@ use crate::format::{FormatError, TensorSlice};
 use crate::manifest::{self, MANIFEST_VERSION, Manifest, ManifestInfo, ShardEntry};
 use crate::nonce::nonce;
 use crate::staging::{ARENAS_MAX, Staged};
-use crate::store::{Store, back_off};
+use crate::store::{Store, with_retries};
 use crate::upload::write_object;
 use crate::{keys, local, tools};
 
@@ -32,8 +32,6 @@ use crate::{keys, local, tools};
 const PENDING_MAX: usize = 16;
 /// Shards looked up at once before a manifest is written.
 const LOOKUPS_AT_ONCE: usize = 16;
-/// Tries of a deletion, over the library's retries of each request.
-const DELETE_ATTEMPTS_MAX: u32 = 3;
 
 /// Why a checkpoint or model was not saved.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -355,7 +353,7 @@ impl Saver {
         let store = self.store.clone();
         self.spawn(async move {
             for key in &manifest_keys {
-                if let Err(error) = delete_with_retries(&store, key).await {
+                if let Err(error) = with_retries(|| tools::delete_checkpoint(&store, key)).await {
                     tracing::warn!(key, %error, "a checkpoint cannot be deleted");
                 }
             }
@@ -504,7 +502,7 @@ async fn write_manifest(store: &Store, manifest: &Manifest) -> Result<Checkpoint
 }
 
 async fn look_up(store: &Store, step: u64, shard: &ShardEntry) -> Result<(), SaveError> {
-    let problem = match store.size(&shard.key).await {
+    let problem = match with_retries(|| store.size(&shard.key)).await {
         Ok(bytes) if bytes == shard.stored_bytes => return Ok(()),
         Ok(bytes) => format!("has {bytes} bytes, expected {}", shard.stored_bytes),
         Err(StoreError::NotFound { .. }) => "is not in the store".to_owned(),
@@ -512,19 +510,6 @@ async fn look_up(store: &Store, step: u64, shard: &ShardEntry) -> Result<(), Sav
     };
     let (rank, key) = (shard.rank, shard.key.clone());
     Err(SaveError::ShardMissing { step, rank, key, problem })
-}
-
-async fn delete_with_retries(store: &Store, key: &str) -> Result<(), StoreError> {
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        match tools::delete_checkpoint(store, key).await {
-            Err(error) if error.is_retryable() && tries < DELETE_ATTEMPTS_MAX => {
-                back_off(tries).await;
-            }
-            outcome => return outcome,
-        }
-    }
 }
 
 /// Lower-case hexadecimal.

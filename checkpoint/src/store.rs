@@ -27,7 +27,9 @@ const GET_BYTES_MAX: u64 = 16 << 30;
 const LIST_MAX: usize = 1_000_000;
 /// Tries of one put-if-absent whose outcome is unknown; the library retries inside each.
 const CREATE_ATTEMPTS_MAX: u32 = 4;
-/// Wait before the second try, doubled each time.
+/// Tries of anything else that may be done twice, over the library's retries of each request.
+const ATTEMPTS_MAX: u32 = 3;
+/// Half the wait after the first failed try; doubled at each further one.
 const BACKOFF: Duration = Duration::from_millis(100);
 
 /// Where data, checkpoints, models and logs are remembered.
@@ -284,7 +286,20 @@ impl Store {
     }
 }
 
-/// Waits between tries that a caller of the store makes itself: `tries` failed so far.
-pub(crate) async fn back_off(tries: u32) {
-    tokio::time::sleep(BACKOFF * 2u32.saturating_pow(tries.min(8))).await;
+/// Does something that may be done twice, again while that can help.
+pub(crate) async fn with_retries<T, Work>(mut work: impl FnMut() -> Work) -> Result<T, StoreError>
+where
+    Work: Future<Output = Result<T, StoreError>>,
+{
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match work().await {
+            Err(error) if error.is_retryable() && tries < ATTEMPTS_MAX => {
+                tracing::warn!(%error, tries, "the store is tried again");
+                tokio::time::sleep(BACKOFF * (1 << tries)).await;
+            }
+            outcome => return outcome,
+        }
+    }
 }

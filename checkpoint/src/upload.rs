@@ -13,7 +13,7 @@ use object_store::{MultipartUpload, PutPayload, UploadPart};
 use tokio::sync::mpsc;
 
 use crate::error::StoreError;
-use crate::store::{Store, back_off};
+use crate::store::{Store, with_retries};
 
 /// Least size of a part: S3 wants 5 MiB at least; larger parts cost fewer requests.
 const PART_BYTES: u64 = 16 << 20;
@@ -25,8 +25,6 @@ pub(crate) const SINGLE_PUT_BYTES_MAX: u64 = 2 * PART_BYTES;
 const PARTS_IN_FLIGHT: usize = 4;
 /// Compressed parts that wait for a free place.
 const PARTS_QUEUED: usize = 1;
-/// Tries of a whole object, over the library's retries of each request.
-const ATTEMPTS_MAX: u32 = 3;
 /// zstd's fastest: it must keep up with training on the same processor.
 const ZSTD_LEVEL: i32 = 1;
 /// Input handed to zstd at once; fixed, so that the output is a function of the input alone.
@@ -48,21 +46,13 @@ pub(crate) async fn write_object(
     pieces: &[Bytes],
     compression: Compression,
 ) -> Result<Stored, StoreError> {
-    let mut tries = 0;
-    loop {
-        let written = match compression {
+    with_retries(|| async {
+        match compression {
             Compression::None => write_plain(store, key, pieces).await,
             Compression::Zstd => write_zstd(store, key, pieces).await,
-        };
-        tries += 1;
-        match written {
-            Err(error) if error.is_retryable() && tries < ATTEMPTS_MAX => {
-                tracing::warn!(%error, tries, "writing is tried again");
-                back_off(tries).await;
-            }
-            written => return written,
         }
-    }
+    })
+    .await
 }
 
 fn total(pieces: &[Bytes]) -> u64 {

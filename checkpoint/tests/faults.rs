@@ -232,6 +232,25 @@ fn fail_every_call(state: &State, world_size: u32, compression: Compression) {
 }
 
 #[test]
+fn one_failing_call_of_a_restore_is_survived() {
+    let state = State::new(8, 20_000);
+    let inner = Arc::new(InMemory::new());
+    let store = Store::with_inner(inner.clone(), "the store beneath");
+    let fact = save(&store, &state, 1, 2, Compression::Zstd).expect("saves");
+    for at in 0.. {
+        let (faulty, calls) = Faulty::store(&inner, Fault::Before, at);
+        assert_eq!(restore(&faulty, &fact, &state).as_ref(), Ok(&state), "call {at}");
+        let (gone, _) = Faulty::store(&inner, Fault::Gone, at);
+        let restored = restore(&gone, &fact, &state);
+        if calls.load(Ordering::SeqCst) <= at {
+            assert!(at >= 5 && restored.is_ok(), "no restore makes only {at} calls");
+            break;
+        }
+        assert!(restored.expect_err("the store is gone").is_retryable());
+    }
+}
+
+#[test]
 fn no_failing_call_of_a_save_tears_a_checkpoint() {
     fail_every_call(&State::new(5, 20_000), 2, Compression::None);
 }
