@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use api::pb::RaftFrame;
 use api::pb::raft_client::RaftClient;
-use coordinator::{ProposeError, RaftNode, StartError, StopReason};
+use coordinator::{ProposeError, RaftNode, RaftOptions, StartError, StopReason};
 use coordinator_core::{Outcome, Transaction};
+use protobuf::Message as _;
+use raft::eraftpb::{Entry, Message, MessageType};
 use raft_support::{Group, applied, counter, counters, guard, lone_options, status_is};
 use tonic::{Code, Request};
 
@@ -33,7 +35,8 @@ async fn what_the_leader_commits_is_on_every_node_and_only_the_leader_commits() 
 
     let leader = group.leader().await;
     let follower = (leader + 1) % 3;
-    let known = status_is(group.handle(follower), "a leader is known", |s| s.leader.is_some()).await;
+    let known =
+        status_is(group.handle(follower), "a leader is known", |s| s.leader.is_some()).await;
     let refused = group.handle(follower).propose(counter(99), Duration::from_secs(5)).await;
     match refused {
         Err(ProposeError::NotLeader { leader }) => assert_eq!(leader, known.leader),
@@ -83,16 +86,10 @@ async fn a_node_behind_the_compacted_log_catches_up_by_snapshot() {
     let status = group.handle(behind).status();
     assert!(status.first_index > had + 1, "{status:?}");
     // And it is a full member: it can be the majority together with one other.
-    let third = (0..3).find(|index| *index != behind && *index != group_leader(&group, behind));
-    group.stop(third.expect("one of three")).await;
+    group.stop((0..3).find(|index| *index != behind).expect("three nodes")).await;
     group.commit(counter(62)).await;
     assert_eq!(group.converged().await.len(), 62);
     group.finish().await;
-}
-
-/// A node that is not `other`: the one that must stay for a majority.
-fn group_leader(group: &Group, other: usize) -> usize {
-    group.running().map(|(index, _)| index).find(|index| *index != other).expect("three run")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -110,7 +107,8 @@ async fn a_leader_without_a_majority_answers_by_the_deadline_and_steps_down() {
         matches!(answer, Err(ProposeError::Timeout | ProposeError::NotLeader { .. })),
         "{answer:?}"
     );
-    status_is(&handle, "stepping down", |status| !status.is_leader && status.leader.is_none()).await;
+    status_is(&handle, "stepping down", |status| !status.is_leader && status.leader.is_none())
+        .await;
     assert_eq!(
         handle.propose(counter(3), Duration::from_secs(5)).await,
         Err(ProposeError::NotLeader { leader: None })
@@ -129,7 +127,7 @@ async fn a_node_that_lost_its_folder_stops_itself_and_the_others_go_on() {
     let mut group = Group::start(3, NO_SNAPSHOTS).await;
     group.commit(counter(1)).await;
     group.converged().await;
-    // Every node has heard from every other by now or will refuse nothing: let each lead or follow.
+    // A follower that has acknowledged: the leader has heard from it.
     let wiped = (group.leader().await + 1) % 3;
     group.stop(wiped).await;
     std::fs::remove_dir_all(group.dir(wiped)).expect("removable");
@@ -159,7 +157,12 @@ async fn strangers_are_refused_before_their_messages_are_read() {
     };
     let cases = [
         (None, frame(2, "test", &garbage), Code::Unauthenticated, "no cluster token"),
-        (Some("wrong-token"), frame(2, "test", &garbage), Code::Unauthenticated, "not this cluster"),
+        (
+            Some("wrong-token"),
+            frame(2, "test", &garbage),
+            Code::Unauthenticated,
+            "not this cluster",
+        ),
         (Some("right-token"), frame(2, "else", &garbage), Code::FailedPrecondition, "`else`"),
         (Some("right-token"), frame(9, "test", &garbage), Code::FailedPrecondition, "n9"),
         (Some("right-token"), frame(1, "test", &garbage), Code::FailedPrecondition, "n1 to n1"),
@@ -184,11 +187,80 @@ async fn strangers_are_refused_before_their_messages_are_read() {
     group.finish().await;
 }
 
+/// Sends messages as n2, which does not run, to n1, which does; n3 does not.
+async fn as_second_node(group: &Group, messages: Vec<Message>) {
+    let frames = messages.into_iter().map(|mut message| {
+        (message.from, message.to) = (2, 1);
+        let message = message.write_to_bytes().expect("encodes");
+        RaftFrame { from: 2, to: 1, message, cluster_id: "test".into() }
+    });
+    let mut request = Request::new(tokio_stream::iter(frames.collect::<Vec<_>>()));
+    let token = "right-token".parse().expect("ascii");
+    request.metadata_mut().insert(api::connect::TOKEN_KEY, token);
+    request.metadata_mut().insert("cohort-raft-folder", 5.into());
+    let address = format!("http://{}", group.members[0].address);
+    let mut client = RaftClient::connect(address).await.expect("connects");
+    // Refused or not: what counts is what becomes of the node.
+    let _ = guard("sending", client.step(request)).await;
+}
+
+fn message(kind: MessageType, term: u64) -> Message {
+    let mut message = Message { term, ..Message::default() };
+    message.set_msg_type(kind);
+    message
+}
+
+async fn first_of_three() -> Group {
+    let mut group = Group::start(3, NO_SNAPSHOTS).await;
+    for index in 0..3 {
+        group.stop(index).await;
+        std::fs::remove_dir_all(group.dir(index)).expect("removable");
+    }
+    group.restart(0).await;
+    group
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_knows_more_of_the_log_than_the_disk_holds_stops_the_node() {
+    let group = first_of_three().await;
+    let heartbeat = Message { commit: 5, ..message(MessageType::MsgHeartbeat, 9) };
+    as_second_node(&group, vec![heartbeat]).await;
+    let reason = guard("the node stops", group.handle(0).stopped()).await;
+    let StopReason::Failed(text) = reason else { panic!("stopped as if asked to") };
+    assert!(text.contains("n1 had log entry 5") && text.contains("ends with 0"), "{text}");
+    group.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_panic_of_raft_ends_the_node_with_a_message_and_frees_its_folder() {
+    let mut group = first_of_three().await;
+    let append = |term, entry: Entry| {
+        let mut append = Message { commit: 1, ..message(MessageType::MsgAppend, term) };
+        append.set_entries(vec![entry].into());
+        append
+    };
+    let first = append(8, Entry { term: 8, index: 1, ..Entry::default() });
+    as_second_node(&group, vec![first]).await;
+    applied(group.handle(0), 1).await;
+    // Claims to follow entry 1, and contradicts it.
+    let mut second = append(9, Entry { term: 9, index: 1, ..Entry::default() });
+    (second.index, second.log_term) = (1, 8);
+    as_second_node(&group, vec![second]).await;
+    let reason = guard("the node stops", group.handle(0).stopped()).await;
+    let StopReason::Failed(text) = reason else { panic!("stopped as if asked to") };
+    assert!(text.contains("conflict with committed entry") && text.contains("n1"), "{text}");
+    group.stop(0).await;
+    // What it had is still there.
+    group.restart(0).await;
+    status_is(group.handle(0), "the committed entry", |status| status.term == 8).await;
+    group.finish().await;
+}
+
 #[tokio::test]
 async fn a_lone_node_leads_at_once_and_keeps_everything() {
     let dir = tempfile::tempdir().expect("a folder");
     // An election timeout that no test would wait for: a lone node must not need it.
-    let options = coordinator::RaftOptions {
+    let options = RaftOptions {
         election_timeout: Duration::from_secs(3600),
         heartbeat_interval: Duration::from_secs(600),
         ..lone_options(dir.path())
@@ -228,21 +300,16 @@ async fn what_cannot_start_says_why() {
         Err(error) => error.to_string(),
     };
     let base = options.clone();
-    let fast = coordinator::RaftOptions {
-        election_timeout: Duration::from_millis(50),
-        ..base.clone()
-    };
+    let fast = RaftOptions { election_timeout: Duration::from_millis(50), ..base.clone() };
     let text = refusal(fast);
     assert!(text.contains("election_timeout = 50ms") && text.contains("2 times"), "{text}");
-    let stranger =
-        coordinator::RaftOptions { node: api::NodeId(4), ..base.clone() };
+    let stranger = RaftOptions { node: api::NodeId(4), ..base.clone() };
     assert!(refusal(stranger).contains("n4 is not among"));
-    let tokenless =
-        coordinator::RaftOptions { token: api::Secret::new(""), ..base.clone() };
+    let tokenless = RaftOptions { token: api::Secret::new(""), ..base.clone() };
     assert!(refusal(tokenless).contains("token"));
     let file = dir.path().join("file");
     std::fs::write(&file, b"").expect("writable");
-    let blocked = coordinator::RaftOptions { dir: file.join("below"), ..base };
+    let blocked = RaftOptions { dir: file.join("below"), ..base };
     assert!(refusal(blocked).contains("cannot make"));
 }
 

@@ -45,7 +45,8 @@ async fn child_process() {
     say("have", next);
     // The last one again, as a client does that was not answered before the kill.
     for number in next.saturating_sub(1).. {
-        let outcome = guard("a commit", handle.propose(counter(number), Duration::from_secs(30))).await;
+        let outcome =
+            guard("a commit", handle.propose(counter(number), Duration::from_secs(30))).await;
         assert_eq!(outcome, Ok(Outcome::Committed), "counter {number}");
         say("acknowledged", number);
     }

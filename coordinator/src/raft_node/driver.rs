@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -141,11 +141,8 @@ impl Driver {
 
     /// Waits for an input until `patience` is over; then takes what else is there.
     fn take_inputs(&mut self, patience: Duration) -> Result<(), Fatal> {
-        let mut next = match self.parts.inputs.recv_timeout(patience) {
-            Ok(input) => Some(input),
-            // The sender lives in `shared`, which this thread holds.
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        };
+        // An error is always a timeout: a sender lives in `shared`, which this thread holds.
+        let mut next = self.parts.inputs.recv_timeout(patience).ok();
         let mut proposals = Vec::new();
         let mut taken = 0;
         while let Some(input) = next {
@@ -467,9 +464,15 @@ impl Driver {
         let options = &self.parts.options;
         let raft = &mut self.parts.raw.raft;
         let ticks = raft.election_timeout();
-        let draw = mix(mix(options.seed ^ mix(options.node.0)) ^ raft.term);
-        raft.set_randomized_election_timeout(ticks + (draw % ticks as u64) as usize);
+        let timeout = election_timeout(options.seed, options.node, raft.term, ticks);
+        raft.set_randomized_election_timeout(timeout);
     }
+}
+
+/// Between one and two election timeouts of `ticks` each, by seed, node and term.
+fn election_timeout(seed: u64, node: NodeId, term: u64, ticks: usize) -> usize {
+    let draw = mix(mix(seed ^ mix(node.0)) ^ term);
+    ticks + (draw % ticks as u64) as usize
 }
 
 /// SplitMix64's output function (Steele, Lea, Flood 2014).
@@ -497,4 +500,22 @@ fn batch_length(proposals: &[Proposal]) -> usize {
         bytes <= PROPOSED_BYTES_MAX
     };
     proposals.iter().take_while(fits).count().max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn election_timeouts_are_repeatable_in_range_and_rarely_tie() {
+        let mut ties = 0;
+        for term in 0..1000 {
+            let draw = |node| election_timeout(42, NodeId(node), term, 10);
+            assert_eq!(draw(1), draw(1));
+            assert!((1..=3).all(|node| (10..20).contains(&draw(node))), "term {term}");
+            ties += usize::from(draw(1) == draw(2));
+        }
+        // One in ten, as for independent draws.
+        assert!((50..150).contains(&ties), "{ties} ties in 1000 terms");
+    }
 }

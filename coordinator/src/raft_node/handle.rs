@@ -272,7 +272,9 @@ impl RaftHandle {
         self.shared.stopping.store(true, Ordering::Release);
         self.shared.send(Input::Wake);
         if tokio::time::timeout(STOP_TIMEOUT, self.shared.stopped()).await.is_err() {
-            tracing::warn!("the raft thread did not stop within {STOP_TIMEOUT:?}: is the disk hanging?");
+            tracing::warn!(
+                "the raft thread did not stop within {STOP_TIMEOUT:?}: is the disk hanging?"
+            );
         }
     }
 }

@@ -53,8 +53,7 @@ impl RaftNode {
         let (store, records) = LogStore::open(&options)?;
         let identity = store.identity();
         let (shared, inputs) = share(&options, &store, records);
-        let raw =
-            RawNode::new(&raft_config(&options, election_ticks, &store), store, &logger())?;
+        let raw = RawNode::new(&raft_config(&options, election_ticks, &store), store, &logger())?;
 
         let mut outboxes = BTreeMap::new();
         let mut senders = JoinSet::new();
@@ -74,7 +73,13 @@ impl RaftNode {
         }
         let service = RaftService::new(Arc::clone(&shared), &options);
         let handle = RaftHandle::new(Arc::clone(&shared));
-        let driver = Driver::new(DriverParts { options, raw, shared: Arc::clone(&shared), outboxes, inputs });
+        let driver = Driver::new(DriverParts {
+            options,
+            raw,
+            shared: Arc::clone(&shared),
+            outboxes,
+            inputs,
+        });
         std::thread::Builder::new()
             .name("raft".into())
             .spawn(move || supervise(driver, &shared, senders))

@@ -72,8 +72,11 @@ impl RaftService {
         RaftServer::new(self).max_decoding_message_size(FRAME_BYTES_MAX)
     }
 
-    /// Checks a frame's envelope, then parses its message.
-    fn open(&self, frame: &RaftFrame) -> Result<Message, Status> {
+    /// Checks everything about a frame that can be checked without reading its message.
+    ///
+    /// Another cluster's node must be told so, and not that its folder was lost: the folder comes
+    /// last.
+    fn check_envelope(&self, frame: &RaftFrame, identity: u64) -> Result<(), Status> {
         if frame.cluster_id != *self.cluster_id {
             return Err(Status::failed_precondition(format!(
                 "this coordinator belongs to cluster `{}`, the sender to `{}`: check `cluster.id` \
@@ -81,29 +84,15 @@ impl RaftService {
                 self.cluster_id, frame.cluster_id
             )));
         }
+        let from = NodeId(frame.from);
         if frame.to != self.node.0 || !self.peers.contains(&frame.from) {
             return Err(Status::failed_precondition(format!(
-                "a message from {} to {} reached {}: `coordinator.members` differs between the two",
-                NodeId(frame.from),
+                "a message from {from} to {} reached {}: `coordinator.members` differs between \
+                 the two",
                 NodeId(frame.to),
                 self.node
             )));
         }
-        let message = Message::parse_from_bytes(&frame.message)
-            .map_err(|cause| Status::invalid_argument(format!("not a raft message: {cause}")))?;
-        if message.from != frame.from || message.to != frame.to || !is_exchanged(&message) {
-            return Err(Status::invalid_argument(format!(
-                "unexpected raft message {:?} from {} to {}",
-                message.get_msg_type(),
-                NodeId(message.from),
-                NodeId(message.to)
-            )));
-        }
-        Ok(message)
-    }
-
-    /// Refuses a peer that returned under its old id with another folder.
-    fn check_folder(&self, from: NodeId, identity: u64) -> Result<(), Status> {
         match self.shared.peer_identity(from) {
             Some(known) if known != identity => Err(Status::data_loss(format!(
                 "{} knows {from} by folder {known:016x}, but it now shows folder {identity:016x}",
@@ -112,6 +101,21 @@ impl RaftService {
             _ => Ok(()),
         }
     }
+}
+
+/// Parses the message of a frame whose envelope was checked.
+fn open(frame: &RaftFrame) -> Result<Message, Status> {
+    let message = Message::parse_from_bytes(&frame.message)
+        .map_err(|cause| Status::invalid_argument(format!("not a raft message: {cause}")))?;
+    if message.from != frame.from || message.to != frame.to || !is_exchanged(&message) {
+        return Err(Status::invalid_argument(format!(
+            "unexpected raft message {:?} from {} to {}",
+            message.get_msg_type(),
+            NodeId(message.from),
+            NodeId(message.to)
+        )));
+    }
+    Ok(message)
 }
 
 /// The kinds that peers send each other here. Others (forwarded proposals, leadership transfers,
@@ -137,9 +141,10 @@ impl Raft for RaftService {
         &self,
         request: Request<Streaming<RaftFrame>>,
     ) -> Result<Response<RaftAck>, Status> {
-        let shown = request.metadata().get(TOKEN_KEY).ok_or_else(|| {
-            refused("no cluster token was shown")
-        })?;
+        let shown = request
+            .metadata()
+            .get(TOKEN_KEY)
+            .ok_or_else(|| refused("no cluster token was shown"))?;
         if !self.token.accepts(shown.as_bytes()) {
             return Err(refused("the cluster token that was shown is not this cluster's"));
         }
@@ -157,12 +162,13 @@ impl Raft for RaftService {
                 }
             };
             let Some(frame) = frame else { return Ok(Response::new(RaftAck {})) };
-            self.check_folder(NodeId(frame.from), identity)?;
-            let message = Box::new(self.open(&frame)?);
+            self.check_envelope(&frame, identity)?;
+            let message = Box::new(open(&frame)?);
             // Waiting here holds up this peer's stream only, by flow control; the raft thread and
             // the other peers go on.
             let permit = self.shared.message_room(frame.message.len()).await;
-            let permit = permit.ok_or_else(|| Status::unavailable("this coordinator has stopped"))?;
+            let permit =
+                permit.ok_or_else(|| Status::unavailable("this coordinator has stopped"))?;
             let input = Input::Message { identity, message, _room: permit };
             if !self.shared.send(input) {
                 return Err(Status::unavailable("this coordinator has stopped"));

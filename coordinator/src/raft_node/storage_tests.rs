@@ -234,7 +234,9 @@ fn random_histories_equal_their_model() {
         println!("seed {seed}");
         let mut state = seed;
         let mut draw = move |below: u64| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (state >> 33) % below
         };
         let dir = tempfile::tempdir().expect("a folder");
@@ -278,7 +280,8 @@ fn random_histories_equal_their_model() {
                     // The log brings back what was applied since.
                     let mut replayed = restored;
                     let from = at_snapshot.index + 1;
-                    let range = store.entries(from, applied + 1, None, GetEntriesContext::empty(false));
+                    let range =
+                        store.entries(from, applied + 1, None, GetEntriesContext::empty(false));
                     let range = if from <= applied { range.expect("in range") } else { Vec::new() };
                     for entry in range {
                         let transaction = Transaction::decode(&entry.data).expect("ours");

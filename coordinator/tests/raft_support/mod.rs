@@ -8,9 +8,7 @@ use std::time::Duration;
 
 use api::config::{Member, TlsSection};
 use api::{NodeId, Secret};
-use coordinator::{
-    ProposeError, RaftHandle, RaftNode, RaftOptions, RaftStatus, StartError,
-};
+use coordinator::{ProposeError, RaftHandle, RaftNode, RaftOptions, RaftStatus, StartError};
 use coordinator_core::{Outcome, Precondition, RecordKey, Transaction, Write};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -137,7 +135,8 @@ impl Group {
             .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
                 let _ = asked.await;
             });
-        let server = tokio::spawn(async { server.await.expect("serves until it is asked to stop") });
+        let server =
+            tokio::spawn(async { server.await.expect("serves until it is asked to stop") });
         self.nodes[index] = Some(Running { handle, shutdown, server });
         Ok(())
     }
