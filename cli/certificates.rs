@@ -31,20 +31,15 @@ impl Authority {
         let (pem, key) = (folder.join("ca.pem"), folder.join("ca.key"));
         if pem.exists() && key.exists() {
             let read = |path: &Path| {
-                fs::read_to_string(path).map_err(|e| {
-                    CliError::usage(format!("cannot read `{}`: {e}", path.display()))
-                })
+                fs::read_to_string(path)
+                    .map_err(|e| CliError::usage(format!("cannot read `{}`: {e}", path.display())))
             };
             let key_pair = KeyPair::from_pem(&read(&key)?).map_err(|e| failed("the CA key", e))?;
-            let issuer = Issuer::from_ca_cert_pem(&read(&pem)?, key_pair)
-                .map_err(|e| failed("the CA certificate", e))?;
+            let issuer = Issuer::new(authority_params(), key_pair);
             return Ok(Self { folder: folder.to_owned(), issuer });
         }
         make_private_folder(folder)?;
-        let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, "Cohort cluster authority");
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let params = authority_params();
         let key_pair = KeyPair::generate().map_err(|e| failed("the CA key", e))?;
         let certificate =
             params.self_signed(&key_pair).map_err(|e| failed("the CA certificate", e))?;
@@ -69,13 +64,22 @@ impl Authority {
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         let key_pair = KeyPair::generate().map_err(|e| failed("a key", e))?;
-        let certificate = params
-            .signed_by(&key_pair, &self.issuer)
-            .map_err(|e| failed("a certificate", e))?;
+        let certificate =
+            params.signed_by(&key_pair, &self.issuer).map_err(|e| failed("a certificate", e))?;
         write_private(&section.key, key_pair.serialize_pem().as_bytes())?;
         write_private(&section.certificate, certificate.pem().as_bytes())?;
         Ok(section)
     }
+}
+
+/// What is in an authority's certificate besides its key: the same every time, so that the key alone
+/// is enough to issue more.
+fn authority_params() -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, "Cohort cluster authority");
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params
 }
 
 /// The cluster token in `path`, drawn when there is none.
@@ -98,9 +102,11 @@ pub fn ensure_token(path: &Path) -> Result<()> {
 /// Makes a folder that only its owner may enter.
 pub fn make_private_folder(folder: &Path) -> Result<()> {
     use std::os::unix::fs::DirBuilderExt;
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(|e| {
-        CliError::usage(format!("cannot make the folder `{}`: {e}", folder.display()))
-    })
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
+        .map_err(|e| CliError::usage(format!("cannot make the folder `{}`: {e}", folder.display())))
 }
 
 /// Writes a file that only its owner may read: whole or not at all.

@@ -59,7 +59,11 @@ impl Access {
         let text = std::fs::read(&path).map_err(|error| {
             CliError::new(
                 ExitClass::Unavailable,
-                format!("no cluster in `{}`: cannot read `{}`: {error}", dir.display(), path.display()),
+                format!(
+                    "no cluster in `{}`: cannot read `{}`: {error}",
+                    dir.display(),
+                    path.display()
+                ),
             )
             .with_hint(
                 "start one with `cluster up`, name its folder with --dir, or its cluster.toml \

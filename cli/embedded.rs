@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use api::config::{ClusterConfig, Member, TlsSection};
 use api::{ExitClass, JobSpec, Name, NodeId};
-use coordinator::{ClusterClient, Coordinator, CoordinatorOptions};
+use coordinator::{Coordinator, CoordinatorOptions};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use worker::{Worker, WorkerOptions};
@@ -88,11 +88,7 @@ impl Embedded {
                 listener: Some(listener),
             };
             let shutdown = self.shutdown.clone();
-            self.parts.spawn(async move {
-                Coordinator::run(options, shutdown)
-                    .await
-                    .map_err(|e| CliError::new(e.exit_class(), e.to_string()))
-            });
+            self.parts.spawn(async move { Ok(Coordinator::run(options, shutdown).await?) });
         }
         Ok(())
     }
@@ -112,18 +108,9 @@ impl Embedded {
                 program: program.clone(),
             };
             let shutdown = self.shutdown.clone();
-            self.parts.spawn(async move {
-                Worker::run(options, shutdown)
-                    .await
-                    .map_err(|e| CliError::new(e.exit_class(), e.to_string()))
-            });
+            self.parts.spawn(async move { Ok(Worker::run(options, shutdown).await?) });
         }
         Ok(())
-    }
-
-    /// A client of it.
-    pub async fn client(&self) -> Result<ClusterClient> {
-        self.access.connect().await
     }
 
     /// Waits until a part of it fails; only errors end it by themselves.

@@ -121,3 +121,28 @@ impl From<checkpoint::StoreError> for CliError {
         Self::new(class, error.to_string())
     }
 }
+
+impl From<coordinator::CoordinatorError> for CliError {
+    fn from(error: coordinator::CoordinatorError) -> Self {
+        Self::new(error.exit_class(), error.to_string())
+    }
+}
+
+impl From<worker::WorkerError> for CliError {
+    fn from(error: worker::WorkerError) -> Self {
+        use worker::WorkerError::{Connect, Denied, Locked, Options};
+        let class = match &error {
+            Denied { .. } => ExitClass::Denied,
+            Locked { .. } => ExitClass::Conflict,
+            Options(_) | Connect(_) => ExitClass::Usage,
+            _ => ExitClass::Internal,
+        };
+        Self::new(class, error.to_string())
+    }
+}
+
+impl From<serve::ServeError> for CliError {
+    fn from(error: serve::ServeError) -> Self {
+        Self::new(error.exit_class(), error.to_string())
+    }
+}

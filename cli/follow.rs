@@ -42,7 +42,8 @@ pub async fn follow(client: &ClusterClient, job: &Name, json: bool) -> Result<Jo
 /// The failure that a job's last status means for this command, if any.
 pub fn outcome(job: &Name, status: &JobStatus) -> Result<()> {
     let cause = status.first_cause.as_ref().map(|failure| {
-        let rank = failure.rank.map_or_else(|| "a worker".into(), |rank| format!("rank {}", rank.0));
+        let rank =
+            failure.rank.map_or_else(|| "a worker".into(), |rank| format!("rank {}", rank.0));
         format!("{rank} on {} failed first: {}", failure.worker, failure.cause)
     });
     match status.phase {
@@ -90,9 +91,8 @@ impl View {
         }
         if std::io::stderr().is_terminal() {
             let bar = ProgressBar::new(0);
-            let style = ProgressStyle::with_template(
-                "{prefix:>9} [{bar:32}] {pos}/{len} {msg} eta {eta}",
-            );
+            let style =
+                ProgressStyle::with_template("{prefix:>9} [{bar:32}] {pos}/{len} {msg} eta {eta}");
             if let Ok(style) = style {
                 bar.set_style(style.progress_chars("=> "));
             }
@@ -169,17 +169,17 @@ fn step_line(metrics: &StepMetrics) -> String {
     } else {
         format!("{:.0} samples/s", metrics.samples_per_second)
     };
-    format!(
-        "step {}/{} loss {:.4} {throughput}",
-        metrics.step.0, metrics.last_step.0, metrics.loss
-    )
+    format!("step {}/{} loss {:.4} {throughput}", metrics.step.0, metrics.last_step.0, metrics.loss)
 }
 
 fn sentence(event: &JobEvent) -> Option<String> {
     match event {
         JobEvent::Evaluation(evaluation) => {
-            let metrics: Vec<String> =
-                evaluation.metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+            let metrics: Vec<String> = evaluation
+                .metrics
+                .iter()
+                .map(|(name, value)| format!("{name} {value:.4}"))
+                .collect();
             Some(format!("step {} {}", evaluation.step.0, metrics.join(" ")))
         }
         JobEvent::Note { generation, rank, text } => Some(match rank {

@@ -151,8 +151,16 @@ async fn train(
         format!("{:.2} s", report.submit_to_first_step),
         output::bytes(report.memory_bytes_rank0),
     ]];
-    let header =
-        ["ranks × threads", "step", "range", "samples/s", "tokens/s", "comm", "first step", "memory"];
+    let header = [
+        "ranks × threads",
+        "step",
+        "range",
+        "samples/s",
+        "tokens/s",
+        "comm",
+        "first step",
+        "memory",
+    ];
     output::table(&header, rows, "nothing measured");
     Ok(())
 }

@@ -104,7 +104,7 @@ async fn open(global: &Global, job: &str) -> Result<(Vec<CheckpointRecord>, Stor
     let client = access.connect().await?;
     // An unknown job is an error; a known one without checkpoints an empty list.
     client.job(&name).await?;
-    let records = client.checkpoints(&name).await?;
+    let records = client.checkpoints(&name).await?.into_iter().map(|(_, record)| record).collect();
     let store = Store::open(&section, &access.store_uri)?;
     Ok((records, store))
 }
@@ -124,7 +124,9 @@ fn pick<'a>(
             Some(step) => format!("job `{job}` has no checkpoint at step {step}"),
             None => format!("job `{job}` has no checkpoint"),
         };
-        CliError::new(ExitClass::NotFound, text)
-            .with_hint(format!("there are: {}", if steps.is_empty() { "none".into() } else { steps.join(", ") }))
+        CliError::new(ExitClass::NotFound, text).with_hint(format!(
+            "there are: {}",
+            if steps.is_empty() { "none".into() } else { steps.join(", ") }
+        ))
     })
 }

@@ -26,14 +26,18 @@ pub async fn list(global: &Global) -> Result<()> {
     let (access, _) = Access::find(global)?;
     let models = access.connect().await?.models().await?;
     if global.json {
-        models.iter().for_each(output::json);
+        models.iter().for_each(|(_, model)| output::json(model));
         return Ok(());
     }
     let rows = models
         .iter()
-        .map(|model| {
-            let metrics: Vec<String> =
-                model.fact.metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+        .map(|(_, model)| {
+            let metrics: Vec<String> = model
+                .fact
+                .metrics
+                .iter()
+                .map(|(name, value)| format!("{name} {value:.4}"))
+                .collect();
             vec![
                 model.name.to_string(),
                 model.algorithm.clone(),
@@ -52,12 +56,12 @@ pub async fn endpoints(global: &Global) -> Result<()> {
     let (access, _) = Access::find(global)?;
     let endpoints = access.connect().await?.endpoints().await?;
     if global.json {
-        endpoints.iter().for_each(output::json);
+        endpoints.iter().for_each(|(_, endpoint)| output::json(endpoint));
         return Ok(());
     }
     let rows = endpoints
         .iter()
-        .map(|endpoint| {
+        .map(|(_, endpoint)| {
             let address = endpoint.status.address.map(|a| format!("http://{a}"));
             vec![
                 endpoint.spec.name.to_string(),
@@ -113,9 +117,7 @@ pub async fn serve(global: &Global, args: &Serve) -> Result<()> {
     }
     let mut signals = Signals::new()?;
     let model = load(global, &args.model).await?;
-    let server = Server::bind(ServerOptions { listen, section: config.serve }, model)
-        .await
-        .map_err(serve_error)?;
+    let server = Server::bind(ServerOptions { listen, section: config.serve }, model).await?;
     if global.json {
         output::json(&serde_json::json!({ "event": "serving", "address": server.address() }));
     } else {
@@ -126,23 +128,19 @@ pub async fn serve(global: &Global, args: &Serve) -> Result<()> {
     let running = server.run(shutdown.clone());
     tokio::pin!(running);
     tokio::select! {
-        ended = &mut running => return ended.map_err(serve_error),
+        ended = &mut running => return Ok(ended?),
         () = signals.wait() => shutdown.cancel(),
     }
     tokio::select! {
-        ended = &mut running => ended.map_err(serve_error),
+        ended = &mut running => Ok(ended?),
         () = signals.wait() => std::process::exit(130),
     }
-}
-
-fn serve_error(error: serve::ServeError) -> CliError {
-    CliError::new(error.exit_class(), error.to_string())
 }
 
 /// A model from a path, or from the cluster's registry.
 async fn load(global: &Global, model: &str) -> Result<LoadedModel> {
     if Path::new(model).exists() {
-        return serve::load_folder(Path::new(model)).map_err(serve_error);
+        return Ok(serve::load_folder(Path::new(model))?);
     }
     let not_found = |detail: String| {
         CliError::new(ExitClass::NotFound, format!("no model `{model}`: {detail}")).with_hint(
@@ -153,11 +151,11 @@ async fn load(global: &Global, model: &str) -> Result<LoadedModel> {
     let (access, section) =
         Access::find(global).map_err(|e| not_found(format!("no such path, and {e}")))?;
     let models = access.connect().await?.models().await?;
-    let Some(record) = models.into_iter().find(|record| record.name == name) else {
+    let Some((_, record)) = models.into_iter().find(|(_, record)| record.name == name) else {
         return Err(not_found("neither a path nor a registered model".into()));
     };
     let store = open_store(&section, &access)?;
-    serve::load_from_store(&store, &record.fact.key).await.map_err(serve_error)
+    Ok(serve::load_from_store(&store, &record.fact.key).await?)
 }
 
 fn open_store(section: &StoreSection, access: &Access) -> Result<Store> {
@@ -255,8 +253,8 @@ async fn endpoint_url(global: &Global, name: &str) -> Result<Option<String>> {
     }
     let Ok((access, _)) = Access::find(global) else { return Ok(None) };
     let endpoints = access.connect().await?.endpoints().await?;
-    let found = endpoints.into_iter().find(|endpoint| endpoint.spec.name.as_str() == name);
-    Ok(found.and_then(|e| e.status.address).map(|a| format!("http://{a}/invocations")))
+    let found = endpoints.into_iter().find(|(_, endpoint)| endpoint.spec.name.as_str() == name);
+    Ok(found.and_then(|(_, e)| e.status.address).map(|a| format!("http://{a}/invocations")))
 }
 
 async fn predict_remote(
@@ -278,7 +276,8 @@ async fn predict_remote(
     let status = answer.status();
     let text = answer.text().await.map_err(unreachable)?;
     if !status.is_success() {
-        let class = if status.is_client_error() { ExitClass::Usage } else { ExitClass::Unavailable };
+        let class =
+            if status.is_client_error() { ExitClass::Usage } else { ExitClass::Unavailable };
         return Err(CliError::new(class, format!("{url} answered {status}: {}", text.trim())));
     }
     let _ = global;

@@ -43,9 +43,7 @@ pub async fn coordinator(global: &Global) -> Result<()> {
     let shutdown = stop_on_signal()?;
     let options =
         CoordinatorOptions { config, token, validate: Arc::new(validate_job), listener: None };
-    Coordinator::run(options, shutdown)
-        .await
-        .map_err(|e| CliError::new(e.exit_class(), e.to_string()))
+    Ok(Coordinator::run(options, shutdown).await?)
 }
 
 /// `cluster worker`.
@@ -66,7 +64,7 @@ pub async fn worker(global: &Global, args: &WorkerArgs) -> Result<()> {
         config,
     };
     let shutdown = stop_on_signal()?;
-    Worker::run(options, shutdown).await.map_err(|e| CliError::new(e.exit_class(), e.to_string()))
+    Ok(Worker::run(options, shutdown).await?)
 }
 
 /// The given name, the configured one, or the host's made into a legal one.

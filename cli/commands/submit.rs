@@ -69,7 +69,11 @@ pub async fn submit(global: &Global, args: &Submit) -> Result<()> {
     let name = spec.name.clone();
     client.submit(&spec).await?;
     if !args.follow {
-        print_done(global, &format!("submitted job `{name}`; `cluster follow {name}` watches it"), &name);
+        print_done(
+            global,
+            &format!("submitted job `{name}`; `cluster follow {name}` watches it"),
+            &name,
+        );
         return Ok(());
     }
     let status = follow(&client, &name, global.json).await?;
@@ -135,19 +139,7 @@ async fn run_local(
         if !global.json {
             eprintln!("job `{name}` in `{}`", dir.display());
         }
-        let watching = follow(&client, &name, global.json);
-        tokio::pin!(watching);
-        let status = tokio::select! {
-            status = &mut watching => status?,
-            () = signals.wait() => {
-                eprintln!("stopping: the job saves its state; Ctrl-C again to stop at once");
-                client.stop_job(&name).await?;
-                tokio::select! {
-                    status = &mut watching => status?,
-                    () = signals.wait() => std::process::exit(130),
-                }
-            }
-        };
+        let status = follow_or_stop(global, &client, &name, &mut signals).await?;
         Ok((name, status))
     };
     let ended = tokio::select! {
@@ -162,6 +154,27 @@ async fn run_local(
         eprintln!("go on with: cluster resume {name} --local --dir {}", dir.display());
     }
     concluded
+}
+
+/// Follows a job; the first Ctrl-C stops it politely, the second ends everything.
+async fn follow_or_stop(
+    global: &Global,
+    client: &ClusterClient,
+    name: &Name,
+    signals: &mut Signals,
+) -> Result<JobStatus> {
+    let watching = follow(client, name, global.json);
+    tokio::pin!(watching);
+    tokio::select! {
+        status = &mut watching => return status,
+        () = signals.wait() => {}
+    }
+    eprintln!("stopping: the job saves its state; Ctrl-C again to stop at once");
+    client.stop_job(name).await?;
+    tokio::select! {
+        status = &mut watching => status,
+        () = signals.wait() => std::process::exit(130),
+    }
 }
 
 async fn begin(client: &ClusterClient, start: Start) -> Result<Name> {
@@ -201,7 +214,11 @@ fn conclude(global: &Global, name: &Name, status: &JobStatus, store_uri: &str) -
     } else if let Some((fact, path)) = &model {
         let metrics: Vec<String> =
             fact.metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
-        output::line(&format!("job `{name}` succeeded at step {}: {}", fact.step.0, metrics.join(", ")));
+        output::line(&format!(
+            "job `{name}` succeeded at step {}: {}",
+            fact.step.0,
+            metrics.join(", ")
+        ));
         output::line(&format!("model: {path}"));
         output::line(&format!("sha256: {}", fact.sha256));
         let folder = path.trim_end_matches("/model.safetensors");

@@ -25,13 +25,12 @@ pub async fn up(global: &Global, args: &Up) -> Result<()> {
         port: args.port,
     })
     .await?;
-    let client = tokio::select! {
-        client = embedded.client() => client?,
-        error = embedded.failed() => return Err(error),
-    };
+    let access = embedded.access.clone();
     // A leader answers: only now is the cluster of use to anyone.
     tokio::select! {
-        workers = client.workers() => { workers?; }
+        workers = async { access.connect().await?.workers().await.map_err(CliError::from) } => {
+            workers?;
+        }
         error = embedded.failed() => return Err(error),
     }
     let addresses: Vec<String> =

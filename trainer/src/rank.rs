@@ -154,7 +154,7 @@ fn initial_state(
         return Ok(state);
     };
     let mut restore = Restore::open(store, &store.uri, fact)?;
-    let found = &restore.manifest().info;
+    let found = restore.manifest();
     for (what, found, expected) in [
         ("training data", &found.data_digest, &info.data_digest),
         ("settings", &found.spec_digest, &info.spec_digest),

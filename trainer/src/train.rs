@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use algorithms::{DataError, Dataset, Mode, Problem, StepKey};
+use algorithms::{DataError, Mode, Problem, StepKey};
 use api::control::Control;
 use api::events::{Evaluation, ModelFact, StepMetrics, StepTime};
 use api::session::{RankReport, TrainAssignment};
