@@ -67,6 +67,12 @@ struct Gap {
     lines: u64,
 }
 
+impl Gap {
+    fn after(self, earlier: Option<Self>) -> Self {
+        Self { lines: self.lines + earlier.map_or(0, |gap| gap.lines), ..self }
+    }
+}
+
 struct Task {
     view: TaskView,
     exited: bool,
@@ -81,7 +87,10 @@ struct Inner {
     /// Facts and samples at the front that this session has sent.
     facts_sent: usize,
     samples_sent: usize,
+    /// Lines missing in front of what a task prints next.
     gaps: BTreeMap<TaskId, Gap>,
+    /// Lines dropped after this session sent them, with the sequence of their last frame.
+    lost_if_cut: BTreeMap<TaskId, (u64, Gap)>,
     order: u64,
     sequence: u64,
 }
@@ -185,7 +194,7 @@ impl Inner {
     }
 
     fn drop_oldest_sample(&mut self) {
-        let Some(Queued { sample, .. }) = self.samples.pop_front() else { return };
+        let Some(Queued { sample, sent, .. }) = self.samples.pop_front() else { return };
         self.sample_bytes -= sample.bytes();
         self.samples_sent = self.samples_sent.saturating_sub(1);
         let Sample::Logs { task, gap, lines, .. } = sample else { return };
@@ -195,15 +204,28 @@ impl Inner {
             time_ms: last.time_ms,
             lines: lines.len() as u64 + gap.map_or(0, |earlier| earlier.lines),
         };
+        match sent {
+            // On its way: it is missing only if this session is cut before it is acknowledged.
+            Some(sent) => {
+                let earlier = self.lost_if_cut.remove(&task).map(|(_, gap)| gap);
+                self.lost_if_cut.insert(task, (sent, dropped.after(earlier)));
+            }
+            None => self.note_gap(task, dropped),
+        }
+    }
+
+    /// Puts a note in front of the task's next lines, be they here or yet to come.
+    fn note_gap(&mut self, task: TaskId, dropped: Gap) {
         let next = self.samples.iter_mut().find_map(|queued| match &mut queued.sample {
             Sample::Logs { task: other, gap, .. } if *other == task => Some(gap),
             _ => None,
         });
         match next {
-            // What was queued behind a note has none of its own: notes only come from the front.
+            Some(Some(later)) => *later = later.clone().after(Some(dropped)),
             Some(gap) => *gap = Some(dropped),
             None => {
-                self.gaps.insert(task, dropped);
+                let earlier = self.gaps.remove(&task);
+                self.gaps.insert(task, dropped.after(earlier));
             }
         }
     }
@@ -301,7 +323,6 @@ impl Ledger {
         if let Some(known) = inner.tasks.get_mut(task) {
             known.exited = true;
         }
-        inner.gaps.remove(task);
         inner.push_fact(task.clone(), TaskEvent::Exited { cause });
         drop(inner);
         self.changed();
@@ -324,6 +345,9 @@ impl Ledger {
         inner.facts.iter_mut().for_each(|fact| fact.sent = None);
         inner.samples.iter_mut().for_each(|queued| queued.sent = None);
         (inner.facts_sent, inner.samples_sent, inner.sequence) = (0, 0, 1);
+        for (task, (_, gap)) in std::mem::take(&mut inner.lost_if_cut) {
+            inner.note_gap(task, gap);
+        }
         (1, inner.tasks.values().map(|task| task.view.clone()).collect())
     }
 
@@ -385,6 +409,7 @@ impl Ledger {
                 && inner.tasks.get(&fact.task).is_some_and(|task| task.exited)
             {
                 inner.tasks.remove(&fact.task);
+                inner.gaps.remove(&fact.task);
             }
         }
         while inner.samples.front().is_some_and(|queued| done(queued.sent)) {
@@ -392,6 +417,7 @@ impl Ledger {
             inner.samples_sent -= 1;
             inner.sample_bytes -= queued.sample.bytes();
         }
+        inner.lost_if_cut.retain(|_, (sent, _)| *sent > sequence);
         let changed = before != inner.facts.len() + inner.samples.len();
         drop(inner);
         if changed {
@@ -497,6 +523,40 @@ mod tests {
         assert_eq!(kept, (lines[1].sequence..count).collect::<Vec<_>>());
         ledger.acknowledge(u64::MAX);
         assert_eq!(ledger.lock().sample_bytes, 0, "the count of bytes is exact");
+    }
+
+    #[test]
+    fn lines_dropped_on_their_way_are_missing_only_if_the_session_is_cut() {
+        let note = |ledger: &Ledger| -> Option<(u64, String)> {
+            drain(ledger).into_iter().find_map(|(_, message)| match message {
+                WorkerMessage::Logs { lines, .. } if lines[0].stream == LogStream::Gap => {
+                    Some((lines[0].sequence, lines[0].text.clone()))
+                }
+                _ => None,
+            })
+        };
+        let count = (2 * SAMPLE_BYTES_MAX / LOG_LINE_BYTES_MAX) as u64;
+        for cut in [false, true] {
+            let ledger = Ledger::new();
+            ledger.begin_session();
+            for sequence in 0..count {
+                ledger.lines(&task(0), vec![line(sequence, LOG_LINE_BYTES_MAX)]);
+                assert_eq!(note(&ledger), None, "all was sent");
+            }
+            let dropped = count - ledger.lock().samples.len() as u64;
+            assert!(dropped > 0);
+            if cut {
+                ledger.begin_session();
+                let (sequence, text) = note(&ledger).expect("a note");
+                assert_eq!(sequence, dropped - 1);
+                assert!(text.starts_with(&format!("{dropped} lines are missing")), "{text}");
+            } else {
+                ledger.acknowledge(u64::MAX);
+                ledger.begin_session();
+                ledger.lines(&task(0), vec![line(count, 1)]);
+                assert_eq!(note(&ledger), None);
+            }
+        }
     }
 
     #[test]

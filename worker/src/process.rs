@@ -11,17 +11,17 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tracing::warn;
 
-/// Starts that may wait for the forking thread; each waits a millisecond or so.
+/// Starts that may wait in line for the forking thread, a millisecond or so each; more wait for
+/// room in the line.
 const START_QUEUE: usize = 64;
 
 /// What to start.
@@ -50,14 +50,14 @@ type Request = (Launch, oneshot::Sender<io::Result<Started>>);
 /// The forking thread's handle; the thread ends when the last clone is gone.
 #[derive(Clone)]
 pub(crate) struct Spawner {
-    requests: SyncSender<Request>,
+    requests: mpsc::Sender<Request>,
 }
 
 impl Spawner {
     pub(crate) fn start() -> io::Result<Self> {
-        let (requests, inbox): (_, Receiver<Request>) = sync_channel(START_QUEUE);
+        let (requests, mut inbox) = mpsc::channel::<Request>(START_QUEUE);
         std::thread::Builder::new().name("worker-spawn".into()).spawn(move || {
-            while let Ok((launch, reply)) = inbox.recv() {
+            while let Some((launch, reply)) = inbox.blocking_recv() {
                 // Where the caller went away, dropping what was started kills it.
                 drop(reply.send(start(&launch)));
             }
@@ -68,9 +68,7 @@ impl Spawner {
     pub(crate) async fn spawn(&self, launch: Launch) -> io::Result<Started> {
         let (reply, started) = oneshot::channel();
         let gone = || io::Error::other("the thread that starts processes has ended");
-        self.requests
-            .try_send((launch, reply))
-            .map_err(|_| io::Error::other(format!("{START_QUEUE} starts are waiting already")))?;
+        self.requests.send((launch, reply)).await.map_err(|_| gone())?;
         started.await.map_err(|_| gone())?
     }
 }

@@ -14,7 +14,7 @@ use checkpoint::Store;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::agent::Agent;
 use crate::archive::Archive;
@@ -35,6 +35,11 @@ const FACTS_TIMEOUT: Duration = Duration::from_secs(5);
 /// At the end, time for the store to take the last lines; what it does not take, the next
 /// incarnation uploads.
 const LOGS_TIMEOUT: Duration = Duration::from_secs(10);
+/// A process that is being killed is looked after this often.
+const KILL_INTERVAL: Duration = Duration::from_secs(1);
+/// Kills after which the worker ends without the task: it hangs in the kernel. Its record stays, so
+/// the next incarnation refuses to start beside it.
+const KILLS_MAX: u32 = 10;
 /// Why tasks end when the worker does.
 const STOP_REASON: &str = "the worker is shutting down";
 
@@ -156,10 +161,14 @@ impl Running {
         let stop_session = CancellationToken::new();
         let _guard = stop_session.clone().drop_guard();
         let mut session = tokio::spawn(session.run(stop_session.clone()));
-        let mut deadline = None;
+        let (mut deadline, mut kills) = (None, 0);
         let mut result = Ok(());
         loop {
             if deadline.is_some() && self.agent.is_idle() {
+                break;
+            }
+            if kills > KILLS_MAX {
+                error!("a rank does not end although it was killed: it hangs in the kernel");
                 break;
             }
             let killing = deadline.unwrap_or_else(Instant::now);
@@ -173,7 +182,8 @@ impl Running {
                 }
                 () = sleep_until(killing), if deadline.is_some() => {
                     self.agent.kill_all("it did not leave in time when the worker shut down");
-                    deadline = Some(Instant::now() + self.stop_timeout);
+                    kills += 1;
+                    deadline = Some(Instant::now() + KILL_INTERVAL);
                 }
                 ended = &mut session, if result.is_ok() => {
                     // Only a refusal ends a session that nobody stopped, and only before the first

@@ -4,8 +4,11 @@ use std::fs;
 
 use api::session::{ExitCause, LOG_LINE_BYTES_MAX, LogLine, LogStream, RankOrder, RankReport};
 use api::session::{TaskEvent, WorkerMessage};
+use api::units::ByteSize;
 
-use crate::harness::{Coordinator, GANG_SECRET, Host, TOKEN, gone, is_alive, kill_9, task};
+use crate::harness::{
+    Coordinator, GANG_SECRET, Host, Running, TOKEN, gone, is_alive, kill_9, task,
+};
 
 /// Waits for orders until the socket ends.
 const OBEY: &str = r#"
@@ -97,6 +100,76 @@ read -r order
         .collect();
     assert_eq!(stored, lines);
     assert_eq!(fs::read_dir(host.dir().join("ranks")).expect("a folder").count(), 0);
+}
+
+/// Every line from 0 on is there or counted by a note that stands in its place; returns the notes.
+fn check_continuity(lines: &[LogLine]) -> usize {
+    let (mut next, mut notes) = (0, 0);
+    for line in lines {
+        let missing = line.sequence - next;
+        if line.stream == LogStream::Gap {
+            let text = format!("{} lines are missing", missing + 1);
+            assert!(line.text.starts_with(&text), "expected {text}, found {}", line.text);
+            notes += 1;
+        } else {
+            assert_eq!((missing, &line.text), (0, &(line.sequence + 1).to_string()));
+        }
+        next = line.sequence + 1;
+    }
+    notes
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_output_is_bounded_and_stalls_nothing() {
+    const LINES: u64 = 300_000;
+    let host = Host::new(&format!("seq 1 {LINES}\n"));
+    let mut coordinator = Coordinator::leader().await;
+    let mut options = host.options(&[coordinator.address]);
+    options.config.worker.log_bytes = ByteSize(256 << 10);
+    let worker = Running::start(options);
+    let mut session = coordinator.welcomed().await;
+    let rank = task(1, 0);
+    session.start(&rank).await;
+    let pid = session.started(&rank).await;
+    // Nobody reads the session meanwhile; the rank gets to its end all the same.
+    gone(pid).await;
+    let mut lines = Vec::new();
+    loop {
+        match session.message().await {
+            WorkerMessage::Logs { lines: more, .. } => lines.extend(more),
+            WorkerMessage::Task { event, .. } => {
+                assert_eq!(event, TaskEvent::Exited { cause: ExitCause::Completed });
+                break;
+            }
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    assert!(check_continuity(&lines) > 0, "the flood was to exceed the queue");
+    assert_eq!(lines.last().map(|line| line.sequence), Some(LINES - 1));
+    session.acknowledge(session.last).await;
+    worker.shut_down();
+    worker.result().await.expect("a clean end");
+
+    let on_disk: u64 = fs::read_dir(host.dir().join("logs/digits/g1/r0"))
+        .expect("a folder")
+        .map(|file| file.and_then(|f| f.metadata()).expect("a file").len())
+        .sum();
+    assert!(on_disk <= (256 << 10) + 1_024, "{on_disk} bytes are kept");
+    let mut objects: Vec<_> = fs::read_dir(host.store().join("jobs/digits/logs/g1/r0"))
+        .expect("a folder")
+        .map(|file| file.expect("a file").path())
+        .collect();
+    objects.sort();
+    let stored: Vec<LogLine> = objects
+        .iter()
+        .flat_map(|path| {
+            let bytes = zstd::decode_all(fs::File::open(path).expect("an object")).expect("zstd");
+            let text = String::from_utf8(bytes).expect("text");
+            text.lines().map(|l| serde_json::from_str(l).expect("a line")).collect::<Vec<_>>()
+        })
+        .collect();
+    check_continuity(&stored);
+    assert_eq!(stored.last().map(|line| line.sequence), Some(LINES - 1));
 }
 
 #[tokio::test]
