@@ -223,8 +223,9 @@ impl ImageDataset {
     }
 
     /// Sets `fraction` of the images aside for validation, the same share of every class and always
-    /// the same images; the rest trains and gives mean and deviation to both. No second part when
-    /// either would be empty. Both keep the digest of the whole.
+    /// the same images. No second part when either would be empty. Both keep the digest of the whole
+    /// and its geometry, so that a geometry read before the split stays true of the model; mean and
+    /// deviation are then over the held-out images too, two numbers that tell a model nothing.
     pub fn split(self, fraction: f32) -> (Self, Option<Self>) {
         // Sorted by class and then by a hash, every 1/fraction-th image is taken: systematic
         // sampling, which is stratified without rounding per class.
@@ -246,10 +247,7 @@ impl ImageDataset {
         }
         train.sort_unstable();
         validation.sort_unstable();
-        let (mean, std) = self.pixels.moments(&train, self.geometry.features());
-        let geometry = ImageGeometry { mean, std, ..self.geometry.clone() };
-        let part =
-            |rows: Vec<u32>| Self { rows: rows.into(), geometry: geometry.clone(), ..self.clone() };
+        let part = |rows: Vec<u32>| Self { rows: rows.into(), ..self.clone() };
         (part(train), Some(part(validation)))
     }
 
@@ -388,8 +386,8 @@ mod tests {
         assert_eq!(rows, (0..10).collect::<Vec<u32>>());
         let of_class_a = validation.rows.iter().filter(|&&r| whole.classes[r as usize] == 0);
         assert_eq!(of_class_a.count(), 2);
-        assert_eq!(train.geometry(), validation.geometry());
-        assert_ne!(train.geometry().mean, whole.geometry().mean);
+        assert_eq!(train.geometry(), whole.geometry());
+        assert_eq!(validation.geometry(), whole.geometry());
         let again = whole.clone().split(0.4);
         assert_eq!((&again.0.rows, &again.1.expect("four").rows), (&train.rows, &validation.rows));
         assert!(whole.clone().split(0.0).1.is_none());

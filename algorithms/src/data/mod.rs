@@ -18,8 +18,6 @@ mod packer;
 mod pictures;
 mod pixels;
 mod recipe;
-#[cfg(test)]
-mod scratch;
 mod source;
 mod table;
 mod text;
