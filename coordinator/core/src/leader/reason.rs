@@ -72,8 +72,8 @@ pub enum Reason {
         /// Its new state, one sentence.
         text: String,
     },
-    /// A rank failed, blaming another one: that one's own end is waited for.
-    AwaitingBlamed {
+    /// Something has begun, and what it waits for is named.
+    Waiting {
         /// The workload.
         name: Name,
         /// What is waited for.
@@ -86,8 +86,8 @@ pub enum Reason {
         /// The current generation.
         current: Generation,
     },
-    /// Something was left as it is.
-    Ignored(String),
+    /// Something worth a line that changes no workload: a worker came, a word was repeated.
+    Remark(String),
     /// A record could not be read; nothing is decided about it.
     Unreadable(String),
 }
@@ -123,13 +123,16 @@ impl fmt::Display for Reason {
             Self::Placed { name, generation, places } => {
                 write!(f, "placed `{name}` as {generation}: {places}")
             }
-            Self::Changed { name, text } | Self::AwaitingBlamed { name, text } => {
+            Self::Changed { name, text } | Self::Waiting { name, text } => {
                 write!(f, "`{name}`: {text}")
             }
             Self::Superseded { task, current } => {
-                write!(f, "ignored {task}: the current generation is {current}")
+                write!(
+                    f,
+                    "ignored a word of {task}: its generation is over, the newest is {current}"
+                )
             }
-            Self::Ignored(text) | Self::Unreadable(text) => f.write_str(text),
+            Self::Remark(text) | Self::Unreadable(text) => f.write_str(text),
         }
     }
 }

@@ -1,0 +1,222 @@
+//! What this leader has seen of one generation of a gang: who placed it, how its tasks ended, and
+//! which end was the cause of the others.
+//!
+//! Volatile: a new leader begins with an empty one and asks the workers' inventories instead.
+
+use api::ids::{Generation, Name, Rank};
+use api::records::Failure;
+use api::session::ExitCause;
+
+use super::decision::Millis;
+
+/// Longest message taken into a record, in bytes: it goes through the log and into every listing.
+const MESSAGE_BYTES_MAX: usize = 2 << 10;
+
+/// A rank's own words before it left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct LastWords {
+    pub(super) message: String,
+    pub(super) retryable: bool,
+    pub(super) blames: Option<Rank>,
+}
+
+/// How one task ended, or is about to.
+#[derive(Clone, Debug)]
+pub(super) struct End {
+    pub(super) rank: Rank,
+    pub(super) worker: Name,
+    /// When the first was heard of it.
+    pub(super) at: Millis,
+    pub(super) words: Option<LastWords>,
+    pub(super) exit: Option<ExitCause>,
+}
+
+impl End {
+    fn is_failure(&self) -> bool {
+        self.words.is_some() || self.exit.as_ref().is_some_and(|e| *e != ExitCause::Completed)
+    }
+
+    fn blames(&self) -> Option<Rank> {
+        self.words.as_ref()?.blames.filter(|blamed| *blamed != self.rank)
+    }
+
+    /// How it ended, in its own words where it had some: they say whether trying again can help.
+    fn cause(&self) -> ExitCause {
+        let Some(words) = &self.words else {
+            return self.exit.clone().unwrap_or(ExitCause::Completed);
+        };
+        let (message, retryable) = (words.message.clone(), words.retryable);
+        match &self.exit {
+            Some(ExitCause::Signal { signal, .. }) => {
+                ExitCause::Signal { signal: *signal, message }
+            }
+            Some(lost @ (ExitCause::WorkerLost { .. } | ExitCause::NotStarted { .. })) => {
+                lost.clone()
+            }
+            Some(ExitCause::Code { code, .. }) => {
+                ExitCause::Code { code: *code, message, retryable }
+            }
+            Some(ExitCause::Completed | ExitCause::Killed { .. }) | None => {
+                ExitCause::Code { code: 1, message, retryable }
+            }
+        }
+    }
+}
+
+/// What is to be thought of a generation.
+#[derive(Clone, Debug)]
+pub(super) enum Verdict {
+    /// Nothing has failed.
+    Fine,
+    /// Something has failed; what exactly becomes known soon. The text says what is waited for.
+    Await(String),
+    /// This is what failed first.
+    Cause(Failure),
+}
+
+/// One generation of one workload.
+#[derive(Clone, Debug)]
+pub(super) struct Gang {
+    pub(super) generation: Generation,
+    /// Placed by this leader, which therefore holds its secret.
+    pub(super) is_mine: bool,
+    /// In the order in which they were heard of.
+    pub(super) ends: Vec<End>,
+    /// Its tasks are to be killed although the workload is still active.
+    pub(super) is_condemned: bool,
+    /// Since when its tasks have been expected to leave by themselves.
+    pub(super) leaving_since: Option<Millis>,
+    /// Since when its last tasks have been waited for before the next generation.
+    pub(super) clearing_since: Option<Millis>,
+    /// When the store was asked for checkpoints that are not recorded.
+    pub(super) adopt_asked: Option<Millis>,
+    /// Since when this leader has known it to run.
+    pub(super) running_since: Option<Millis>,
+}
+
+impl Gang {
+    pub(super) fn new(generation: Generation, is_mine: bool) -> Self {
+        Self {
+            generation,
+            is_mine,
+            ends: Vec::new(),
+            is_condemned: false,
+            leaving_since: None,
+            clearing_since: None,
+            adopt_asked: None,
+            running_since: None,
+        }
+    }
+
+    /// The end of `rank`, begun now if this is the first word of it.
+    fn end(&mut self, rank: Rank, worker: &Name, now: Millis) -> &mut End {
+        let index = self.ends.iter().position(|end| end.rank == rank).unwrap_or_else(|| {
+            let worker = worker.clone();
+            self.ends.push(End { rank, worker, at: now, words: None, exit: None });
+            self.ends.len() - 1
+        });
+        &mut self.ends[index]
+    }
+
+    /// The task is gone; the first word of it counts.
+    pub(super) fn exited(&mut self, rank: Rank, worker: &Name, cause: ExitCause, now: Millis) {
+        self.end(rank, worker, now).exit.get_or_insert(clip_cause(cause));
+    }
+
+    /// The task says that it cannot go on and is about to leave.
+    pub(super) fn failed(&mut self, rank: Rank, worker: &Name, words: LastWords, now: Millis) {
+        let words = LastWords { message: clip(&words.message), ..words };
+        self.end(rank, worker, now).words.get_or_insert(words);
+    }
+
+    /// How the task ended, when it did.
+    pub(super) fn exit_of(&self, rank: Rank) -> Option<&ExitCause> {
+        self.ends.iter().find(|end| end.rank == rank)?.exit.as_ref()
+    }
+
+    /// Ranks that ended well.
+    pub(super) fn completed(&self) -> impl Iterator<Item = Rank> {
+        let ended_well = |end: &&End| !end.is_failure() && end.exit == Some(ExitCause::Completed);
+        self.ends.iter().filter(ended_well).map(|end| end.rank)
+    }
+
+    /// What failed first. A rank that blames another is its victim: the blamed one's own end is
+    /// waited for, up to `patience_ms` (a vanished worker's lease has run out by then). So is the
+    /// exit of a rank that announced its own failure.
+    pub(super) fn verdict(
+        &self,
+        is_present: impl Fn(Rank) -> bool,
+        now: Millis,
+        patience_ms: u64,
+    ) -> Verdict {
+        let failures: Vec<&End> = self.ends.iter().filter(|end| end.is_failure()).collect();
+        let Some(first) = failures.first() else { return Verdict::Fine };
+        let is_over = |end: &End| now.since(end.at) >= patience_ms;
+        if let Some(own) = failures.iter().find(|end| end.blames().is_none()) {
+            if own.exit.is_none() && !is_over(own) {
+                return Verdict::Await(format!("{} failed, waiting for its exit", own.rank));
+            }
+            return Verdict::Cause(self.failure(own));
+        }
+        let ended = |rank| self.exit_of(rank).is_some();
+        let awaited = failures.iter().find_map(|end| {
+            end.blames()
+                .filter(|blamed| !ended(*blamed) && is_present(*blamed))
+                .map(|b| (end.rank, b))
+        });
+        match awaited {
+            Some((victim, blamed)) if !is_over(first) => {
+                Verdict::Await(format!("{victim} blames {blamed}, waiting for the end of {blamed}"))
+            }
+            _ => Verdict::Cause(self.failure(first)),
+        }
+    }
+
+    fn failure(&self, end: &End) -> Failure {
+        let cause = end.cause();
+        let is_lost = |other: &&End| {
+            other.worker == end.worker && matches!(other.exit, Some(ExitCause::WorkerLost { .. }))
+        };
+        let several = matches!(cause, ExitCause::WorkerLost { .. })
+            && self.ends.iter().filter(is_lost).count() > 1;
+        Failure {
+            generation: self.generation,
+            rank: (!several).then_some(end.rank),
+            worker: end.worker.clone(),
+            cause,
+            time_ms: end.at.0,
+        }
+    }
+}
+
+/// "r1 on `w2` killed by signal 9 (SIGKILL)", or "`w2`: worker lost: …" for a worker with several.
+pub(super) fn describe(failure: &Failure) -> String {
+    match failure.rank {
+        Some(rank) => format!("{rank} on `{}` {}", failure.worker, failure.cause),
+        None => format!("`{}`: {}", failure.worker, failure.cause),
+    }
+}
+
+/// Cuts a text from outside to what a record may hold.
+pub(super) fn clip(text: &str) -> String {
+    if text.len() <= MESSAGE_BYTES_MAX {
+        return text.to_owned();
+    }
+    let end = (0..=MESSAGE_BYTES_MAX).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
+    format!("{}…", &text[..end])
+}
+
+fn clip_cause(cause: ExitCause) -> ExitCause {
+    match cause {
+        ExitCause::Completed => ExitCause::Completed,
+        ExitCause::Code { code, message, retryable } => {
+            ExitCause::Code { code, message: clip(&message), retryable }
+        }
+        ExitCause::Signal { signal, message } => {
+            ExitCause::Signal { signal, message: clip(&message) }
+        }
+        ExitCause::Killed { reason } => ExitCause::Killed { reason: clip(&reason) },
+        ExitCause::WorkerLost { reason } => ExitCause::WorkerLost { reason: clip(&reason) },
+        ExitCause::NotStarted { reason } => ExitCause::NotStarted { reason: clip(&reason) },
+    }
+}

@@ -1,0 +1,353 @@
+//! What tasks report: facts become records here (checkpoints, models), the rest updates the
+//! inventory. Whatever an older generation says is refused.
+//!
+//! Workers repeat what was not acknowledged, so every fact may come twice.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use api::events::{CheckpointFact, JobEvent, ModelFact};
+use api::ids::{Generation, Name, Rank, TaskId};
+use api::records::{
+    CheckpointRecord, JobRecord, KIND_CHECKPOINT, KIND_JOB, KIND_MODEL, ModelRecord, Phase,
+};
+use api::session::{RankOrder, RankReport, TaskEvent, WorkerMessage};
+
+use super::Leader;
+use super::decision::Millis;
+use super::draft::{Draft, Expect};
+use super::gang::LastWords;
+use super::index::Workload;
+use super::reason::{Reason, count};
+use super::workers::{Stage, Task};
+use crate::records::Records;
+use crate::transaction::RecordKey;
+
+/// Longest key of a manifest or model taken from a rank, in bytes: S3's own limit for keys.
+const KEY_BYTES_MAX: usize = 1_024;
+/// Checkpoints adopted at once, the newest: with a policy that keeps three, more are only garbage.
+const ADOPTED_MAX: usize = 64;
+/// Metrics in a model's record; an algorithm reports a handful.
+const METRICS_MAX: usize = 256;
+
+impl Leader {
+    /// One message of a worker. True when something changed that may let others go on.
+    pub(super) fn message(
+        &mut self,
+        draft: &mut Draft,
+        records: &Records,
+        now: Millis,
+        worker: &Name,
+        message: WorkerMessage,
+    ) -> bool {
+        match message {
+            WorkerMessage::Task { task, event } => {
+                self.task_event(draft, records, now, worker, &task, event)
+            }
+            // The lease was renewed already; logs stay with the shell; a second hello is a mistake.
+            WorkerMessage::Heartbeat | WorkerMessage::Logs { .. } => false,
+            WorkerMessage::Hello(_) => {
+                draft.because(Reason::Remark(format!("`{worker}` said hello twice")));
+                false
+            }
+        }
+    }
+
+    fn task_event(
+        &mut self,
+        draft: &mut Draft,
+        records: &Records,
+        now: Millis,
+        worker: &Name,
+        task: &TaskId,
+        event: TaskEvent,
+    ) -> bool {
+        let report = match event {
+            TaskEvent::Exited { cause } => {
+                self.ended(worker, task, cause, now);
+                return true;
+            }
+            TaskEvent::Started { .. } => {
+                self.reached(worker, task, Stage::Started);
+                return false;
+            }
+            TaskEvent::Report { report } => report,
+        };
+        let metrics = match report {
+            RankReport::Step(metrics) => JobEvent::Step(metrics),
+            RankReport::Evaluation(evaluation) => JobEvent::Evaluation(evaluation),
+            report => {
+                if !self.is_current(worker, task) {
+                    let entry = self.index.get(&task.workload);
+                    let current = match entry {
+                        Some(entry) => entry.workload.generation(),
+                        None => settled_generation(records, &task.workload),
+                    };
+                    // Known and to be killed, if the sweep has not done so yet.
+                    self.reached(worker, task, Stage::Started);
+                    draft.because(Reason::Superseded { task: task.clone(), current });
+                    return true;
+                }
+                self.fact(draft, records, now, worker, task, report);
+                return true;
+            }
+        };
+        if self.is_current(worker, task) {
+            draft.publish(&task.workload, metrics);
+        }
+        false
+    }
+
+    /// A word of the task proves that it exists, and how far it has come.
+    fn reached(&mut self, worker: &Name, task: &TaskId, stage: Stage) -> Option<&mut Task> {
+        let tasks = &mut self.workers.get_mut(worker)?.tasks;
+        let state = tasks.entry(task.clone()).or_insert_with(|| Task::new(stage));
+        state.stage = state.stage.max(stage);
+        Some(state)
+    }
+
+    /// A report of the current generation that is more than a metric.
+    fn fact(
+        &mut self,
+        draft: &mut Draft,
+        records: &Records,
+        now: Millis,
+        worker: &Name,
+        task: &TaskId,
+        report: RankReport,
+    ) {
+        match report {
+            RankReport::Listening { address, fingerprint } => {
+                if let Some(state) = self.reached(worker, task, Stage::Listening) {
+                    state.address = Some(address);
+                    state.fingerprint = Some(fingerprint);
+                }
+            }
+            RankReport::Running { .. } => {
+                self.reached(worker, task, Stage::Running);
+            }
+            RankReport::Stopped { step } => {
+                let text = format!("{task} left at step {}", step.0);
+                draft.because(Reason::Remark(text));
+            }
+            RankReport::Failed { message, retryable, blames } => {
+                if let Some(gang) = self.gangs.get_mut(&task.workload) {
+                    let words = LastWords { message, retryable, blames };
+                    gang.failed(task.rank, worker, words, now);
+                }
+            }
+            RankReport::Checkpoint(fact) => self.checkpoint(draft, records, now, task, fact),
+            RankReport::Finished(fact) => self.finished(draft, now, task, fact),
+            RankReport::Step(_) | RankReport::Evaluation(_) => {}
+        }
+    }
+
+    /// The current job of a task, with its version.
+    fn job_of(&self, task: &TaskId) -> Option<(u64, Arc<JobRecord>)> {
+        match self.index.get(&task.workload) {
+            Some(entry) => match &entry.workload {
+                Workload::Job(job) => Some((entry.version, Arc::clone(job))),
+                Workload::Endpoint(_) => None,
+            },
+            None => None,
+        }
+    }
+
+    /// A complete checkpoint: recorded, it may be resumed from. The oldest beyond the job's policy
+    /// go in the same transaction.
+    fn checkpoint(
+        &mut self,
+        draft: &mut Draft,
+        records: &Records,
+        now: Millis,
+        task: &TaskId,
+        fact: CheckpointFact,
+    ) {
+        let Some((version, job)) = self.job_of(task) else { return };
+        let name = job.spec.name.clone();
+        let step = fact.step;
+        if let Err(found) = check_checkpoint(task, &fact) {
+            return draft
+                .because(Reason::Remark(format!("refused a checkpoint of {task}: {found}")));
+        }
+        if job.status.checkpoint.as_ref() == Some(&fact) {
+            draft.because(Reason::Remark(format!("step {} of {task} is recorded", step.0)));
+            return self.deliver_to_gang(draft, &job, &RankOrder::Committed { step });
+        }
+        if let Some(newest) = &job.status.checkpoint
+            && newest.step >= step
+        {
+            let newest = newest.step.0;
+            let text = format!("a checkpoint of {task} at step {}: {newest} is recorded", step.0);
+            return draft.because(Reason::Remark(text));
+        }
+        draft.decided(Reason::Remark(format!("recorded step {} of {task}", step.0)));
+        self.change_job(draft, version, &job, |status| {
+            status.checkpoint = Some(fact.clone());
+            status.failures = 0;
+        });
+        record_checkpoint(draft, &name, &fact, now);
+        draft.publish(&name, JobEvent::Checkpoint(fact));
+        self.deliver_to_gang(draft, &job, &RankOrder::Committed { step });
+        let surplus = surplus_checkpoints(records, &job, step.0);
+        if !surplus.is_empty() {
+            surplus.iter().for_each(|(key, _)| draft.delete(key.clone()));
+            let manifest_keys = surplus.into_iter().map(|(_, manifest)| manifest).collect();
+            self.deliver(draft, task, RankOrder::Delete { manifest_keys });
+        }
+    }
+
+    /// The model is written: recorded under the job's name.
+    fn finished(&mut self, draft: &mut Draft, now: Millis, task: &TaskId, fact: ModelFact) {
+        let Some((version, job)) = self.job_of(task) else { return };
+        if task.rank != Rank(0) || fact.key.len() > KEY_BYTES_MAX {
+            let text =
+                format!("refused a model of {task}: expected one of rank 0 with a short key");
+            return draft.because(Reason::Remark(text));
+        }
+        let fact = finite(fact);
+        if job.status.model.as_ref() == Some(&fact) {
+            return draft.because(Reason::Remark(format!("the model of {task} is recorded")));
+        }
+        let name = job.spec.name.clone();
+        let record = ModelRecord {
+            name: name.clone(),
+            job: name.clone(),
+            algorithm: job.spec.algorithm.clone(),
+            fact: fact.clone(),
+            created_ms: now.0,
+        };
+        self.change_job(draft, version, &job, |status| {
+            status.reason = "the model is recorded, its ranks are leaving".into();
+            status.model = Some(fact);
+        });
+        draft.put(RecordKey::new(KIND_MODEL, name.as_str()), Expect::Anything, &record);
+    }
+
+    /// An answer of the store: complete checkpoints of the generation that has just ended, which no
+    /// leader was there to record.
+    pub(super) fn adopted(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        name: &Name,
+        generation: Generation,
+        facts: Vec<CheckpointFact>,
+    ) {
+        let gang = self.gangs.get(name).filter(|gang| gang.adopt_asked.is_some());
+        let awaited = gang.is_some_and(|gang| gang.generation == generation);
+        let entry = self.index.get(name).filter(|_| awaited);
+        let Some((version, Workload::Job(job))) = entry.map(|e| (e.version, e.workload.clone()))
+        else {
+            let text =
+                format!("checkpoints of {generation} of `{name}` come too late to be adopted");
+            return draft.because(Reason::Remark(text));
+        };
+        if job.status.phase != Phase::Queued || job.status.gang.is_empty() {
+            let text = format!("`{name}` waits for no checkpoints of {generation}");
+            return draft.because(Reason::Remark(text));
+        }
+        let newest = job.status.checkpoint.as_ref().map(|fact| fact.step);
+        let is_new = |fact: &CheckpointFact| {
+            let task = TaskId { workload: name.clone(), generation, rank: Rank(0) };
+            check_checkpoint(&task, fact).is_ok() && newest.is_none_or(|newest| fact.step > newest)
+        };
+        let mut facts: Vec<CheckpointFact> = facts.into_iter().filter(is_new).collect();
+        facts.sort_by_key(|fact| fact.step);
+        facts.dedup_by_key(|fact| fact.step);
+        let facts = facts.split_off(facts.len().saturating_sub(ADOPTED_MAX));
+        self.change_job(draft, version, &job, |status| {
+            status.gang.clear();
+            if let Some(newest) = facts.last() {
+                status.checkpoint = Some(newest.clone());
+                // It went on between the checkpoint before and this one: only the failure that
+                // ended it counts.
+                status.failures = status.failures.min(1);
+            }
+        });
+        let adopted = facts.last().map(|newest| {
+            let found = count(facts.len(), "checkpoint");
+            format!(
+                "adopted {found} that {generation} completed unrecorded, up to step {}",
+                newest.step.0
+            )
+        });
+        for fact in facts {
+            record_checkpoint(draft, name, &fact, now);
+            draft.publish(name, JobEvent::Checkpoint(fact));
+        }
+        if let Some(text) = adopted {
+            draft.note(name, generation, None, text);
+        }
+    }
+
+    /// An order to every rank that is present.
+    fn deliver_to_gang(&self, draft: &mut Draft, job: &JobRecord, order: &RankOrder) {
+        for place in &job.status.gang {
+            let (workload, generation) = (job.spec.name.clone(), job.status.generation);
+            let task = TaskId { workload, generation, rank: place.rank };
+            self.deliver(draft, &task, order.clone());
+        }
+    }
+
+    /// An order to one task, if it is present on an attached worker.
+    fn deliver(&self, draft: &mut Draft, task: &TaskId, order: RankOrder) {
+        let host = self.workers.values().find(|worker| worker.tasks.contains_key(task));
+        if let Some(session) = host.and_then(|worker| worker.session) {
+            draft.deliver(session, task, order);
+        }
+    }
+}
+
+/// The generation of a job that has ended.
+fn settled_generation(records: &Records, name: &Name) -> Generation {
+    let record = records.read::<JobRecord>(KIND_JOB, name.as_str()).ok().flatten();
+    record.map(|(_, job)| job.status.generation).unwrap_or_default()
+}
+
+fn check_checkpoint(task: &TaskId, fact: &CheckpointFact) -> Result<(), String> {
+    if fact.generation != task.generation {
+        return Err(format!("found {}, expected {}", fact.generation, task.generation));
+    }
+    if task.rank != Rank(0) {
+        return Err(format!("found one of {}, expected one of {}", task.rank, Rank(0)));
+    }
+    let length = fact.manifest_key.len().max(fact.manifest_digest.len());
+    if length > KEY_BYTES_MAX {
+        return Err(format!("found a key of {length} bytes, expected at most {KEY_BYTES_MAX}"));
+    }
+    Ok(())
+}
+
+fn record_checkpoint(draft: &mut Draft, job: &Name, fact: &CheckpointFact, now: Millis) {
+    let key = RecordKey::new(KIND_CHECKPOINT, CheckpointRecord::id(job, fact.step));
+    let record = CheckpointRecord { job: job.clone(), fact: fact.clone(), committed_ms: now.0 };
+    draft.put(key, Expect::Anything, &record);
+}
+
+/// Records beyond the newest `keep`, counting the one at `step` that is about to be written, with
+/// their manifests' keys. Never that one.
+fn surplus_checkpoints(records: &Records, job: &JobRecord, step: u64) -> Vec<(RecordKey, String)> {
+    let kept_before = job.spec.checkpoint.keep.get() as usize - 1;
+    let newest = CheckpointRecord::id(&job.spec.name, api::Step(step));
+    let keys: BTreeSet<&RecordKey> = records
+        .list(KIND_CHECKPOINT, &format!("{}/", job.spec.name))
+        .map(|(key, _)| key)
+        .filter(|key| key.id != newest)
+        .collect();
+    let surplus = keys.len().saturating_sub(kept_before);
+    let of = |key: &RecordKey| {
+        let record = records.read::<CheckpointRecord>(KIND_CHECKPOINT, &key.id).ok()??;
+        Some((key.clone(), record.1.fact.manifest_key))
+    };
+    keys.into_iter().take(surplus).filter_map(of).collect()
+}
+
+/// Without values that JSON cannot hold, which would make the record unreadable.
+fn finite(mut fact: ModelFact) -> ModelFact {
+    fact.metrics.retain(|_, value| value.is_finite());
+    while fact.metrics.len() > METRICS_MAX {
+        fact.metrics.pop_last();
+    }
+    fact
+}

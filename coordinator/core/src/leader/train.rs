@@ -1,0 +1,651 @@
+//! The life of a job: start its ranks, form the group, watch it run, find out what failed first,
+//! clear up, begin the next generation.
+//!
+//! Level-triggered: each step is derived from the job's record and from what the workers have, so
+//! that a new leader goes on from wherever the former one was. What each phase means here:
+//! *queued* with a gang: the former generation is being cleared (tasks killed, then the store asked
+//! for checkpoints nobody recorded); *queued* without: it may be placed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use api::events::JobEvent;
+use api::ids::{Generation, Name, Rank, Secret};
+use api::job::Determinism;
+use api::records::{
+    EndpointRecord, Failure, JobRecord, JobStatus, KIND_ENDPOINT, Phase, Placement,
+};
+use api::session::{Assignment, CoordinatorMessage, ExitCause, RankOrder, TrainAssignment};
+use api::units::Span;
+
+use super::Leader;
+use super::decision::{Effect, Millis};
+use super::draft::{Draft, Expect};
+use super::gang::{self, Gang, Verdict};
+use super::index::Workload;
+use super::reason::Reason;
+use super::schedule;
+use super::workers::{Stage, Task, task_id};
+use crate::records::Records;
+
+/// How long the store may take to tell of unrecorded checkpoints before the job goes on without.
+const ADOPT_WAIT_MS: u64 = 10_000;
+/// How long ranks may take to leave after the model is recorded; nothing of worth is left in them.
+const FINISH_WAIT_MS: u64 = 60_000;
+/// How long ranks may take to finish a step and write a checkpoint after they were asked to stop.
+pub(super) const STOP_WAIT_MS: u64 = 600_000;
+
+/// Where the ranks of a current gang are.
+#[derive(Debug, Default)]
+pub(super) struct Standing {
+    /// On an attached or only just detached worker.
+    pub(super) present: BTreeMap<Rank, Name>,
+    /// On workers that have not come back to this leader yet.
+    pub(super) away: Vec<Placement>,
+    /// Not started yet, on an attached worker.
+    pub(super) untold: Vec<Placement>,
+    /// Neither here nor known to have ended, with what is known.
+    pub(super) vanished: Vec<(Placement, ExitCause)>,
+}
+
+impl Standing {
+    /// Whether no task of the gang can be anywhere.
+    pub(super) fn is_empty(&self) -> bool {
+        self.present.is_empty() && self.away.is_empty() && self.untold.is_empty()
+    }
+}
+
+impl Leader {
+    /// Records a job as it is about to be, and tells its watchers.
+    pub(super) fn put_job(&mut self, draft: &mut Draft, expect: Expect, job: Arc<JobRecord>) {
+        let name = job.spec.name.clone();
+        let workload = Workload::Job(Arc::clone(&job));
+        draft.put(workload.key(), expect, &*job);
+        draft.publish(&name, JobEvent::Status(Box::new(job.status.clone())));
+        let text = format!("{}: {}", job.status.phase, job.status.reason);
+        draft.decided(Reason::Changed { name, text });
+        self.index.set(workload);
+    }
+
+    /// Records a change of a job's status.
+    pub(super) fn change_job(
+        &mut self,
+        draft: &mut Draft,
+        version: u64,
+        job: &JobRecord,
+        change: impl FnOnce(&mut JobStatus),
+    ) {
+        let mut job = job.clone();
+        change(&mut job.status);
+        self.put_job(draft, Expect::Version(version), Arc::new(job));
+    }
+
+    /// One step in the life of a job; does nothing when there is nothing to do.
+    pub(super) fn advance_job(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+    ) {
+        match job.status.phase {
+            Phase::Queued if job.status.gang.is_empty() => {}
+            Phase::Queued => self.clear_job(draft, now, version, job),
+            Phase::Starting | Phase::Running => self.advance_gang(draft, now, version, job),
+            Phase::Stopping => self.advance_stop(draft, now, version, job),
+            Phase::Stopped | Phase::Succeeded | Phase::Failed => {}
+        }
+    }
+
+    /// Where the ranks of the current gang are. Ranks known to have ended are nowhere.
+    pub(super) fn standing(&self, workload: &Workload, now: Millis) -> Standing {
+        let mut standing = Standing::default();
+        // Later than that every task was told, whoever led.
+        let may_be_untold = workload.phase() == Phase::Starting
+            && self.gangs.get(workload.name()).is_some_and(|gang| gang.is_mine);
+        for place in workload.gang() {
+            if self.has_ended(workload, place.rank) {
+                continue;
+            }
+            let lost = |reason: String| (place.clone(), ExitCause::WorkerLost { reason });
+            match self.workers.get(&place.worker) {
+                Some(worker) if worker.is_lost => {
+                    standing.vanished.push(lost("its lease ran out".into()));
+                }
+                Some(worker) if worker.tasks.contains_key(&task_id(workload, place.rank)) => {
+                    standing.present.insert(place.rank, place.worker.clone());
+                }
+                Some(worker) if may_be_untold && worker.session.is_some() => {
+                    standing.untold.push(place.clone());
+                }
+                Some(_) if may_be_untold => standing.away.push(place.clone()),
+                Some(_) => {
+                    standing.vanished.push(lost("it ended while no coordinator led".into()));
+                }
+                None if self.is_past_grace(now) => {
+                    let grace = self.options.grace_ms;
+                    let text = format!("it has not come back to the new leader for {grace} ms");
+                    standing.vanished.push(lost(text));
+                }
+                None => standing.away.push(place.clone()),
+            }
+        }
+        standing
+    }
+
+    // ---- queued: clear the former generation ------------------------------------------------
+
+    fn clear_job(&mut self, draft: &mut Draft, now: Millis, version: u64, job: &Arc<JobRecord>) {
+        let (name, generation) = (job.spec.name.clone(), job.status.generation);
+        let left = self.left_over(&Workload::Job(Arc::clone(job)), now);
+        let Some(gang) = self.gangs.get_mut(&name) else { return };
+        gang.clearing_since.get_or_insert(now);
+        if let Some(waits_for) = left {
+            return draft.because(Reason::Clearing { name, generation, waits_for });
+        }
+        match gang.adopt_asked {
+            None => {
+                gang.adopt_asked = Some(now);
+                let after = job.status.checkpoint.as_ref().map(|fact| fact.step);
+                draft.because(Reason::Adopting { name: name.clone(), generation });
+                draft.effect(Effect::Adopt { job: name, generation, after });
+            }
+            Some(asked) if now.since(asked) >= ADOPT_WAIT_MS => {
+                let text = format!(
+                    "the store did not tell within {ADOPT_WAIT_MS} ms which checkpoints \
+                     {generation} completed: going on from the last recorded one"
+                );
+                draft.note(&name, generation, None, text);
+                self.change_job(draft, version, job, |status| status.gang.clear());
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// What is left of a generation that is over, in words; `None` when nothing is.
+    pub(super) fn left_over(&self, workload: &Workload, now: Millis) -> Option<String> {
+        workload.gang().iter().find_map(|place| {
+            let task = task_id(workload, place.rank);
+            match self.workers.get(&place.worker) {
+                Some(worker) if worker.is_lost => None,
+                Some(worker) if worker.tasks.contains_key(&task) => {
+                    Some(format!("{} on `{}` has not ended yet", place.rank, place.worker))
+                }
+                Some(_) => None,
+                None if self.is_past_grace(now) => None,
+                None => Some(format!("`{}` has not come back to the new leader", place.worker)),
+            }
+        })
+    }
+
+    // ---- placed -----------------------------------------------------------------------------
+
+    /// Starts the next generation of a job.
+    pub(super) fn begin_job(
+        &mut self,
+        draft: &mut Draft,
+        records: &Records,
+        version: u64,
+        job: &Arc<JobRecord>,
+        gang: Vec<Placement>,
+    ) {
+        let name = job.spec.name.clone();
+        // Above the generations of an endpoint of the same name, so that task ids differ.
+        let other = records.read::<EndpointRecord>(KIND_ENDPOINT, name.as_str());
+        let other = other.ok().flatten().map(|(_, endpoint)| endpoint.status.generation);
+        let generation = job.status.generation.max(other.unwrap_or_default()).next();
+        let from = begins_at(&job.status);
+        let places = schedule::describe(&gang);
+        self.gangs.insert(name.clone(), Gang::new(generation, true));
+        draft.decided(Reason::Placed { name: name.clone(), generation, places: places.clone() });
+        let mut record = JobRecord::clone(job);
+        let status = &mut record.status;
+        status.restarts += u64::from(status.generation > Generation(0));
+        status.generation = generation;
+        status.phase = Phase::Starting;
+        status.reason = format!("starting {from}: {places}");
+        status.gang = gang;
+        status.completed.clear();
+        let record = Arc::new(record);
+        self.put_job(draft, Expect::Version(version), Arc::clone(&record));
+        draft.note(
+            &name,
+            generation,
+            None,
+            format!("generation {generation} begins {from}: {places}"),
+        );
+        for place in &record.status.gang {
+            self.start_rank(draft, &record, place);
+        }
+    }
+
+    /// Tells the worker to start one rank, if it is attached.
+    fn start_rank(&mut self, draft: &mut Draft, job: &Arc<JobRecord>, place: &Placement) {
+        let status = &job.status;
+        let local_rank = status
+            .gang
+            .iter()
+            .filter(|other| other.worker == place.worker && other.rank < place.rank)
+            .count();
+        let assignment = Assignment::Train(TrainAssignment {
+            spec: job.spec.clone(),
+            generation: status.generation,
+            rank: place.rank,
+            world_size: job.spec.resources.ranks.get(),
+            local_rank: u32::try_from(local_rank).unwrap_or(u32::MAX),
+            restore: status.checkpoint.clone(),
+            secret: Secret::new(""),
+            elapsed: Span::millis(status.elapsed_ms),
+        });
+        self.start_task(draft, &Workload::Job(Arc::clone(job)), place, assignment);
+    }
+
+    /// Tells the worker to start a task, if it is attached, and counts the task as its.
+    pub(super) fn start_task(
+        &mut self,
+        draft: &mut Draft,
+        workload: &Workload,
+        place: &Placement,
+        assignment: Assignment,
+    ) {
+        let task = task_id(workload, place.rank);
+        let Some(worker) = self.workers.get_mut(&place.worker) else { return };
+        let Some(session) = worker.session else { return };
+        worker.tasks.insert(task.clone(), Task::new(Stage::Told));
+        let assignment = Box::new(assignment);
+        draft.send(session, CoordinatorMessage::Start { task, assignment });
+    }
+
+    // ---- starting and running ---------------------------------------------------------------
+
+    fn advance_gang(&mut self, draft: &mut Draft, now: Millis, version: u64, job: &Arc<JobRecord>) {
+        let name = &job.spec.name;
+        let workload = Workload::Job(Arc::clone(job));
+        let mut standing = self.standing(&workload, now);
+        let Some(gang) = self.gangs.get_mut(name) else { return };
+        let is_starting = job.status.phase == Phase::Starting;
+        // A gang that an earlier leader was starting: this leader does not hold its secret, and
+        // cannot tell a rank that never started from one that ended.
+        let is_inherited = is_starting && !gang.is_mine;
+        if !is_inherited {
+            for (place, cause) in standing.vanished.drain(..) {
+                gang.exited(place.rank, &place.worker, cause, now);
+            }
+        }
+        let lease = self.options.lease_ms;
+        match gang.verdict(|rank| standing.present.contains_key(&rank), now, lease) {
+            Verdict::Fine => {}
+            _ if job.status.model.is_some() => {}
+            Verdict::Await(text) => {
+                return draft.because(Reason::Waiting { name: name.clone(), text });
+            }
+            Verdict::Cause(failure) => return self.fail_job(draft, now, version, job, failure),
+        }
+        if job.status.model.is_some() {
+            return self.advance_finish(draft, now, version, job, &standing);
+        }
+        if is_inherited {
+            return self.take_over(draft, now, version, job, &standing);
+        }
+        let all_ended = standing.is_empty();
+        if all_ended {
+            let at = reached(&job.status);
+            self.change_job(draft, version, job, |status| {
+                stop_clock(status, now);
+                status.phase = Phase::Stopped;
+                status.reason = format!("its ranks reached a stop condition {at}");
+                status.ended_ms = Some(now.0);
+            });
+            return self.forget(draft, job);
+        }
+        if is_starting {
+            return self.advance_start(draft, now, version, job, &standing);
+        }
+        let completed: BTreeSet<Rank> =
+            self.gangs.get(name).into_iter().flat_map(Gang::completed).collect();
+        if !completed.iter().all(|rank| job.status.completed.contains(rank)) {
+            self.change_job(draft, version, job, |status| {
+                let known: BTreeSet<Rank> = status.completed.iter().copied().collect();
+                status.completed = known.union(&completed).copied().collect();
+            });
+        }
+    }
+
+    /// A starting gang of an earlier leader goes on when every rank has its peers already, else the
+    /// job starts over; that is nobody's failure.
+    fn take_over(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+        standing: &Standing,
+    ) {
+        let name = job.spec.name.clone();
+        let generation = job.status.generation;
+        if let Some(place) = standing.away.first() {
+            let waits_for = format!("`{}` to come back to the new leader", place.worker);
+            return draft.because(Reason::Waiting { name, text: waits_for });
+        }
+        let has_peers = |(rank, worker): (&Rank, &Name)| {
+            let task = task_id(&Workload::Job(Arc::clone(job)), *rank);
+            let worker = self.workers.get(worker);
+            worker.and_then(|w| w.tasks.get(&task)).is_some_and(|task| task.has_peers)
+        };
+        if standing.vanished.is_empty() && standing.present.iter().all(has_peers) {
+            return self.run_job(draft, now, version, job, "taken over by a new leader");
+        }
+        let text = "starting over: the leader changed before the ranks had met";
+        self.change_job(draft, version, job, |status| {
+            status.phase = Phase::Queued;
+            status.reason = text.into();
+        });
+        draft.note(&name, generation, None, text);
+        self.forget(draft, job);
+    }
+
+    /// Starting under this leader: tell who is not told, introduce the ranks to one another, notice
+    /// when all of them run.
+    fn advance_start(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+        standing: &Standing,
+    ) {
+        let name = &job.spec.name;
+        for place in &standing.untold {
+            self.start_rank(draft, job, place);
+        }
+        if !standing.untold.is_empty() || !standing.away.is_empty() {
+            return;
+        }
+        let Some(ranks) = self.ranks(job, standing) else { return };
+        if ranks.iter().all(|rank| rank.stage == Stage::Running) {
+            return self.run_job(draft, now, version, job, "every rank runs");
+        }
+        let is_whole = ranks.len() == job.status.gang.len();
+        if !is_whole || ranks.iter().all(|rank| rank.has_peers) {
+            return;
+        }
+        let addresses: Vec<SocketAddr> = ranks.iter().filter_map(|rank| rank.address).collect();
+        if addresses.len() < ranks.len() {
+            let listening = addresses.len();
+            let text = format!("{listening} of {} ranks listen for their peers", ranks.len());
+            return draft.because(Reason::Waiting { name: name.clone(), text });
+        }
+        match agree(job, &ranks) {
+            Agreement::Refused(reason) => {
+                self.change_job(draft, version, job, |status| {
+                    status.phase = Phase::Failed;
+                    status.reason = reason;
+                    status.ended_ms = Some(now.0);
+                });
+                self.forget(draft, job);
+            }
+            Agreement::Unknown => {
+                self.change_job(draft, version, job, |status| {
+                    status.phase = Phase::Queued;
+                    status.reason = "starting over: a rank's fingerprint was lost".into();
+                });
+                self.forget(draft, job);
+            }
+            Agreement::Reached { fingerprint, note } => {
+                let generation = job.status.generation;
+                if job.status.fingerprint.is_none() {
+                    self.change_job(draft, version, job, |status| {
+                        status.fingerprint = Some(fingerprint);
+                    });
+                }
+                if let Some(note) = note {
+                    draft.note(name, generation, None, note);
+                }
+                self.introduce(draft, job, standing, &addresses);
+            }
+        }
+    }
+
+    /// The present ranks in order, with what each reported; `None` when one has just gone.
+    fn ranks(&self, job: &Arc<JobRecord>, standing: &Standing) -> Option<Vec<&Task>> {
+        let workload = Workload::Job(Arc::clone(job));
+        let task = |(rank, worker): (&Rank, &Name)| {
+            self.workers.get(worker)?.tasks.get(&task_id(&workload, *rank))
+        };
+        standing.present.iter().map(task).collect()
+    }
+
+    /// Gives every rank that lacks them the addresses of all.
+    fn introduce(
+        &mut self,
+        draft: &mut Draft,
+        job: &Arc<JobRecord>,
+        standing: &Standing,
+        addresses: &[SocketAddr],
+    ) {
+        let workload = Workload::Job(Arc::clone(job));
+        for (rank, worker) in &standing.present {
+            let task = task_id(&workload, *rank);
+            if let Some(worker) = self.workers.get_mut(worker)
+                && let Some(session) = worker.session
+                && let Some(state) = worker.tasks.get_mut(&task)
+                && !state.has_peers
+            {
+                state.has_peers = true;
+                draft.deliver(session, &task, RankOrder::Peers { addresses: addresses.to_vec() });
+            }
+        }
+    }
+
+    fn run_job(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+        why: &str,
+    ) {
+        self.change_job(draft, version, job, |status| {
+            status.phase = Phase::Running;
+            status.reason = why.into();
+            status.started_ms.get_or_insert(now.0);
+            status.running_since_ms = Some(now.0);
+        });
+    }
+
+    // ---- ends -------------------------------------------------------------------------------
+
+    fn fail_job(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+        failure: Failure,
+    ) {
+        let name = job.spec.name.clone();
+        let (generation, rank) = (failure.generation, failure.rank);
+        let what = gang::describe(&failure);
+        let failures = job.status.failures.saturating_add(1);
+        let allowed = job.spec.recovery.max_failures;
+        let from = begins_at(&job.status);
+        let (phase, reason) = if !failure.cause.is_retryable() {
+            (Phase::Failed, format!("{what}: trying again would end the same way"))
+        } else if failures > allowed {
+            let text = format!(
+                "{what}: {} without a new checkpoint in between, recovery.max_failures = {allowed}",
+                super::reason::count(failures as usize, "failure")
+            );
+            (Phase::Failed, text)
+        } else {
+            (Phase::Queued, format!("{what}: restarting {from}"))
+        };
+        self.change_job(draft, version, job, |status| {
+            stop_clock(status, now);
+            status.phase = phase;
+            status.reason = reason;
+            status.failures = failures;
+            status.completed.clear();
+            status.first_cause = Some(failure);
+            status.ended_ms = phase.is_terminal().then_some(now.0);
+        });
+        draft.note(&name, generation, rank, what);
+        self.forget(draft, job);
+    }
+
+    /// The model is recorded: the job has succeeded as soon as its ranks have left.
+    fn advance_finish(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+        standing: &Standing,
+    ) {
+        let Some(gang) = self.gangs.get_mut(&job.spec.name) else { return };
+        let lost = gang
+            .ends
+            .iter()
+            .find(|end| end.exit.as_ref().is_some_and(|e| *e != ExitCause::Completed));
+        let remark = lost.map(|end| format!(" ({} left badly after that)", end.rank));
+        if standing.is_empty() {
+            let step = job.status.model.as_ref().map(|model| model.step).unwrap_or_default();
+            self.change_job(draft, version, job, |status| {
+                stop_clock(status, now);
+                status.phase = Phase::Succeeded;
+                status.reason =
+                    format!("finished at step {}{}", step.0, remark.unwrap_or_default());
+                status.gang.clear();
+                status.completed.clear();
+                status.ended_ms = Some(now.0);
+            });
+            return self.forget(draft, job);
+        }
+        let since = *gang.leaving_since.get_or_insert(now);
+        gang.is_condemned |= remark.is_some() || now.since(since) >= FINISH_WAIT_MS;
+    }
+
+    fn advance_stop(&mut self, draft: &mut Draft, now: Millis, version: u64, job: &Arc<JobRecord>) {
+        let name = &job.spec.name;
+        let workload = Workload::Job(Arc::clone(job));
+        let mut standing = self.standing(&workload, now);
+        let Some(gang) = self.gangs.get_mut(name) else { return };
+        for (place, cause) in standing.vanished.drain(..) {
+            gang.exited(place.rank, &place.worker, cause, now);
+        }
+        if job.status.model.is_some() {
+            return self.advance_finish(draft, now, version, job, &standing);
+        }
+        // After a kill everybody's end looks like a failure; only the one before it is a cause.
+        let failure = match gang.verdict(|_| false, now, 0) {
+            Verdict::Cause(failure) if !matches!(failure.cause, ExitCause::Killed { .. }) => {
+                Some(failure)
+            }
+            _ => None,
+        };
+        if !standing.is_empty() {
+            let since = *gang.leaving_since.get_or_insert(now);
+            gang.is_condemned |= failure.is_some() || now.since(since) >= STOP_WAIT_MS;
+            return self.tell_to_stop(draft, name, job.status.generation);
+        }
+        let at = reached(&job.status);
+        self.change_job(draft, version, job, |status| {
+            stop_clock(status, now);
+            status.phase = Phase::Stopped;
+            status.reason = match &failure {
+                Some(failure) => format!("stopped {at}; {}", gang::describe(failure)),
+                None => format!("stopped {at}"),
+            };
+            status.first_cause = failure.or(status.first_cause.take());
+            status.completed.clear();
+            status.ended_ms = Some(now.0);
+        });
+        self.forget(draft, job);
+    }
+
+    /// Asks every present task of a generation to leave in good order, once per session.
+    pub(super) fn tell_to_stop(&mut self, draft: &mut Draft, name: &Name, generation: Generation) {
+        for worker in self.workers.values_mut() {
+            let Some(session) = worker.session else { continue };
+            let theirs =
+                |task: &api::TaskId| task.workload == *name && task.generation == generation;
+            for (task, state) in
+                worker.tasks.iter_mut().filter(|(task, s)| theirs(task) && !s.stop_told)
+            {
+                state.stop_told = true;
+                let reason = "stopped by a user".to_owned();
+                draft.deliver(session, task, RankOrder::Stop { reason });
+            }
+        }
+    }
+
+    fn forget(&self, draft: &mut Draft, job: &JobRecord) {
+        let generation = job.status.generation;
+        draft.effect(Effect::ForgetSecret { job: job.spec.name.clone(), generation });
+    }
+}
+
+/// "from step 100" or "from the beginning".
+pub(super) fn begins_at(status: &JobStatus) -> String {
+    match &status.checkpoint {
+        Some(fact) => format!("from step {}", fact.step.0),
+        None => "from the beginning".into(),
+    }
+}
+
+/// "with a checkpoint at step 100" or "without a checkpoint".
+fn reached(status: &JobStatus) -> String {
+    match &status.checkpoint {
+        Some(fact) => format!("with a checkpoint at step {}", fact.step.0),
+        None => "without a checkpoint".into(),
+    }
+}
+
+/// Adds the time the gang ran to the job's.
+fn stop_clock(status: &mut JobStatus, now: Millis) {
+    if let Some(since) = status.running_since_ms.take() {
+        status.elapsed_ms = status.elapsed_ms.saturating_add(now.since(Millis(since)));
+    }
+}
+
+/// Whether ranks may compute together.
+enum Agreement {
+    Reached { fingerprint: String, note: Option<String> },
+    Refused(String),
+    Unknown,
+}
+
+/// Compares the ranks' numeric fingerprints with one another and with the job's: the promise of
+/// equal bits holds within one only.
+fn agree(job: &JobRecord, ranks: &[&Task]) -> Agreement {
+    let Some(fingerprints) =
+        ranks.iter().map(|rank| rank.fingerprint.as_deref()).collect::<Option<Vec<&str>>>()
+    else {
+        return Agreement::Unknown;
+    };
+    let Some(first) = fingerprints.first().copied() else { return Agreement::Unknown };
+    let differing = fingerprints.iter().zip(0..).find(|(other, _)| **other != first);
+    let former = job.status.fingerprint.as_deref().filter(|former| *former != first);
+    let difference = match (differing, former) {
+        (Some((other, rank)), _) => {
+            format!("{} computes as `{first}` and {} as `{other}`", Rank(0), Rank(rank))
+        }
+        (None, Some(former)) => {
+            format!("the ranks compute as `{first}`, the job began as `{former}`")
+        }
+        (None, None) => {
+            return Agreement::Reached { fingerprint: first.to_owned(), note: None };
+        }
+    };
+    match job.spec.parallel.determinism {
+        Determinism::Relaxed => Agreement::Reached {
+            fingerprint: first.to_owned(),
+            note: Some(format!("{difference}: the result is no longer bit-identical")),
+        },
+        Determinism::Strict => Agreement::Refused(format!(
+            "{difference}: bit-identical results hold within one numeric fingerprint only; use \
+             hosts of one kind, or set parallel.determinism = \"relaxed\""
+        )),
+    }
+}

@@ -1,0 +1,338 @@
+//! Workers: sessions, leases and what each of them runs. All of it volatile; heartbeats and leases
+//! never touch the log.
+//!
+//! A worker's inventory (its hello) is the truth about what runs on it. A worker without a word for
+//! a lease is lost: its tasks count as ended, and when it comes back with them they are killed.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use api::ids::{Name, TaskId};
+use api::records::WorkerView;
+use api::session::{CoordinatorMessage, ExitCause, RankOrder, TaskView, WorkerHello};
+
+use super::Leader;
+use super::decision::{Effect, Millis, SessionId};
+use super::draft::Draft;
+use super::index::Workload;
+use super::reason::Reason;
+
+/// Workers known at once; each keeps a stream open. More is a mistake or an attack.
+const WORKERS_MAX: usize = 4_096;
+/// How long a lost worker stays in the list, for people who wonder where it went.
+const LOST_SHOWN_MS: u64 = 600_000;
+
+/// How far a task has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Stage {
+    /// Its worker was told to start it.
+    Told,
+    /// Its process runs.
+    Started,
+    /// It listens for its peers or for requests.
+    Listening,
+    /// Its group is formed and its state restored.
+    Running,
+}
+
+/// A task on a worker.
+#[derive(Clone, Debug)]
+pub(super) struct Task {
+    pub(super) stage: Stage,
+    pub(super) address: Option<SocketAddr>,
+    pub(super) fingerprint: Option<String>,
+    pub(super) has_peers: bool,
+    pub(super) stop_told: bool,
+    pub(super) kill_told: bool,
+}
+
+impl Task {
+    pub(super) fn new(stage: Stage) -> Self {
+        Self {
+            stage,
+            address: None,
+            fingerprint: None,
+            has_peers: false,
+            stop_told: false,
+            kill_told: false,
+        }
+    }
+
+    /// What a hello tells of it, over what was known before. Orders may have been lost with the
+    /// former session, so they count as not given.
+    fn from_view(view: &TaskView, known: Option<Self>) -> Self {
+        let known = known.unwrap_or_else(|| Self::new(Stage::Started));
+        let address = view.address.or(known.address);
+        let heard = if address.is_some() { Stage::Listening } else { Stage::Started };
+        Self {
+            stage: known.stage.max(heard),
+            address,
+            has_peers: view.has_peers,
+            stop_told: false,
+            kill_told: false,
+            ..known
+        }
+    }
+}
+
+/// A worker that this leader has heard of.
+#[derive(Clone, Debug)]
+pub(super) struct Worker {
+    host: String,
+    pub(super) slots: u32,
+    incarnation: u64,
+    pub(super) session: Option<SessionId>,
+    heard: Millis,
+    /// Its lease ran out; nothing on it counts any more.
+    pub(super) is_lost: bool,
+    pub(super) tasks: BTreeMap<TaskId, Task>,
+}
+
+impl Leader {
+    pub(super) fn hello(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        session: SessionId,
+        hello: WorkerHello,
+    ) {
+        if let Err(reason) = self.admit(now, &hello) {
+            draft.because(Reason::Remark(format!("refused worker `{}`: {reason}", hello.name)));
+            return draft.effect(Effect::CloseSession { session, reason });
+        }
+        let WorkerHello { name, host, slots, incarnation, tasks: views, .. } = hello;
+        let former = self.workers.remove(&name);
+        if let Some(replaced) = former.as_ref().and_then(|worker| worker.session) {
+            self.sessions.remove(&replaced);
+            let reason = format!("worker `{name}` opened a newer session");
+            draft.effect(Effect::CloseSession { session: replaced, reason });
+        }
+        let mut known = BTreeMap::new();
+        if let Some(former) = former {
+            if former.incarnation == incarnation {
+                known = former.tasks;
+            } else {
+                let reason = format!("`{name}` was started anew");
+                let lost = former.tasks.into_keys();
+                lost.for_each(|task| self.ended(&name, &task, lost_with(&reason), now));
+            }
+        }
+        let tasks = views.iter().map(|view| {
+            let known = known.remove(&view.task);
+            (view.task.clone(), Task::from_view(view, known))
+        });
+        let tasks: BTreeMap<TaskId, Task> = tasks.collect();
+        for (task, state) in known {
+            // A start that was lost with the session is simply sent again.
+            if state.stage > Stage::Told {
+                let reason = format!("`{name}` came back without it");
+                self.ended(&name, &task, lost_with(&reason), now);
+            }
+        }
+        let node = self.node;
+        let heartbeat = self.options.heartbeat;
+        draft.send(session, CoordinatorMessage::Welcome { node, heartbeat });
+        self.repeat_commits(draft, session, &tasks);
+        let tail = format!("{slots} slots, {} tasks", tasks.len());
+        draft.because(Reason::Remark(format!("worker `{name}` attached: {tail}")));
+        self.sessions.insert(session, name.clone());
+        let session = Some(session);
+        let worker =
+            Worker { host, slots, incarnation, session, heard: now, is_lost: false, tasks };
+        self.workers.insert(name, worker);
+    }
+
+    /// Why a worker may not attach.
+    fn admit(&self, now: Millis, hello: &WorkerHello) -> Result<(), String> {
+        let (found, expected) = (&hello.cluster_id, &self.options.cluster_id);
+        if found != expected {
+            return Err(format!(
+                "it belongs to cluster `{found}`, this is `{expected}`: check cluster.id in its \
+                 cluster.toml"
+            ));
+        }
+        let Some(former) = self.workers.get(&hello.name) else {
+            if self.workers.len() >= WORKERS_MAX {
+                return Err(format!("{WORKERS_MAX} workers are attached, no more are served"));
+            }
+            return Ok(());
+        };
+        let is_here = former.session.is_some() && now.since(former.heard) <= self.options.lease_ms;
+        if is_here && former.host != hello.host {
+            return Err(format!(
+                "a worker named `{}` is attached from host `{}`: give each its own worker.name",
+                hello.name, former.host
+            ));
+        }
+        Ok(())
+    }
+
+    /// What the leader has recorded may not have reached the ranks before the session broke.
+    fn repeat_commits(
+        &self,
+        draft: &mut Draft,
+        session: SessionId,
+        tasks: &BTreeMap<TaskId, Task>,
+    ) {
+        for task in tasks.keys() {
+            if let Some(entry) = self.index.get(&task.workload)
+                && let Workload::Job(job) = &entry.workload
+                && let Some(fact) = &job.status.checkpoint
+                && fact.generation == task.generation
+            {
+                draft.deliver(session, task, RankOrder::Committed { step: fact.step });
+            }
+        }
+    }
+
+    /// The session is gone; its worker keeps its lease.
+    pub(super) fn detached(&mut self, draft: &mut Draft, session: SessionId) {
+        let Some(name) = self.sessions.remove(&session) else { return };
+        if let Some(worker) = self.workers.get_mut(&name)
+            && worker.session == Some(session)
+        {
+            worker.session = None;
+            let lease = self.options.lease_ms;
+            let text = format!("worker `{name}` detached: its lease of {lease} ms runs");
+            draft.because(Reason::Remark(text));
+        }
+    }
+
+    /// Any word renews the lease. The worker's name, if the session is known.
+    pub(super) fn heard(&mut self, session: SessionId, now: Millis) -> Option<Name> {
+        let name = self.sessions.get(&session)?.clone();
+        self.workers.get_mut(&name)?.heard = now;
+        Some(name)
+    }
+
+    /// Loses workers whose lease ran out.
+    pub(super) fn expire(&mut self, draft: &mut Draft, now: Millis) {
+        let lease = self.options.lease_ms;
+        self.workers.retain(|_, w| !(w.is_lost && now.since(w.heard) > LOST_SHOWN_MS));
+        let is_silent = |w: &Worker| !w.is_lost && now.since(w.heard) > lease;
+        let silent: Vec<Name> = self
+            .workers
+            .iter()
+            .filter(|(_, w)| is_silent(w))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in silent {
+            let Some(worker) = self.workers.get_mut(&name) else { continue };
+            worker.is_lost = true;
+            let reason = format!("no word from `{name}` for {lease} ms");
+            let tasks = std::mem::take(&mut worker.tasks);
+            if let Some(session) = worker.session.take() {
+                self.sessions.remove(&session);
+                draft.effect(Effect::CloseSession { session, reason: reason.clone() });
+            }
+            tasks.into_keys().for_each(|task| self.ended(&name, &task, lost_with(&reason), now));
+            draft.because(Reason::Remark(format!("lost worker `{name}`: {reason}")));
+        }
+    }
+
+    /// A task is gone from a worker: out of the inventory and, when it is one of a current gang,
+    /// into that gang's ends.
+    pub(super) fn ended(&mut self, worker: &Name, task: &TaskId, cause: ExitCause, now: Millis) {
+        if let Some(host) = self.workers.get_mut(worker) {
+            host.tasks.remove(task);
+        }
+        if self.is_current(worker, task)
+            && let Some(gang) = self.gangs.get_mut(&task.workload)
+        {
+            gang.exited(task.rank, worker, cause, now);
+        }
+    }
+
+    /// Whether the task belongs to the current generation of a live workload, on this worker.
+    pub(super) fn is_current(&self, worker: &Name, task: &TaskId) -> bool {
+        self.index.get(&task.workload).is_some_and(|entry| {
+            entry.workload.generation() == task.generation
+                && entry.workload.place_of(task.rank) == Some(worker)
+        })
+    }
+
+    /// Kills every task that nobody wants: of an older generation, of a workload that has ended or
+    /// is between generations, or unknown. Told once per session.
+    pub(super) fn sweep(&mut self, draft: &mut Draft) {
+        for (name, worker) in &mut self.workers {
+            let Some(session) = worker.session else { continue };
+            for (task, state) in worker.tasks.iter_mut().filter(|(_, state)| !state.kill_told) {
+                let entry = self.index.get(&task.workload);
+                let current = entry.filter(|e| e.workload.generation() == task.generation);
+                let is_condemned = self.gangs.get(&task.workload).is_some_and(|g| g.is_condemned);
+                let reason = match (entry, current) {
+                    (_, Some(current)) => {
+                        let is_placed = current.workload.place_of(task.rank) == Some(name);
+                        if current.workload.phase().is_active() && is_placed && !is_condemned {
+                            continue;
+                        }
+                        current.workload.reason().to_owned()
+                    }
+                    (Some(other), None) => {
+                        format!("superseded by {}", other.workload.generation())
+                    }
+                    (None, _) => format!("`{}` is over", task.workload),
+                };
+                state.kill_told = true;
+                let task = task.clone();
+                draft.send(session, CoordinatorMessage::Kill { task, reason });
+            }
+        }
+    }
+
+    /// Slots that are taken or spoken for, by worker: what runs there, dying or not, and what a
+    /// current gang has placed there but not yet started.
+    pub(super) fn occupancy(&self) -> BTreeMap<Name, u32> {
+        let mut used: BTreeMap<Name, u32> = BTreeMap::new();
+        for (name, worker) in &self.workers {
+            used.insert(name.clone(), u32::try_from(worker.tasks.len()).unwrap_or(u32::MAX));
+        }
+        for entry in self.index.live().map(|(_, entry)| &entry.workload) {
+            for place in entry.gang().iter().filter(|_| entry.phase().is_active()) {
+                let task = task_id(entry, place.rank);
+                let runs =
+                    self.workers.get(&place.worker).is_some_and(|w| w.tasks.contains_key(&task));
+                if !runs && !self.has_ended(entry, place.rank) {
+                    let slots = used.entry(place.worker.clone()).or_default();
+                    *slots = slots.saturating_add(1);
+                }
+            }
+        }
+        used
+    }
+
+    /// Whether a rank of the current gang is known to have ended.
+    pub(super) fn has_ended(&self, workload: &Workload, rank: api::Rank) -> bool {
+        let gang = self.gangs.get(workload.name());
+        let gang = gang.filter(|gang| gang.generation == workload.generation());
+        workload.completed().contains(&rank)
+            || gang.is_some_and(|gang| gang.exit_of(rank).is_some())
+    }
+
+    /// The workers as the leader sees them, by name.
+    pub fn workers(&self, now: Millis) -> Vec<WorkerView> {
+        let used = self.occupancy();
+        let view = |(name, worker): (&Name, &Worker)| WorkerView {
+            name: name.clone(),
+            host: worker.host.clone(),
+            slots: worker.slots,
+            used: used.get(name).copied().unwrap_or(0),
+            attached: worker.session.is_some(),
+            lease_ms: match worker.is_lost {
+                true => 0,
+                false => self.options.lease_ms.saturating_sub(now.since(worker.heard)),
+            },
+            tasks: worker.tasks.keys().map(ToString::to_string).collect(),
+            labels: BTreeMap::new(),
+        };
+        self.workers.iter().map(view).collect()
+    }
+}
+
+pub(super) fn task_id(workload: &Workload, rank: api::Rank) -> TaskId {
+    TaskId { workload: workload.name().clone(), generation: workload.generation(), rank }
+}
+
+fn lost_with(reason: &str) -> ExitCause {
+    ExitCause::WorkerLost { reason: reason.to_owned() }
+}
