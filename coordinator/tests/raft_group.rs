@@ -4,14 +4,18 @@ mod raft_support;
 
 use std::time::Duration;
 
-use api::pb::RaftFrame;
 use api::pb::raft_client::RaftClient;
+use api::pb::raft_server::{Raft, RaftServer};
+use api::pb::{RaftAck, RaftFrame};
 use coordinator::{ProposeError, RaftNode, RaftOptions, StartError, StopReason};
 use coordinator_core::{Outcome, Transaction};
 use protobuf::Message as _;
 use raft::eraftpb::{Entry, Message, MessageType};
 use raft_support::{Group, applied, counter, counters, guard, lone_options, status_is};
-use tonic::{Code, Request};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Code, Request, Response, Status, Streaming};
 
 /// Large enough that no test makes a snapshot by accident.
 const NO_SNAPSHOTS: u64 = 100_000;
@@ -187,18 +191,19 @@ async fn strangers_are_refused_before_their_messages_are_read() {
     group.finish().await;
 }
 
-/// Sends messages as n2, which does not run, to n1, which does; n3 does not.
-async fn as_second_node(group: &Group, messages: Vec<Message>) {
+/// Sends messages as n2, which must not run, to another node.
+async fn as_second_node(group: &Group, index: usize, messages: Vec<Message>) {
+    let to = group.members[index].node.0;
     let frames = messages.into_iter().map(|mut message| {
-        (message.from, message.to) = (2, 1);
+        (message.from, message.to) = (2, to);
         let message = message.write_to_bytes().expect("encodes");
-        RaftFrame { from: 2, to: 1, message, cluster_id: "test".into() }
+        RaftFrame { from: 2, to, message, cluster_id: "test".into() }
     });
     let mut request = Request::new(tokio_stream::iter(frames.collect::<Vec<_>>()));
     let token = "right-token".parse().expect("ascii");
     request.metadata_mut().insert(api::connect::TOKEN_KEY, token);
     request.metadata_mut().insert("cohort-raft-folder", 5.into());
-    let address = format!("http://{}", group.members[0].address);
+    let address = format!("http://{}", group.members[index].address);
     let mut client = RaftClient::connect(address).await.expect("connects");
     // Refused or not: what counts is what becomes of the node.
     let _ = guard("sending", client.step(request)).await;
@@ -210,21 +215,11 @@ fn message(kind: MessageType, term: u64) -> Message {
     message
 }
 
-async fn first_of_three() -> Group {
-    let mut group = Group::start(3, NO_SNAPSHOTS).await;
-    for index in 0..3 {
-        group.stop(index).await;
-        std::fs::remove_dir_all(group.dir(index)).expect("removable");
-    }
-    group.restart(0).await;
-    group
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_that_knows_more_of_the_log_than_the_disk_holds_stops_the_node() {
-    let group = first_of_three().await;
+    let group = Group::start_some(3, &[0], NO_SNAPSHOTS).await;
     let heartbeat = Message { commit: 5, ..message(MessageType::MsgHeartbeat, 9) };
-    as_second_node(&group, vec![heartbeat]).await;
+    as_second_node(&group, 0, vec![heartbeat]).await;
     let reason = guard("the node stops", group.handle(0).stopped()).await;
     let StopReason::Failed(text) = reason else { panic!("stopped as if asked to") };
     assert!(text.contains("n1 had log entry 5") && text.contains("ends with 0"), "{text}");
@@ -233,19 +228,19 @@ async fn a_leader_that_knows_more_of_the_log_than_the_disk_holds_stops_the_node(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_panic_of_raft_ends_the_node_with_a_message_and_frees_its_folder() {
-    let mut group = first_of_three().await;
+    let mut group = Group::start_some(3, &[0], NO_SNAPSHOTS).await;
     let append = |term, entry: Entry| {
         let mut append = Message { commit: 1, ..message(MessageType::MsgAppend, term) };
         append.set_entries(vec![entry].into());
         append
     };
     let first = append(8, Entry { term: 8, index: 1, ..Entry::default() });
-    as_second_node(&group, vec![first]).await;
+    as_second_node(&group, 0, vec![first]).await;
     applied(group.handle(0), 1).await;
     // Claims to follow entry 1, and contradicts it.
     let mut second = append(9, Entry { term: 9, index: 1, ..Entry::default() });
     (second.index, second.log_term) = (1, 8);
-    as_second_node(&group, vec![second]).await;
+    as_second_node(&group, 0, vec![second]).await;
     let reason = guard("the node stops", group.handle(0).stopped()).await;
     let StopReason::Failed(text) = reason else { panic!("stopped as if asked to") };
     assert!(text.contains("conflict with committed entry") && text.contains("n1"), "{text}");
@@ -253,6 +248,65 @@ async fn a_panic_of_raft_ends_the_node_with_a_message_and_frees_its_folder() {
     // What it had is still there.
     group.restart(0).await;
     status_is(group.handle(0), "the committed entry", |status| status.term == 8).await;
+    group.finish().await;
+}
+
+/// A peer that hands on the messages it gets.
+struct Recorder(mpsc::UnboundedSender<Message>);
+
+#[tonic::async_trait]
+impl Raft for Recorder {
+    async fn step(
+        &self,
+        request: Request<Streaming<RaftFrame>>,
+    ) -> Result<Response<RaftAck>, Status> {
+        let mut frames = request.into_inner();
+        while let Some(frame) = frames.message().await? {
+            let message = Message::parse_from_bytes(&frame.message).expect("raft's own");
+            if self.0.send(message).is_err() {
+                break;
+            }
+        }
+        Ok(Response::new(RaftAck {}))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_lost_on_the_way_is_sent_again() {
+    // n2 is played by this test.
+    let group = Group::start_some(3, &[0, 2], 8).await;
+    for number in 1..=30 {
+        group.commit(counter(number)).await;
+    }
+    let leader = group.leader().await;
+    let status = group.handle(leader).status();
+    assert!(status.first_index > 2, "{status:?}");
+    // n2 is alive, so raft sends it a snapshot; it never arrives, as often as it is tried.
+    let listener = TcpListener::bind(group.members[1].address).await.expect("a free port");
+    let alive = || vec![message(MessageType::MsgHeartbeatResponse, status.term)];
+    as_second_node(&group, leader, alive()).await;
+    for _ in 0..6 {
+        drop(guard("a connection", listener.accept()).await.expect("accepts"));
+    }
+    // Now it would.
+    let (sender, mut received) = mpsc::unbounded_channel();
+    let server = tonic::transport::Server::builder()
+        .add_service(RaftServer::new(Recorder(sender)))
+        .serve_with_incoming(TcpListenerStream::new(listener));
+    let server = tokio::spawn(server);
+    guard("the snapshot", async {
+        loop {
+            as_second_node(&group, leader, alive()).await;
+            let next = received.recv().await.expect("the server runs");
+            if next.get_msg_type() == MessageType::MsgSnapshot {
+                let metadata = next.get_snapshot().get_metadata();
+                assert!(metadata.index + 1 >= status.first_index, "{metadata:?}");
+                break;
+            }
+        }
+    })
+    .await;
+    server.abort();
     group.finish().await;
 }
 

@@ -97,6 +97,11 @@ pub struct Group {
 impl Group {
     /// Starts `count` nodes on free ports.
     pub async fn start(count: usize, snapshot_entries: u64) -> Self {
+        Self::start_some(count, &(0..count).collect::<Vec<_>>(), snapshot_entries).await
+    }
+
+    /// Starts only some of `count` nodes; the others never ran.
+    pub async fn start_some(count: usize, started: &[usize], snapshot_entries: u64) -> Self {
         let root = tempfile::tempdir().expect("a folder");
         let mut listeners = Vec::new();
         let mut members = Vec::new();
@@ -108,7 +113,8 @@ impl Group {
         }
         let nodes = (0..count).map(|_| None).collect();
         let mut group = Self { root, members, nodes, snapshot_entries };
-        for (index, listener) in listeners.into_iter().enumerate() {
+        let listeners = listeners.into_iter().enumerate();
+        for (index, listener) in listeners.filter(|(index, _)| started.contains(index)) {
             group.start_on(index, listener).expect("starts");
         }
         group
