@@ -13,6 +13,7 @@ pub struct CliError {
     class: ExitClass,
     message: String,
     hint: Option<String>,
+    in_result: bool,
 }
 
 /// What every command returns.
@@ -21,7 +22,7 @@ pub type Result<T> = std::result::Result<T, CliError>;
 impl CliError {
     /// A failure of one class.
     pub fn new(class: ExitClass, message: impl Into<String>) -> Self {
-        Self { class, message: message.into(), hint: None }
+        Self { class, message: message.into(), hint: None, in_result: false }
     }
 
     /// A mistake in the command line or a file.
@@ -39,6 +40,19 @@ impl CliError {
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
+    }
+
+    /// Marks that the printed result tells the failure already, so that --json's last line stays the
+    /// result.
+    #[must_use]
+    pub fn told_by_result(mut self) -> Self {
+        self.in_result = true;
+        self
+    }
+
+    /// Whether the printed result tells the failure already.
+    pub fn is_told_by_result(&self) -> bool {
+        self.in_result
     }
 
     /// The class that decides the exit code.

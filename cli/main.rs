@@ -43,7 +43,7 @@ fn main() -> ExitCode {
     match ended {
         Ok(()) => ExitCode::from(ExitClass::Success.code()),
         Err(error) => {
-            if json {
+            if json && !error.is_told_by_result() {
                 output::json(&error.to_json());
             }
             eprintln!("error: {error}");

@@ -151,8 +151,8 @@ fn a_taken_name_and_a_flipped_byte() {
     let finished = run(&mut submit_local(&job, &dir, &[])).expect_code(4);
     assert!(finished.stderr.contains("small"), "{finished:?}");
 
-    // One byte of one shard, flipped.
-    let shard = find(&dir.join("store/jobs/small/checkpoints"), "shard");
+    // One byte of a shard of the newest checkpoint, flipped.
+    let shard = newest(&dir.join("store/jobs/small/checkpoints"), ".safetensors");
     let mut bytes = std::fs::read(&shard).expect("a shard");
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
@@ -172,20 +172,24 @@ fn a_taken_name_and_a_flipped_byte() {
     let exported = folder.path().join("w.safetensors");
     export.args(["checkpoint", "export", "small", "-o"]).arg(&exported).arg("--dir").arg(&dir);
     let export = run(&mut export);
-    // Which tensors the damaged shard holds decides whether export needs it; it never half-writes.
-    assert!(export.code == 9 && !exported.exists(), "{export:?}");
+    assert!(export.code == 9 && !exported.exists(), "nothing half-written: {export:?}");
+    // The one before is whole.
+    let mut older = cluster();
+    older.args(["checkpoint", "export", "small", "--step", "5", "-o"]).arg(&exported);
+    run(older.arg("--dir").arg(&dir)).expect_code(0);
+    assert!(exported.exists());
     up.signal(Signal::SIGTERM);
     up.finish().expect_code(0);
 }
 
-/// The first file below `folder` whose name contains `part`, in sorted order.
-fn find(folder: &Path, part: &str) -> std::path::PathBuf {
+/// The last file below `folder`, in sorted order, whose name contains `part`.
+fn newest(folder: &Path, part: &str) -> std::path::PathBuf {
     let mut entries: Vec<_> =
         std::fs::read_dir(folder).expect("a folder").flatten().map(|e| e.path()).collect();
     entries.sort();
-    for path in &entries {
+    for path in entries.iter().rev() {
         if path.is_dir() {
-            return find(path, part);
+            return newest(path, part);
         }
         if path.file_name().is_some_and(|name| name.to_string_lossy().contains(part)) {
             return path.clone();

@@ -224,7 +224,7 @@ fn conclude(global: &Global, name: &Name, status: &JobStatus, store_uri: &str) -
         let folder = path.trim_end_matches("/model.safetensors");
         output::line(&format!("serve it: cluster serve {folder}"));
     }
-    outcome(name, status)
+    outcome(name, status).map_err(CliError::told_by_result)
 }
 
 /// Path (folder store) or URI (S3) of a model's weights file.

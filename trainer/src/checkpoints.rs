@@ -24,6 +24,8 @@ pub struct Checkpoints {
     world_size: u32,
     info: ManifestInfo,
     pending: Option<Pending>,
+    /// The newest step that is saved or being saved.
+    newest: Option<Step>,
 }
 
 /// A staged checkpoint whose shards are not all written yet. The same on every rank.
@@ -54,11 +56,12 @@ impl Checkpoints {
             world_size: assignment.world_size,
             info,
             pending: None,
+            newest: assignment.restore.as_ref().map(|fact| fact.step),
         })
     }
 
     /// Copies the state into memory; writing goes on behind training. A checkpoint still pending is
-    /// completed first, so at most one is.
+    /// completed first, so at most one is. A step that is saved already is not saved again.
     pub fn stage(
         &mut self,
         communicator: &mut dyn Communicator,
@@ -67,7 +70,11 @@ impl Checkpoints {
         state: &TrainState,
         metrics: BTreeMap<String, f64>,
     ) -> Result<(), TrainError> {
+        if self.newest == Some(step) {
+            return Ok(());
+        }
         self.complete(communicator)?;
+        self.newest = Some(step);
         self.info.metrics = metrics;
         let tensors = state.tensors(table);
         let lengths: Vec<usize> = tensors.iter().map(|t| t.data.len()).collect();

@@ -340,10 +340,7 @@ impl Trainer {
 
     /// A checkpoint of the current step, complete before this returns.
     fn save_and_report(&mut self) -> Result<(), TrainError> {
-        let already = self.assignment.restore.as_ref().is_some_and(|f| f.step == self.state.step);
-        if !already {
-            self.stage(self.metrics.clone())?;
-        }
+        self.stage(self.metrics.clone())?;
         for fact in self.checkpoints.flush(self.communicator.as_mut())? {
             self.control.report(&RankReport::Checkpoint(fact))?;
         }
