@@ -74,6 +74,9 @@ mod tests {
         // Changing them would make every recorded result irreproducible.
         let drawn = values(42, "head.output.weight", Init::Normal { std: 1.0 }, 4);
         let drawn: [f32; 4] = drawn.try_into().expect("four");
-        assert_eq!(drawn.map(f32::to_bits), [3_179_470_170, 1_035_653_267, 1_070_370_102, 3_210_410_020]);
+        assert_eq!(
+            drawn.map(f32::to_bits),
+            [3_179_470_170, 1_035_653_267, 1_070_370_102, 3_210_410_020]
+        );
     }
 }

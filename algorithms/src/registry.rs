@@ -39,10 +39,11 @@ fn all() -> [Arc<dyn Algorithm>; 2] {
 
 /// All parameters of a model in order, each with the index of its block.
 pub fn model_params(model: &Model) -> Vec<(usize, ParamSpec)> {
-    let of_block = |(index, block): (usize, &Box<dyn crate::block::Block>)| {
-        block.params().iter().cloned().map(move |spec| (index, spec)).collect::<Vec<_>>()
-    };
-    model.blocks.iter().enumerate().flat_map(of_block).collect()
+    let mut params = Vec::new();
+    for (index, block) in model.blocks.iter().enumerate() {
+        params.extend(block.params().iter().map(|spec| (index, spec.clone())));
+    }
+    params
 }
 
 #[cfg(test)]

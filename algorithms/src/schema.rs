@@ -49,13 +49,7 @@ pub fn optimizer_hyperparameters() -> Vec<Hyperparameter> {
 
 fn hyperparameter(name: &str, kind: Kind, default: Value, description: &str) -> Hyperparameter {
     let tunable = !matches!(kind, Kind::Text);
-    Hyperparameter {
-        name: name.into(),
-        kind,
-        default,
-        description: description.into(),
-        tunable,
-    }
+    Hyperparameter { name: name.into(), kind, default, description: description.into(), tunable }
 }
 
 pub(crate) fn integer(
@@ -151,7 +145,9 @@ impl Settings<'_> {
             ))
         })?;
         pick(value).ok_or_else(|| {
-            AlgorithmError::Hyperparameters(format!("hyperparameter `{name}` = `{value}` has the wrong type"))
+            AlgorithmError::Hyperparameters(format!(
+                "hyperparameter `{name}` = `{value}` has the wrong type"
+            ))
         })
     }
 

@@ -28,7 +28,8 @@ pub fn tensor_into_vec<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 pub fn with_slice<const D: usize, R>(tensor: Tensor<D>, read: impl FnOnce(&[f32]) -> R) -> R {
     let tensor = if tensor.is_autodiff() { tensor.inner() } else { tensor };
     if tensor.dtype() == DType::F32 && tensor.device() == Device::flex() {
-        let primitive = tensor.try_into_primitive::<Flex>().expect("on the flex device, as checked");
+        let primitive =
+            tensor.try_into_primitive::<Flex>().expect("on the flex device, as checked");
         return match primitive.as_slice::<f32>() {
             Some(values) => read(values),
             None => read(primitive.to_contiguous().storage::<f32>()),

@@ -71,11 +71,8 @@ impl Network {
 
     /// The model for such images: `stem`, `stages.0.0` …, `head`.
     pub(crate) fn model(&self, geometry: &ImageGeometry) -> Model {
-        let image = Plane {
-            height: geometry.height,
-            width: geometry.width,
-            channels: geometry.channels,
-        };
+        let image =
+            Plane { height: geometry.height, width: geometry.width, channels: geometry.channels };
         let stride = match self.stem_stride {
             0 if image.height.min(image.width) >= STEM_HALVES_FROM => 2,
             0 => 1,

@@ -22,7 +22,12 @@ fn groups(channels: usize) -> usize {
     (1..=GROUPS_MAX).rev().find(|&groups| channels.is_multiple_of(groups)).unwrap_or(1)
 }
 
-fn normalise(x: Tensor<2>, params: &[Tensor<1>], shortcut: Option<Tensor<2>>, plane: Plane) -> Tensor<2> {
+fn normalise(
+    x: Tensor<2>,
+    params: &[Tensor<1>],
+    shortcut: Option<Tensor<2>>,
+    plane: Plane,
+) -> Tensor<2> {
     let Plane { channels, .. } = plane;
     let sizes = GroupNorm { pixels: plane.pixels(), channels, groups: groups(channels) };
     ops::group_norm(x, params[0].clone(), params[1].clone(), shortcut, sizes)
@@ -40,7 +45,13 @@ fn vector(name: String, length: usize, init: Init) -> ParamSpec {
 }
 
 /// A convolution of `size`² over planes of `from`, padded to keep the borders.
-fn convolution(from: Plane, batch: usize, outputs: usize, size: usize, stride: usize) -> Convolution {
+fn convolution(
+    from: Plane,
+    batch: usize,
+    outputs: usize,
+    size: usize,
+    stride: usize,
+) -> Convolution {
     Convolution {
         batch,
         height: from.height,

@@ -40,8 +40,7 @@ impl Algorithm for ImageClassification {
         let (train, validation) = match channels.get("validation") {
             Some(path) => {
                 let kind = content_type("validation");
-                let data =
-                    open_images("validation", path, kind, Some(&geometry), setup.augment)?;
+                let data = open_images("validation", path, kind, Some(&geometry), setup.augment)?;
                 (train, Some(data))
             }
             None if setup.validation_fraction > 0.0 => {

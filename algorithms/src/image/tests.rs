@@ -5,9 +5,7 @@ use burn::tensor::{Device, Int, Tensor};
 use super::ImageClassification;
 use super::architecture::Network;
 use super::settings;
-use crate::algorithm::{
-    Algorithm, GenerateInput, ImageInput, ModelDescriptor, Request, Response,
-};
+use crate::algorithm::{Algorithm, GenerateInput, ImageInput, ModelDescriptor, Request, Response};
 use crate::block::{BlockInput, Targets};
 use crate::data::ImageGeometry;
 use crate::registry::model_params;
@@ -73,8 +71,7 @@ fn thirty_steps_of_plain_descent_lower_the_loss() {
 fn an_image_is_computed_alone() {
     let geometry = geometry(8, 8, 1, 4);
     let model = NETWORK.model(&geometry);
-    let (BlockInput::Features(images), Targets::Classes(classes)) = microbatch(&geometry, 4)
-    else {
+    let (BlockInput::Features(images), Targets::Classes(classes)) = microbatch(&geometry, 4) else {
         panic!("images")
     };
     let values = perturbed(&model, 0.2);
@@ -169,13 +166,8 @@ fn an_encoded_image_is_brought_to_the_trained_geometry() {
     ]);
     assert!(answers[0].is_ok());
     assert_eq!(answers[0], answers[1]);
-    let prompt = GenerateInput {
-        prompt: "x".into(),
-        max_tokens: 1,
-        temperature: 0.0,
-        top_k: None,
-        seed: 0,
-    };
+    let prompt =
+        GenerateInput { prompt: "x".into(), max_tokens: 1, temperature: 0.0, top_k: None, seed: 0 };
     let error = model.check(&Request::Generate(prompt)).expect_err("refused");
     assert!(error.0.contains("send pixels or an image"), "{error}");
 }

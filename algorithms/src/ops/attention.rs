@@ -24,9 +24,7 @@ pub(super) fn composed(packed: Tensor<2>, sequence: usize, heads: usize) -> Tens
     let size = width / heads;
     let device = packed.device();
     let packed = packed.reshape([batch, sequence, 3, heads, size]).permute([2, 0, 3, 1, 4]);
-    let part = |i: usize| {
-        packed.clone().narrow(0, i, 1).reshape([batch, heads, sequence, size])
-    };
+    let part = |i: usize| packed.clone().narrow(0, i, 1).reshape([batch, heads, sequence, size]);
     let scores = part(0).matmul(part(1).swap_dims(2, 3)) / (size as f32).sqrt();
     let future: Tensor<2, Bool> = Tensor::<2>::ones([sequence, sequence], &device).triu(1).bool();
     let future = future.unsqueeze::<4>().expand([batch, heads, sequence, sequence]);

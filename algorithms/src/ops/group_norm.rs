@@ -35,9 +35,7 @@ pub(crate) fn group_norm(
     }
     match shortcut {
         None => apply(sizes, [input(x), input(weight), input(bias)]),
-        Some(shortcut) => {
-            apply(sizes, [input(x), input(weight), input(bias), input(shortcut)])
-        }
+        Some(shortcut) => apply(sizes, [input(x), input(weight), input(bias), input(shortcut)]),
     }
 }
 
@@ -125,7 +123,8 @@ impl GroupNorm {
                         let first = (0..channels).step_by(channels / self.groups);
                         statistics.extend(first.map(|c| [mean[c], spread[c]]));
                     }
-                    let pixels = input.chunks_exact(channels).zip(target.chunks_exact_mut(channels));
+                    let pixels =
+                        input.chunks_exact(channels).zip(target.chunks_exact_mut(channels));
                     match shortcut {
                         None => {
                             for (x, y) in pixels {
@@ -200,8 +199,7 @@ impl GroupNorm {
                     for ((x, dy), dx) in pixels.zip(dx[range].chunks_exact_mut(channels)) {
                         for c in 0..channels {
                             let hat = (x[c] - mean[c]) * spread[c];
-                            dx[c] =
-                                spread[c] * (dy[c] * weights[c] - sums[c] - hat * products[c]);
+                            dx[c] = spread[c] * (dy[c] * weights[c] - sums[c] - hat * products[c]);
                         }
                     }
                 }

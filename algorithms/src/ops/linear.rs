@@ -70,7 +70,7 @@ struct Saved {
 }
 
 /// 2·sqrt(2/π): GELU's tanh form is x · sigmoid(SLOPE · (x + CUBE · x³)).
-const SLOPE: f32 = 1.595_769_1;
+const SLOPE: f32 = 1.595_769;
 const CUBE: f32 = 0.044_715;
 
 #[inline(always)]

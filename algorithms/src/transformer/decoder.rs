@@ -71,10 +71,8 @@ impl Decoder {
         let [table, positions] = [&self.params[0][0], &self.params[0][1]];
         let width = self.architecture.width;
         let ids: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
-        let ids = Tensor::<2, Int>::from_data(
-            TensorData::new(ids, [1, tokens.len()]),
-            &self.device,
-        );
+        let ids =
+            Tensor::<2, Int>::from_data(TensorData::new(ids, [1, tokens.len()]), &self.device);
         let from = self.length * width;
         let places = positions.clone().narrow(0, from, tokens.len() * width);
         ops::embedding(ids, table.clone(), places, width)

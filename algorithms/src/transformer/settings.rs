@@ -11,7 +11,7 @@ use crate::schema::{
     validation_fraction,
 };
 use crate::transformer::architecture::Architecture;
-use crate::transformer::tokenizer::{BYTES, TextTokenizer};
+use crate::transformer::tokenizer::TextTokenizer;
 
 /// The value of `algorithm` in job.toml.
 pub(super) const NAME: &str = "transformer";
@@ -125,7 +125,9 @@ impl Setup {
 
 impl Parameters {
     /// Reads and checks `model.json`.
-    pub(super) fn read(descriptor: &ModelDescriptor) -> Result<(Self, TextTokenizer), AlgorithmError> {
+    pub(super) fn read(
+        descriptor: &ModelDescriptor,
+    ) -> Result<(Self, TextTokenizer), AlgorithmError> {
         let refuse = |message: String| AlgorithmError::Model { path: "model.json".into(), message };
         if (descriptor.algorithm.as_str(), descriptor.version) != (NAME, VERSION) {
             return Err(refuse(format!(
@@ -141,7 +143,6 @@ impl Parameters {
             Some(json) => TextTokenizer::from_json(json).map_err(refuse)?,
         };
         let (least, given) = (tokenizer.vocabulary(), parameters.architecture.vocabulary);
-        debug_assert!(BYTES <= 256);
         if given < least {
             return Err(refuse(format!("vocabulary {given} is less than the tokenizer's {least}")));
         }

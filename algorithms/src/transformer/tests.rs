@@ -24,9 +24,8 @@ const TINY: Architecture =
 fn microbatch(architecture: Architecture, batch: usize) -> (BlockInput, Targets) {
     let Architecture { sequence_length, vocabulary, .. } = architecture;
     let device = Device::flex();
-    let text: Vec<i64> = (0..=batch * sequence_length)
-        .map(|i| ((i * i / 3 + i) % 7 % vocabulary) as i64)
-        .collect();
+    let text: Vec<i64> =
+        (0..=batch * sequence_length).map(|i| ((i * i / 3 + i) % 7 % vocabulary) as i64).collect();
     let count = batch * sequence_length;
     let tokens = Tensor::<1, Int>::from_ints(&text[..count], &device);
     let targets = Tensor::<1, Int>::from_ints(&text[1..=count], &device);
@@ -35,13 +34,8 @@ fn microbatch(architecture: Architecture, batch: usize) -> (BlockInput, Targets)
 
 #[test]
 fn a_fresh_model_knows_nothing() {
-    let architecture = Architecture {
-        layers: 3,
-        width: 32,
-        heads: 4,
-        sequence_length: 16,
-        vocabulary: 256,
-    };
+    let architecture =
+        Architecture { layers: 3, width: 32, heads: 4, sequence_length: 16, vocabulary: 256 };
     let model = architecture.model(0.0);
     let (input, targets) = microbatch(architecture, 4);
     let sum = loss(&model, &initial(&model, 1), &input, &targets, Mode::Evaluate);
@@ -108,9 +102,8 @@ fn the_kept_context_gives_the_logits_of_the_whole_window() {
     let values = perturbed(&model, 0.3);
     let device = Device::flex();
     let params = |values: &Values| -> Vec<Vec<Tensor<1>>> {
-        let tensors = |block: &Vec<Vec<f32>>| {
-            block.iter().map(|v| tensor_from_slice(v, &device)).collect()
-        };
+        let tensors =
+            |block: &Vec<Vec<f32>>| block.iter().map(|v| tensor_from_slice(v, &device)).collect();
         values.iter().map(tensors).collect()
     };
     let tokens: [u32; 6] = [3, 1, 4, 1, 5, 9];
@@ -139,13 +132,8 @@ fn the_kept_context_gives_the_logits_of_the_whole_window() {
 
 /// A byte-level model that has learned to repeat `text`.
 fn trained(text: &str) -> (ModelDescriptor, Vec<u8>) {
-    let architecture = Architecture {
-        layers: 1,
-        width: 32,
-        heads: 2,
-        sequence_length: 8,
-        vocabulary: 256,
-    };
+    let architecture =
+        Architecture { layers: 1, width: 32, heads: 2, sequence_length: 8, vocabulary: 256 };
     let model = architecture.model(0.0);
     let device = Device::flex();
     // Every place of the text at every position of the window.
@@ -269,8 +257,12 @@ fn bad_model_files_say_what_is_wrong() {
     assert!(text.contains("F32 [8, 32], expected F32 [9, 32]"), "{text}");
     assert!(error(&set("heads", 5), &weights).contains("not a multiple of heads = 5"));
     assert!(error(&set("vocabulary", 255), &weights).contains("less than the tokenizer's 256"));
-    assert!(error(&ModelDescriptor { version: 2, ..descriptor.clone() }, &weights).contains("version 2"));
-    let wider = Architecture { layers: 1, width: 32, heads: 2, sequence_length: 8, vocabulary: 256 };
+    assert!(
+        error(&ModelDescriptor { version: 2, ..descriptor.clone() }, &weights)
+            .contains("version 2")
+    );
+    let wider =
+        Architecture { layers: 1, width: 32, heads: 2, sequence_length: 8, vocabulary: 256 };
     let model = Architecture { layers: 2, ..wider }.model(0.0);
     let extra = safetensors(&model, &initial(&model, 1));
     let text = error(&descriptor, &extra);
@@ -280,4 +272,93 @@ fn bad_model_files_say_what_is_wrong() {
     values[1][0][3] = f32::NAN;
     let text = error(&descriptor, &safetensors(&model, &values));
     assert!(text.contains("tensor `layers.0.attention.norm.weight` holds NaN"), "{text}");
+}
+
+mod opening {
+    //! From a job and files to a problem.
+
+    use std::path::Path;
+
+    use api::JobSpec;
+    use burn::tensor::Device;
+
+    use crate::algorithm::{Algorithm, LocalChannels, Problem};
+    use crate::block::BlockInput;
+    use crate::error::AlgorithmError;
+    use crate::transformer::Transformer;
+    use crate::transformer::settings::{Parameters, Setup};
+    use crate::transformer::tokenizer::byte_level_json;
+
+    fn open(folder: &Path, settings: &str) -> Result<Problem, AlgorithmError> {
+        let data = folder.join("text.txt");
+        std::fs::write(&data, "the quick brown fox jumps over the lazy dog\n".repeat(40))
+            .expect("writable");
+        let text = format!(
+            "name = \"a\"\nalgorithm = \"transformer\"\n[channels]\ntrain = {{ uri = \"file://{}\" }}\n\
+             [stop]\nmax_steps = 1\n[hyperparameters]\nsequence_length = 16\n{settings}",
+            data.display()
+        );
+        let mut spec = JobSpec::parse(&text, "test", folder, &[]).expect("a job");
+        spec.resolve(&Transformer.schema()).expect("legal");
+        Transformer.open(&spec, &LocalChannels::from([("train".to_owned(), data)]))
+    }
+
+    #[test]
+    fn bytes_are_the_default_and_the_tail_validates() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let problem = open(folder.path(), "validation_fraction = 0.25\n").expect("opens");
+        let validation = problem.validation.expect("held out");
+        assert!((1..problem.train.len()).contains(&validation.len()));
+        let batch = problem.train.microbatch(&[0, 1], None, &Device::flex()).expect("in range");
+        let BlockInput::Tokens(tokens) = batch.input else { panic!("tokens") };
+        assert_eq!((tokens.dims(), batch.tokens), ([2, 16], 32));
+        let parameters = &problem.descriptor.parameters;
+        assert_eq!(parameters["architecture"]["vocabulary"], 256);
+        assert!(parameters.get("tokenizer").is_none());
+        assert!(open(folder.path(), "").expect("opens").validation.is_none());
+    }
+
+    #[test]
+    fn a_tokenizer_travels_inside_the_descriptor() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("tokenizer.json");
+        std::fs::write(&path, byte_level_json()).expect("writable");
+        let settings = format!("tokenizer = \"{}\"\n", path.display());
+        // Whether the data reader takes plain text here is its business; the settings are ours.
+        let spec = |settings: &str| {
+            let text = format!(
+                "name = \"a\"\nalgorithm = \"transformer\"\n[channels]\ntrain = {{ uri = \"file:///x\" }}\n\
+                 [stop]\nmax_steps = 1\n[hyperparameters]\n{settings}"
+            );
+            let mut spec = JobSpec::parse(&text, "test", Path::new("/"), &[]).expect("a job");
+            spec.resolve(&Transformer.schema()).expect("legal");
+            spec
+        };
+        let setup = Setup::read(&spec(&settings)).expect("reads");
+        assert_eq!(setup.architecture.vocabulary, 257);
+        let descriptor = setup.descriptor();
+        assert_eq!(descriptor.parameters["tokenizer"], byte_level_json());
+        let (_, tokenizer) = Parameters::read(&descriptor).expect("reads back");
+        assert_eq!(tokenizer.vocabulary(), 257);
+        let error = |settings: &str| {
+            let Err(error) = Setup::read(&spec(settings)) else { panic!("accepted") };
+            error.to_string()
+        };
+        let small = error(&format!("{settings}vocabulary = 256\n"));
+        assert!(small.contains("vocabulary = 256 is less than the 257 tokens"), "{small}");
+        let heads = error("width = 10\nheads = 4\n");
+        assert!(heads.contains("width = 10 is not a multiple of heads = 4"), "{heads}");
+        let missing = error("tokenizer = \"/nowhere/t.json\"\n");
+        assert!(missing.contains("/nowhere/t.json"), "{missing}");
+    }
+
+    #[test]
+    fn a_missing_channel_is_an_error() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let text = "name = \"a\"\nalgorithm = \"transformer\"\n[channels]\ntrain = { uri = \"file:///x\" }\n[stop]\nmax_steps = 1\n";
+        let mut spec = JobSpec::parse(text, "test", folder.path(), &[]).expect("a job");
+        spec.resolve(&Transformer.schema()).expect("legal");
+        let Err(error) = Transformer.open(&spec, &LocalChannels::new()) else { panic!("opened") };
+        assert!(error.to_string().contains("channel `train` is missing"), "{error}");
+    }
 }

@@ -7,7 +7,7 @@ use tokenizers::Tokenizer;
 use crate::error::AlgorithmError;
 
 /// Tokens of a byte-level model.
-pub const BYTES: usize = 256;
+const BYTES: usize = 256;
 /// Largest tokenizer.json: the largest published ones have about 35 MB.
 const FILE_BYTES_MAX: u64 = 64 << 20;
 
@@ -137,9 +137,7 @@ impl TextStream<'_> {
     /// What is left: an incomplete character as U+FFFD.
     pub(super) fn finish(&mut self) -> String {
         match &self.tokenizer.kind {
-            Kind::Bytes => {
-                String::from_utf8_lossy(&std::mem::take(&mut self.bytes)).into_owned()
-            }
+            Kind::Bytes => String::from_utf8_lossy(&std::mem::take(&mut self.bytes)).into_owned(),
             Kind::Json { tokenizer, .. } => self.piece(tokenizer, true),
         }
     }
@@ -186,28 +184,29 @@ fn take_characters(bytes: &mut Vec<u8>) -> String {
     }
 }
 
+/// A byte-level BPE as GPT-2's, with every byte and one merge.
+#[cfg(test)]
+pub(crate) fn byte_level_json() -> String {
+    let mut vocabulary = serde_json::Map::new();
+    let mut letters: Vec<char> =
+        tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
+    letters.sort_unstable();
+    for (id, letter) in letters.iter().enumerate() {
+        vocabulary.insert(letter.to_string(), id.into());
+    }
+    vocabulary.insert("he".into(), 256.into());
+    serde_json::json!({
+        "version": "1.0",
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": ["h e"]},
+    })
+    .to_string()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// A byte-level BPE as GPT-2's, with every byte and one merge.
-    pub(crate) fn byte_level_json() -> String {
-        let mut vocabulary = serde_json::Map::new();
-        let mut letters: Vec<char> =
-            tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
-        letters.sort_unstable();
-        for (id, letter) in letters.iter().enumerate() {
-            vocabulary.insert(letter.to_string(), id.into());
-        }
-        vocabulary.insert("he".into(), 256.into());
-        serde_json::json!({
-            "version": "1.0",
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
-            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
-            "model": {"type": "BPE", "vocab": vocabulary, "merges": ["h e"]},
-        })
-        .to_string()
-    }
 
     fn pieces(tokenizer: &TextTokenizer, tokens: &[u32]) -> Vec<String> {
         let mut stream = tokenizer.stream();
@@ -224,7 +223,10 @@ mod tests {
         assert_eq!(pieces(&tokenizer, &tokens), ["a", "", "é", "", "", "€", ""]);
         // Cut short, then nonsense, then text again; 300 is beyond the bytes.
         assert_eq!(pieces(&tokenizer, &[0xe2, 0x82]), ["", "", "\u{fffd}"]);
-        assert_eq!(pieces(&tokenizer, &[0xe2, 0x41, 0xff, 300]), ["", "\u{fffd}A", "\u{fffd}", "", ""]);
+        assert_eq!(
+            pieces(&tokenizer, &[0xe2, 0x41, 0xff, 300]),
+            ["", "\u{fffd}A", "\u{fffd}", "", ""]
+        );
     }
 
     #[test]
@@ -238,14 +240,18 @@ mod tests {
         assert_eq!(given.concat(), text);
         assert!(given.iter().all(|piece| !piece.contains(char::REPLACEMENT_CHARACTER)));
         let cut = pieces(&tokenizer, &tokens[..tokens.len() - 1]);
-        assert!(cut.last().is_some_and(|last| last.contains(char::REPLACEMENT_CHARACTER)), "{cut:?}");
+        assert!(
+            cut.last().is_some_and(|last| last.contains(char::REPLACEMENT_CHARACTER)),
+            "{cut:?}"
+        );
     }
 
     #[test]
     fn a_file_that_is_no_tokenizer_is_named() {
         let error = TextTokenizer::from_json("{}").expect_err("refused");
         assert!(error.contains("not a tokenizer.json"), "{error}");
-        let missing = TextTokenizer::open(Path::new("/nowhere/tokenizer.json")).expect_err("refused");
+        let missing =
+            TextTokenizer::open(Path::new("/nowhere/tokenizer.json")).expect_err("refused");
         assert!(missing.to_string().contains("/nowhere/tokenizer.json"), "{missing}");
     }
 }
