@@ -3,8 +3,8 @@
     python3 -m venv /tmp/digits && /tmp/digits/bin/pip install --no-deps scikit-learn==1.9.1
     python3 prepare.py /tmp/digits/lib/python3*/site-packages/sklearn/datasets/data/digits.csv.gz
 
-The output is the same byte for byte on every run: the split is drawn by a fixed seed, class by class,
-from a generator written out here, and the archives carry no time. Needs nothing but Python.
+The output is the same byte for byte on every run: the split is drawn by a fixed seed, class by
+class, from a hash written out here, and the archives carry no time. Needs nothing but Python.
 """
 
 import gzip

@@ -35,7 +35,7 @@ impl AugmentOptions {
         assert_eq!(image.len(), planes * height * width, "the image has its shape");
         let mut random = generator(key, position);
         let reach = 2 * self.shift + 1;
-        // Drawn whether used or not, so that switching one change on leaves the others as they were.
+        // Drawn whether used or not, so that switching one change on leaves the others.
         let down = below(&mut random, reach) as isize - self.shift as isize;
         let right = below(&mut random, reach) as isize - self.shift as isize;
         let mirror = below(&mut random, 2) == 1 && self.flip;

@@ -21,8 +21,8 @@ pub struct ImageGeometry {
     pub mean: f32,
     /// Standard deviation of all values of the training images; never 0.
     pub std: f32,
-    /// The value of a white pixel: 255 in image files, in other data the largest value seen. Encoded
-    /// images are brought to this scale when the model is served.
+    /// The value of a white pixel: 255 in image files, in other data the largest value seen.
+    /// Encoded images are brought to this scale when the model is served.
     #[serde(default = "white")]
     pub maximum: f32,
 }

@@ -223,9 +223,10 @@ impl ImageDataset {
     }
 
     /// Sets `fraction` of the images aside for validation, the same share of every class and always
-    /// the same images. No second part when either would be empty. Both keep the digest of the whole
-    /// and its geometry, so that a geometry read before the split stays true of the model; mean and
-    /// deviation are then over the held-out images too, two numbers that tell a model nothing.
+    /// the same images. No second part when either would be empty. Both keep the whole's digest and
+    /// geometry, so that a geometry read before the split stays true of the model. Mean and
+    /// deviation are thus over the held-out images too: for a strict hold-out, give a validation
+    /// channel of its own.
     pub fn split(self, fraction: f32) -> (Self, Option<Self>) {
         // Sorted by class and then by a hash, every 1/fraction-th image is taken: systematic
         // sampling, which is stratified without rounding per class.

@@ -59,8 +59,8 @@ enum Encoder {
     Tokenizer { tokenizer: Box<Tokenizer>, json: Vec<u8>, separator: Option<u32> },
 }
 
-/// Packs text files into one file of tokens (the format: `data/pack.rs`). With bytes, a 0 byte stands
-/// between files; with a tokenizer, its end-of-text token, if it has one.
+/// Packs text files into one file of tokens (the format: `data/pack.rs`). With bytes, a 0 byte
+/// stands between files; with a tokenizer, its end-of-text token, if it has one.
 ///
 /// The output is written under a temporary name beside it, synced and renamed.
 ///

@@ -1,5 +1,5 @@
-//! Pixel values of a whole channel in memory: a byte each while all of them are whole numbers 0–255,
-//! four bytes each from the first one that is not.
+//! Pixel values of a whole channel in memory: a byte each while all of them are whole numbers
+//! 0–255, four bytes each from the first one that is not.
 
 /// Values in sample order; within a sample channel by channel, row by row.
 #[derive(Debug)]

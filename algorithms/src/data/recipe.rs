@@ -28,8 +28,8 @@ struct Recipe {
     digest: String,
 }
 
-/// Makes the pack at `path` when it does not exist and `<path>.recipe.toml` does; `progress` is told
-/// bytes done and bytes in all. True when it made one. Without a recipe, nothing happens.
+/// Makes the pack at `path` when it does not exist and `<path>.recipe.toml` does; `progress` is
+/// told bytes done and bytes in all. True when it made one. Without a recipe, nothing happens.
 ///
 /// # Errors
 /// When the pack, made or found, is not the one whose digest the recipe gives; it is not kept if it
@@ -92,8 +92,8 @@ fn ensure(
     Ok(true)
 }
 
-/// Refuses a file that is not the recipe's pack. Only the header is read: opening the channel checks
-/// the tokens.
+/// Refuses a file that is not the recipe's pack. Only the header is read: opening the channel
+/// checks the tokens.
 fn check_digest(path: &Path, recipe_path: &Path, recipe: &Recipe) -> Result<(), DataError> {
     let source = Source::plain(path);
     let mut file = File::open(path).map_err(|e| source.unreadable(e))?;
@@ -128,7 +128,8 @@ mod tests {
         let run = || ensure(&path, Some(&registry), &mut |_, _| {}).map_err(|e| e.to_string());
         let recipe = |digest: &str| {
             let text = format!(
-                "crates = [\"a\"]\nlock = \"Cargo.lock\"\nextensions = [\"rs\"]\ndigest = \"{digest}\""
+                "crates = [\"a\"]\nlock = \"Cargo.lock\"\nextensions = [\"rs\"]\n\
+                 digest = \"{digest}\""
             );
             std::fs::write(at("a.pack.recipe.toml"), text).expect("writes");
         };
@@ -150,8 +151,8 @@ mod tests {
         assert!(run().expect_err("unknown key").contains("unknown key `crate`"));
     }
 
-    /// The recipe of `examples/rust-lm` must follow `Cargo.lock`. Every machine that built this test
-    /// has the sources.
+    /// The recipe of `examples/rust-lm` must follow `Cargo.lock`. Every machine that built this
+    /// test has the sources.
     #[test]
     fn the_shipped_recipe_gives_its_digest() {
         let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/rust-lm");

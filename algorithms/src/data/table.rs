@@ -1,8 +1,8 @@
 //! Images in CSV: one image per line, its pixel values and its label.
 //!
 //! With a header line the label is the column named `label`; without one it is the first column, as
-//! SageMaker's built-in algorithms have it. A first line `# 32x32x3` (height, width, channels; values
-//! channel last) gives the shape; without it images are square and grey.
+//! SageMaker's built-in algorithms have it. A first line `# 32x32x3` (height, width, channels;
+//! values channel last) gives the shape; without it images are square and grey.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::PathBuf;
@@ -54,8 +54,8 @@ fn read_file(
         Declaration::Malformed(message) => source.malformed(format!("line 1: {message}")),
     })?;
     let skipped = u64::from(declared.is_some());
-    // The position of a record is that of the blank lines and comments before it. With `\n` alone as
-    // the end of a line (a `\r` is trimmed off the last cell) and one at the very end, the reader
+    // The position of a record is that of the blank lines and comments before it. With `\n` alone
+    // as the end of a line (a `\r` is trimmed off the last cell) and one at the very end, the reader
     // always stands one line behind the record instead.
     let mut lines = csv::ReaderBuilder::new()
         .has_headers(false)

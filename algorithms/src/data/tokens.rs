@@ -43,8 +43,8 @@ struct Sequence {
 /// `sequence_length` is in tokens; `vocabulary` is that of the model, at least that of the data.
 ///
 /// # Errors
-/// Names the file and what is wrong with it: damaged, too large, too short for one window, or with a
-/// larger vocabulary than the model's.
+/// Names the file and what is wrong with it: damaged, too large, too short for one window, or with
+/// a larger vocabulary than the model's.
 pub fn open_tokens(
     channel: &str,
     path: &Path,
