@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use api::session::{Assignment, CoordinatorMessage, ExitCause, RankOrder};
-use api::{TaskId, session::RankOrder::Peers};
+use api::{Generation, TaskId};
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
@@ -109,7 +109,7 @@ impl Agent {
         self.start_waiting();
     }
 
-    fn generations(&self, task: &TaskId) -> impl Iterator<Item = api::Generation> {
+    fn generations(&self, task: &TaskId) -> impl Iterator<Item = Generation> {
         let waiting = self.waiting.iter().map(|(other, _)| other);
         let mine = self.running.keys().chain(waiting);
         mine.filter(|other| other.workload == task.workload).map(|other| other.generation)
@@ -142,7 +142,7 @@ impl Agent {
 
     fn deliver(&mut self, task: TaskId, order: RankOrder) {
         if let Some(handle) = self.running.get(&task) {
-            if matches!(order, Peers { .. }) {
+            if matches!(order, RankOrder::Peers { .. }) {
                 self.shared.ledger.peers_given(&task);
             }
             return handle.deliver(order);

@@ -41,6 +41,9 @@ const MESSAGE_CHARS_MAX: usize = 1_024;
 /// Credentials of the worker's environment that go to the rank by the socket only.
 const SECRET_VARIABLES: [&str; 2] = ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
 
+/// Left out where it is not known.
+const LOCAL_WORLD_SIZE: &str = "LOCAL_WORLD_SIZE";
+
 /// What all tasks of a worker share.
 pub(crate) struct Surroundings {
     pub(crate) program: PathBuf,
@@ -250,8 +253,6 @@ impl Task {
         }
     }
 }
-
-const LOCAL_WORLD_SIZE: &str = "LOCAL_WORLD_SIZE";
 
 /// What a rank says of itself before it exits with a code.
 struct Failed {

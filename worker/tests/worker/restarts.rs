@@ -2,9 +2,12 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 
+use nix::sys::{prctl, wait::waitpid};
+use nix::unistd::Pid;
 use tokio_util::sync::CancellationToken;
 use worker::{Worker, WorkerError};
 
@@ -61,6 +64,8 @@ if [ $RANK = 0 ]; then exec sleep 100000; fi
 while read -r order; do :; done
 "#,
     );
+    // Orphans become this process's children: it decides when a dead one's id is free again.
+    prctl::set_child_subreaper(true).expect("sets");
     let mut coordinator = Coordinator::leader().await;
     let mut former = Process::worker(&host, coordinator.address);
     let mut session = coordinator.welcomed().await;
@@ -81,11 +86,13 @@ while read -r order; do :; done
 
     former.kill();
     gone(processes[1].0).await;
+    waitpid(Pid::from_raw(processes[1].0), None).expect("an orphan of ours");
     assert!(is_alive(processes[0].0), "rank 0 is to be a stray for this test");
     assert!(is_alive(processes[1].1), "rank 1's child is to be a stray for this test");
 
     // A record whose process id now belongs to someone else, and one that was never finished.
-    let mut bystander = Process(Command::new("sleep").arg("100000").spawn().expect("starts"));
+    let bystander = Command::new("sleep").arg("100000").process_group(0).spawn();
+    let mut bystander = Process(bystander.expect("starts"));
     let record = fs::read_to_string(records.join("digits.g1.r0.json")).expect("a record");
     let (ours, theirs) = (processes[0].0, bystander.0.id());
     let reused = record.replace(&format!("\"pid\":{ours}"), &format!("\"pid\":{theirs}"));
