@@ -306,7 +306,7 @@ fn not_found(records: &Records, kind: &str, name: &Name) -> String {
         (kind, records.read::<JobRecord>(other, name.as_str()))
     {
         let phase = job.status.phase;
-        return format!("no {kind} `{name}`: its job is {phase} and has not made it{hint}");
+        return format!("no {kind} `{name}`: its job is {phase} and has not made it yet");
     }
     if kind != KIND_MODEL && records.get(other, name.as_str()).is_some() {
         return format!("no {kind} `{name}`: that is {}", with_article(other));

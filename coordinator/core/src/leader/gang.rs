@@ -192,6 +192,9 @@ impl Gang {
 /// "r1 on `w2` killed by signal 9 (SIGKILL)", or "`w2`: worker lost: …" for a worker with several.
 pub(super) fn describe(failure: &Failure) -> String {
     match failure.rank {
+        Some(rank) if matches!(failure.cause, ExitCause::WorkerLost { .. }) => {
+            format!("{rank} on `{}`: {}", failure.worker, failure.cause)
+        }
         Some(rank) => format!("{rank} on `{}` {}", failure.worker, failure.cause),
         None => format!("`{}`: {}", failure.worker, failure.cause),
     }

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use api::ids::{Generation, Name, TaskId};
+use api::records::Phase;
 
 /// Why a decision came out as it did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,6 +91,25 @@ pub enum Reason {
     Remark(String),
     /// A record could not be read; nothing is decided about it.
     Unreadable(String),
+}
+
+impl Reason {
+    /// For a workload's own record: what was decided changed it.
+    pub(crate) fn changed(name: Name, phase: Phase, reason: &str) -> Self {
+        let begins_with_phase = reason.starts_with(&phase.to_string());
+        let text = if begins_with_phase { reason.to_owned() } else { format!("{phase}: {reason}") };
+        Self::Changed { name, text }
+    }
+
+    /// The sentence without the workload's name, for its own status.
+    pub(crate) fn for_status(&self) -> String {
+        let text = self.to_string();
+        let name = match self {
+            Self::NeedsSlots { name, .. } | Self::TooLarge { name, .. } => name,
+            _ => return text,
+        };
+        text.strip_prefix(&format!("`{name}` ")).map(str::to_owned).unwrap_or(text)
+    }
 }
 
 impl fmt::Display for Reason {

@@ -11,7 +11,7 @@ use api::ids::{Generation, Name, Rank, TaskId};
 use api::records::{
     CheckpointRecord, JobRecord, KIND_CHECKPOINT, KIND_JOB, KIND_MODEL, ModelRecord, Phase,
 };
-use api::session::{RankOrder, RankReport, TaskEvent, WorkerMessage};
+use api::session::{CoordinatorMessage, RankOrder, RankReport, TaskEvent, WorkerMessage};
 
 use super::Leader;
 use super::decision::Millis;
@@ -78,14 +78,8 @@ impl Leader {
             RankReport::Evaluation(evaluation) => JobEvent::Evaluation(evaluation),
             report => {
                 if !self.is_current(worker, task) {
-                    let entry = self.index.get(&task.workload);
-                    let current = match entry {
-                        Some(entry) => entry.workload.generation(),
-                        None => settled_generation(records, &task.workload),
-                    };
-                    // Known and to be killed, if the sweep has not done so yet.
-                    self.reached(worker, task, Stage::Started);
-                    draft.because(Reason::Superseded { task: task.clone(), current });
+                    self.kill_unknown(draft, worker, task);
+                    draft.because(self.superseded(records, task));
                     return true;
                 }
                 self.fact(draft, records, now, worker, task, report);
@@ -98,12 +92,36 @@ impl Leader {
         false
     }
 
-    /// A word of the task proves that it exists, and how far it has come.
+    /// Why a word of the task does not count.
+    fn superseded(&self, records: &Records, task: &TaskId) -> Reason {
+        let live = self.index.get(&task.workload).map(|entry| entry.workload.generation());
+        let settled = || {
+            let job = records.read::<JobRecord>(KIND_JOB, task.workload.as_str()).ok()??;
+            Some(job.1.status.generation)
+        };
+        match live.or_else(settled) {
+            Some(current) => Reason::Superseded { task: task.clone(), current },
+            None => Reason::Remark(format!("ignored a word of {task}: nobody knows it")),
+        }
+    }
+
+    /// How far a task of the inventory has come.
     fn reached(&mut self, worker: &Name, task: &TaskId, stage: Stage) -> Option<&mut Task> {
-        let tasks = &mut self.workers.get_mut(worker)?.tasks;
-        let state = tasks.entry(task.clone()).or_insert_with(|| Task::new(stage));
+        let state = self.workers.get_mut(worker)?.tasks.get_mut(task)?;
         state.stage = state.stage.max(stage);
         Some(state)
+    }
+
+    /// A word of a task that its worker did not tell of: should it exist after all, it must not.
+    /// Tasks of the inventory are left to the sweep.
+    fn kill_unknown(&self, draft: &mut Draft, worker: &Name, task: &TaskId) {
+        let Some(host) = self.workers.get(worker) else { return };
+        if let Some(session) = host.session
+            && !host.tasks.contains_key(task)
+        {
+            let (task, reason) = (task.clone(), "nobody wants it".to_owned());
+            draft.send(session, CoordinatorMessage::Kill { task, reason });
+        }
     }
 
     /// A report of the current generation that is more than a metric.
@@ -260,6 +278,8 @@ impl Leader {
             status.gang.clear();
             if let Some(newest) = facts.last() {
                 status.checkpoint = Some(newest.clone());
+                let step = newest.step.0;
+                status.reason = format!("adopted step {step}, complete but not recorded before");
                 // It went on between the checkpoint before and this one: only the failure that
                 // ended it counts.
                 status.failures = status.failures.min(1);
@@ -297,12 +317,6 @@ impl Leader {
             draft.deliver(session, task, order);
         }
     }
-}
-
-/// The generation of a job that has ended.
-fn settled_generation(records: &Records, name: &Name) -> Generation {
-    let record = records.read::<JobRecord>(KIND_JOB, name.as_str()).ok().flatten();
-    record.map(|(_, job)| job.status.generation).unwrap_or_default()
 }
 
 fn check_checkpoint(task: &TaskId, fact: &CheckpointFact) -> Result<(), String> {

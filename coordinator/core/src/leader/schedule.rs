@@ -103,7 +103,7 @@ impl Leader {
                 Reason::Behind => self.is_ready(&entry.workload),
                 _ => false,
             };
-            let text = reason.to_string();
+            let text = reason.for_status();
             if is_for_people && entry.workload.reason() != text {
                 draft.decided(reason);
                 return self.explain(draft, &entry, text);

@@ -18,7 +18,7 @@ use super::draft::{Draft, Expect};
 use super::gang::{self, Gang, Verdict};
 use super::index::Workload;
 use super::reason::Reason;
-use super::train::STOP_WAIT_MS;
+use super::train::{STOP_WAIT_MS, ended_unseen};
 use super::workers::task_id;
 use crate::records::Records;
 
@@ -51,12 +51,11 @@ impl Leader {
         let mut endpoint = endpoint.clone();
         change(&mut endpoint.status);
         let name = endpoint.spec.name.clone();
-        let text = format!("{}: {}", endpoint.status.phase, endpoint.status.reason);
+        draft.decided(Reason::changed(name, endpoint.status.phase, &endpoint.status.reason));
         let workload = Workload::Endpoint(Arc::new(endpoint));
         if let Workload::Endpoint(endpoint) = &workload {
             draft.put(workload.key(), Expect::Version(version), &**endpoint);
         }
-        draft.decided(Reason::Changed { name, text });
         self.index.set(workload);
     }
 
@@ -167,16 +166,14 @@ impl Leader {
         let phase = endpoint.status.phase;
         let mut standing = self.standing(&workload, now);
         let Some(gang) = self.gangs.get_mut(name) else { return };
-        if phase == Phase::Starting && !gang.is_mine && !standing.vanished.is_empty() {
+        if phase == Phase::Starting && !gang.is_mine && !standing.is_accounted_for() {
             // The former leader may never have told the worker: nobody's failure.
             return self.change_endpoint(draft, version, endpoint, |status| {
                 status.phase = Phase::Queued;
                 status.reason = "starting over: the leader changed before it listened".into();
             });
         }
-        for (place, cause) in standing.vanished.drain(..) {
-            gang.exited(place.rank, &place.worker, cause, now);
-        }
+        standing.settle(gang, &ended_unseen(), now);
         // Nobody asked it to end, so an end in good order is one as well.
         let ended = standing.is_empty();
         if phase == Phase::Stopping {

@@ -45,14 +45,32 @@ pub(super) struct Standing {
     pub(super) away: Vec<Placement>,
     /// Not started yet, on an attached worker.
     pub(super) untold: Vec<Placement>,
-    /// Neither here nor known to have ended, with what is known.
-    pub(super) vanished: Vec<(Placement, ExitCause)>,
+    /// Not on their attached worker: they ended, and nobody knows how.
+    pub(super) unseen: Vec<Placement>,
+    /// On a worker that is gone, with what is known of that.
+    pub(super) lost: Vec<(Placement, ExitCause)>,
 }
 
 impl Standing {
     /// Whether no task of the gang can be anywhere.
     pub(super) fn is_empty(&self) -> bool {
         self.present.is_empty() && self.away.is_empty() && self.untold.is_empty()
+    }
+
+    /// Whether every task is on its worker, will be, or ended under this leader's eyes.
+    pub(super) fn is_accounted_for(&self) -> bool {
+        self.unseen.is_empty() && self.lost.is_empty()
+    }
+
+    /// Puts the ends that are only inferred into the gang. `unseen`: what is to be thought of a
+    /// task that ended while no coordinator led.
+    pub(super) fn settle(&mut self, gang: &mut Gang, unseen: &ExitCause, now: Millis) {
+        for place in self.unseen.drain(..) {
+            gang.exited(place.rank, &place.worker, unseen.clone(), now);
+        }
+        for (place, cause) in self.lost.drain(..) {
+            gang.exited(place.rank, &place.worker, cause, now);
+        }
     }
 }
 
@@ -63,8 +81,7 @@ impl Leader {
         let workload = Workload::Job(Arc::clone(&job));
         draft.put(workload.key(), expect, &*job);
         draft.publish(&name, JobEvent::Status(Box::new(job.status.clone())));
-        let text = format!("{}: {}", job.status.phase, job.status.reason);
-        draft.decided(Reason::Changed { name, text });
+        draft.decided(Reason::changed(name, job.status.phase, &job.status.reason));
         self.index.set(workload);
     }
 
@@ -111,7 +128,7 @@ impl Leader {
             let lost = |reason: String| (place.clone(), ExitCause::WorkerLost { reason });
             match self.workers.get(&place.worker) {
                 Some(worker) if worker.is_lost => {
-                    standing.vanished.push(lost("its lease ran out".into()));
+                    standing.lost.push(lost("its lease ran out".into()));
                 }
                 Some(worker) if worker.tasks.contains_key(&task_id(workload, place.rank)) => {
                     standing.present.insert(place.rank, place.worker.clone());
@@ -120,13 +137,11 @@ impl Leader {
                     standing.untold.push(place.clone());
                 }
                 Some(_) if may_be_untold => standing.away.push(place.clone()),
-                Some(_) => {
-                    standing.vanished.push(lost("it ended while no coordinator led".into()));
-                }
+                Some(_) => standing.unseen.push(place.clone()),
                 None if self.is_past_grace(now) => {
                     let grace = self.options.grace_ms;
                     let text = format!("it has not come back to the new leader for {grace} ms");
-                    standing.vanished.push(lost(text));
+                    standing.lost.push(lost(text));
                 }
                 None => standing.away.push(place.clone()),
             }
@@ -213,7 +228,7 @@ impl Leader {
             &name,
             generation,
             None,
-            format!("generation {generation} begins {from}: {places}"),
+            format!("generation {generation} starts {from}: {places}"),
         );
         for place in &record.status.gang {
             self.start_rank(draft, &record, place);
@@ -268,22 +283,20 @@ impl Leader {
         // A gang that an earlier leader was starting: this leader does not hold its secret, and
         // cannot tell a rank that never started from one that ended.
         let is_inherited = is_starting && !gang.is_mine;
+        if job.status.model.is_some() {
+            standing.settle(gang, &ExitCause::Completed, now);
+            return self.advance_finish(draft, now, version, job, &standing);
+        }
         if !is_inherited {
-            for (place, cause) in standing.vanished.drain(..) {
-                gang.exited(place.rank, &place.worker, cause, now);
-            }
+            standing.settle(gang, &ended_unseen(), now);
         }
         let lease = self.options.lease_ms;
         match gang.verdict(|rank| standing.present.contains_key(&rank), now, lease) {
             Verdict::Fine => {}
-            _ if job.status.model.is_some() => {}
             Verdict::Await(text) => {
                 return draft.because(Reason::Waiting { name: name.clone(), text });
             }
             Verdict::Cause(failure) => return self.fail_job(draft, now, version, job, failure),
-        }
-        if job.status.model.is_some() {
-            return self.advance_finish(draft, now, version, job, &standing);
         }
         if is_inherited {
             return self.take_over(draft, now, version, job, &standing);
@@ -308,6 +321,8 @@ impl Leader {
             self.change_job(draft, version, job, |status| {
                 let known: BTreeSet<Rank> = status.completed.iter().copied().collect();
                 status.completed = known.union(&completed).copied().collect();
+                let (ended, all) = (status.completed.len(), status.gang.len());
+                status.reason = format!("{ended} of {all} ranks have ended well");
             });
         }
     }
@@ -333,7 +348,7 @@ impl Leader {
             let worker = self.workers.get(worker);
             worker.and_then(|w| w.tasks.get(&task)).is_some_and(|task| task.has_peers)
         };
-        if standing.vanished.is_empty() && standing.present.iter().all(has_peers) {
+        if standing.is_accounted_for() && standing.present.iter().all(has_peers) {
             return self.run_job(draft, now, version, job, "taken over by a new leader");
         }
         let text = "starting over: the leader changed before the ranks had met";
@@ -394,6 +409,8 @@ impl Leader {
             }
             Agreement::Reached { fingerprint, note } => {
                 let generation = job.status.generation;
+                let text = "every rank listens, they are told of one another".to_owned();
+                draft.decided(Reason::Waiting { name: name.clone(), text });
                 if job.status.fingerprint.is_none() {
                     self.change_job(draft, version, job, |status| {
                         status.fingerprint = Some(fingerprint);
@@ -531,9 +548,8 @@ impl Leader {
         let workload = Workload::Job(Arc::clone(job));
         let mut standing = self.standing(&workload, now);
         let Some(gang) = self.gangs.get_mut(name) else { return };
-        for (place, cause) in standing.vanished.drain(..) {
-            gang.exited(place.rank, &place.worker, cause, now);
-        }
+        // A rank that ended while nobody led had been asked to.
+        standing.settle(gang, &ExitCause::Completed, now);
         if job.status.model.is_some() {
             return self.advance_finish(draft, now, version, job, &standing);
         }
@@ -584,6 +600,11 @@ impl Leader {
         let generation = job.status.generation;
         draft.effect(Effect::ForgetSecret { job: job.spec.name.clone(), generation });
     }
+}
+
+/// An end that no leader heard of in time to record it.
+pub(super) fn ended_unseen() -> ExitCause {
+    ExitCause::WorkerLost { reason: "it ended while no coordinator led".into() }
 }
 
 /// "from step 100" or "from the beginning".

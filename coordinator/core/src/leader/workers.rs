@@ -15,7 +15,7 @@ use super::Leader;
 use super::decision::{Effect, Millis, SessionId};
 use super::draft::Draft;
 use super::index::Workload;
-use super::reason::Reason;
+use super::reason::{Reason, count};
 
 /// Workers known at once; each keeps a stream open. More is a mistake or an attack.
 const WORKERS_MAX: usize = 4_096;
@@ -133,7 +133,7 @@ impl Leader {
         let heartbeat = self.options.heartbeat;
         draft.send(session, CoordinatorMessage::Welcome { node, heartbeat });
         self.repeat_commits(draft, session, &tasks);
-        let tail = format!("{slots} slots, {} tasks", tasks.len());
+        let tail = format!("{}, {}", count(slots as usize, "slot"), count(tasks.len(), "task"));
         draft.because(Reason::Remark(format!("worker `{name}` attached: {tail}")));
         self.sessions.insert(session, name.clone());
         let session = Some(session);
@@ -179,6 +179,7 @@ impl Leader {
                 && let Workload::Job(job) = &entry.workload
                 && let Some(fact) = &job.status.checkpoint
                 && fact.generation == task.generation
+                && job.status.generation == task.generation
             {
                 draft.deliver(session, task, RankOrder::Committed { step: fact.step });
             }
