@@ -45,3 +45,72 @@ pub(crate) async fn find_unrecorded(
         attempt += 1;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use api::Rank;
+    use api::config::StoreSection;
+    use api::job::Compression;
+    use checkpoint::{ManifestInfo, Saver, SaverOptions, TensorSlice};
+
+    use super::*;
+
+    fn save(folder: &Path, job: &Name, generation: Generation, steps: &[u64]) {
+        let options = SaverOptions {
+            section: StoreSection::default(),
+            uri: format!("file://{}", folder.display()),
+            job: job.clone(),
+            generation,
+            rank: Rank(0),
+            world_size: 1,
+            compression: Compression::None,
+        };
+        let mut saver = Saver::start(options).expect("starts");
+        for step in steps.iter().copied().map(Step) {
+            let tensor = TensorSlice { name: "model.w", shape: &[2], data: &[1.0, 2.0] };
+            saver.stage(step, &[tensor]).expect("staged");
+            let shard = saver.wait_shard(step).expect("uploaded");
+            let info = ManifestInfo {
+                fingerprint: "cpu/test".into(),
+                data_digest: String::new(),
+                spec_digest: String::new(),
+                lanes: 8,
+                metrics: Default::default(),
+            };
+            saver.commit(step, vec![shard], info);
+            saver.wait_committed(step).expect("committed");
+        }
+        saver.finish().expect("finishes");
+    }
+
+    #[tokio::test]
+    async fn only_complete_newer_checkpoints_of_the_generation_are_found() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let job: Name = "a".parse().expect("a name");
+        let (path, owner) = (folder.path().to_owned(), job.clone());
+        tokio::task::spawn_blocking(move || {
+            save(&path, &owner, Generation(1), &[10]);
+            save(&path, &owner, Generation(2), &[20, 30, 40]);
+        })
+        .await
+        .expect("saved");
+        // The newest lost its shard: it is no checkpoint.
+        let newest = checkpoint::keys::checkpoint(&job, Step(40), Generation(2));
+        for entry in std::fs::read_dir(folder.path().join(newest)).expect("a folder") {
+            let path = entry.expect("an entry").path();
+            if path.extension().is_some_and(|extension| extension == "safetensors") {
+                std::fs::remove_file(path).expect("removed");
+            }
+        }
+        let uri = format!("file://{}", folder.path().display());
+        let store = Store::open(&StoreSection::default(), &uri).expect("opens");
+        let found = find_unrecorded(&store, &job, Generation(2), Some(Step(20))).await;
+        let steps: Vec<_> = found.expect("lists").iter().map(|fact| fact.step).collect();
+        assert_eq!(steps, [Step(30)]);
+        let found = find_unrecorded(&store, &job, Generation(2), None).await;
+        let steps: Vec<_> = found.expect("lists").iter().map(|fact| fact.step).collect();
+        assert_eq!(steps, [Step(20), Step(30)]);
+    }
+}

@@ -205,8 +205,7 @@ impl ClusterClient {
     /// # Errors
     /// `NotFound`, or `Conflict` when it has not ended or has succeeded.
     pub async fn resume(&self, name: &Name) -> Result<JobRecord, ClientError> {
-        let request =
-            pb::ResumeRequest { request_id: new_request_id()?, name: name.to_string() };
+        let request = pb::ResumeRequest { request_id: new_request_id()?, name: name.to_string() };
         document(self.call(request, async |mut rpc, r| rpc.resume(r).await).await?)
     }
 
@@ -294,7 +293,8 @@ impl ClusterClient {
     ) -> Result<Vec<(u64, T)>, ClientError> {
         let request = pb::ListRequest { kind: kind.to_owned(), id_prefix: id_prefix.to_owned() };
         let reply = self.call(request, async |mut rpc, r| rpc.list(r).await).await?;
-        let parsed = reply.records.into_iter().map(|record| Ok((record.version, document(record)?)));
+        let parsed =
+            reply.records.into_iter().map(|record| Ok((record.version, document(record)?)));
         parsed.collect()
     }
 

@@ -13,9 +13,7 @@ use crate::random::RandomError;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// No coordinator could be reached.
-    #[error(
-        "no coordinator could be reached (tried {tried}): {problem}; is `cluster up` running?"
-    )]
+    #[error("no coordinator could be reached (tried {tried}): {problem}; is `cluster up` running?")]
     Unreachable {
         /// The addresses that were tried.
         tried: String,

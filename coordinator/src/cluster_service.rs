@@ -1,6 +1,10 @@
 //! The `Cluster` service: what the `cluster` command asks. Any coordinator answers; one that does
 //! not lead passes the call on to the leader.
+//!
+//! Writes are answered after their commit. Reads come from the leader's applied records: a leader
+//! that was just cut off may answer from them until it notices, an election timeout at most.
 
+use std::error::Error as _;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,9 +14,7 @@ use api::events::JobEvent;
 use api::pb::cluster_client::ClusterClient;
 use api::pb::cluster_server::Cluster;
 use api::pb::{self, Record};
-use api::records::{
-    EndpointSpec, JobRecord, JobStatus, KIND_ENDPOINT, KIND_JOB, KIND_MODEL,
-};
+use api::records::{EndpointSpec, JobRecord, JobStatus, KIND_ENDPOINT, KIND_JOB, KIND_MODEL};
 use api::{JobSpec, Name, Rank};
 use coordinator_core::{Input, Records, Versioned};
 use futures::Stream;
@@ -21,7 +23,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use crate::coordinator::Validate;
 use crate::leadership::{Leadership, Leaderships};
@@ -91,6 +93,27 @@ impl ClusterService {
         match found.await {
             Ok(route) => route,
             Err(_) => Err(self.no_leader().await),
+        }
+    }
+
+    /// What the leader told. One that cannot be reached is dead or cut off: the caller is told so
+    /// once its successor is known, or that there is none.
+    async fn told<A>(&self, answer: Result<Response<A>, Status>) -> Result<Response<A>, Status> {
+        match answer {
+            Err(status) if status.code() == Code::Unavailable && status.source().is_some() => {
+                let lost = self.logs.raft.status().leader;
+                let mut status = self.logs.raft.watch_status();
+                let elected = status.wait_for(|now| now.leader.is_some() && now.leader != lost);
+                let is_elected = tokio::time::timeout(LEADER_WAIT, elected)
+                    .await
+                    .is_ok_and(|elected| elected.is_ok());
+                Err(if is_elected {
+                    Status::unavailable("the leader was lost, another leads: ask again")
+                } else {
+                    self.no_leader().await
+                })
+            }
+            answer => answer,
         }
     }
 
@@ -238,8 +261,7 @@ impl ClusterService {
         let reader = leadership.feeds.subscribe(&name);
         let record = self.records().read::<JobRecord>(KIND_JOB, name.as_str());
         let record = record.map_err(|error| Status::internal(error.to_string()))?;
-        let (version, record) =
-            record.ok_or_else(|| self.not_found(KIND_JOB, &request.job))?;
+        let (version, record) = record.ok_or_else(|| self.not_found(KIND_JOB, &request.job))?;
         let (sink, events) = mpsc::channel(STREAM_ITEMS_MAX);
         let watcher = Watcher { reader, version, status: record.status, sink };
         tokio::spawn(watcher.run(leadership.over.clone()));
@@ -257,8 +279,12 @@ impl Cluster for ClusterService {
         request: Request<pb::SubmitRequest>,
     ) -> Result<Response<Record>, Status> {
         match self.route(&request).await? {
-            Route::Here(here) => self.submit_here(here, request.into_inner()).await.map(Response::new),
-            Route::There(mut there) => there.submit(self.peers.forwarded(request.into_inner())).await,
+            Route::Here(here) => {
+                self.submit_here(here, request.into_inner()).await.map(Response::new)
+            }
+            Route::There(mut there) => {
+                self.told(there.submit(self.peers.forwarded(request.into_inner())).await).await
+            }
         }
     }
 
@@ -268,21 +294,29 @@ impl Cluster for ClusterService {
     ) -> Result<Response<pb::ListReply>, Status> {
         match self.route(&request).await? {
             Route::Here(_) => self.list_here(request.get_ref()).map(Response::new),
-            Route::There(mut there) => there.list(self.peers.forwarded(request.into_inner())).await,
+            Route::There(mut there) => {
+                self.told(there.list(self.peers.forwarded(request.into_inner())).await).await
+            }
         }
     }
 
     async fn get(&self, request: Request<pb::GetRequest>) -> Result<Response<Record>, Status> {
         match self.route(&request).await? {
             Route::Here(_) => self.get_here(request.get_ref()).map(Response::new),
-            Route::There(mut there) => there.get(self.peers.forwarded(request.into_inner())).await,
+            Route::There(mut there) => {
+                self.told(there.get(self.peers.forwarded(request.into_inner())).await).await
+            }
         }
     }
 
     async fn stop(&self, request: Request<pb::StopRequest>) -> Result<Response<Record>, Status> {
         match self.route(&request).await? {
-            Route::Here(here) => self.stop_here(here, request.into_inner()).await.map(Response::new),
-            Route::There(mut there) => there.stop(self.peers.forwarded(request.into_inner())).await,
+            Route::Here(here) => {
+                self.stop_here(here, request.into_inner()).await.map(Response::new)
+            }
+            Route::There(mut there) => {
+                self.told(there.stop(self.peers.forwarded(request.into_inner())).await).await
+            }
         }
     }
 
@@ -291,8 +325,12 @@ impl Cluster for ClusterService {
         request: Request<pb::ResumeRequest>,
     ) -> Result<Response<Record>, Status> {
         match self.route(&request).await? {
-            Route::Here(here) => self.resume_here(here, request.into_inner()).await.map(Response::new),
-            Route::There(mut there) => there.resume(self.peers.forwarded(request.into_inner())).await,
+            Route::Here(here) => {
+                self.resume_here(here, request.into_inner()).await.map(Response::new)
+            }
+            Route::There(mut there) => {
+                self.told(there.resume(self.peers.forwarded(request.into_inner())).await).await
+            }
         }
     }
 
@@ -308,7 +346,9 @@ impl Cluster for ClusterService {
                     workers_json.map_err(|error| Status::internal(error.to_string()))?;
                 Ok(Response::new(pb::WorkersReply { workers_json }))
             }
-            Route::There(mut there) => there.workers(self.peers.forwarded(request.into_inner())).await,
+            Route::There(mut there) => {
+                self.told(there.workers(self.peers.forwarded(request.into_inner())).await).await
+            }
         }
     }
 
@@ -320,7 +360,10 @@ impl Cluster for ClusterService {
             Route::Here(here) => self.logs_here(&here, request.get_ref()).map(Response::new),
             Route::There(mut there) => {
                 let forwarded = self.peers.forwarded(request.into_inner());
-                Ok(there.logs(forwarded).await?.map(|lines| Box::pin(lines) as Items<_>))
+                Ok(self
+                    .told(there.logs(forwarded).await)
+                    .await?
+                    .map(|lines| Box::pin(lines) as Items<_>))
             }
         }
     }
@@ -333,7 +376,10 @@ impl Cluster for ClusterService {
             Route::Here(here) => self.watch_here(&here, request.get_ref()).map(Response::new),
             Route::There(mut there) => {
                 let forwarded = self.peers.forwarded(request.into_inner());
-                Ok(there.watch(forwarded).await?.map(|events| Box::pin(events) as Items<_>))
+                Ok(self
+                    .told(there.watch(forwarded).await)
+                    .await?
+                    .map(|events| Box::pin(events) as Items<_>))
             }
         }
     }
@@ -343,8 +389,12 @@ impl Cluster for ClusterService {
         request: Request<pb::DeployRequest>,
     ) -> Result<Response<Record>, Status> {
         match self.route(&request).await? {
-            Route::Here(here) => self.deploy_here(here, request.into_inner()).await.map(Response::new),
-            Route::There(mut there) => there.deploy(self.peers.forwarded(request.into_inner())).await,
+            Route::Here(here) => {
+                self.deploy_here(here, request.into_inner()).await.map(Response::new)
+            }
+            Route::There(mut there) => {
+                self.told(there.deploy(self.peers.forwarded(request.into_inner())).await).await
+            }
         }
     }
 
@@ -353,10 +403,11 @@ impl Cluster for ClusterService {
         _: Request<pb::StatusRequest>,
     ) -> Result<Response<pb::StatusReply>, Status> {
         let status = self.logs.raft.status();
-        let members = self.peers.members.iter().map(|member| pb::Member {
-            node: member.node.0,
-            address: member.address.to_string(),
-        });
+        let members = self
+            .peers
+            .members
+            .iter()
+            .map(|member| pb::Member { node: member.node.0, address: member.address.to_string() });
         Ok(Response::new(pb::StatusReply {
             node: status.node.0,
             leader: status.leader.map_or(0, |leader| leader.0),
@@ -467,7 +518,8 @@ fn parse_spec<T: DeserializeOwned>(json: &[u8]) -> Result<T, Status> {
 /// The id under which a request is remembered: apart from the leader's own and per method, so that
 /// one client's ids can touch nothing else.
 fn request_id(method: &str, id: &str) -> Result<String, Status> {
-    let legal = !id.is_empty() && id.len() <= REQUEST_ID_MAX && id.bytes().all(|b| b.is_ascii_graphic());
+    let legal =
+        !id.is_empty() && id.len() <= REQUEST_ID_MAX && id.bytes().all(|b| b.is_ascii_graphic());
     if !legal {
         return Err(Status::invalid_argument(format!(
             "request_id: expected 1 to {REQUEST_ID_MAX} printable characters"

@@ -3,48 +3,31 @@
 use std::fmt;
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use api::config::{ClusterConfig, ConfigError};
-use api::connect::{ConnectError, server_tls};
-use api::pb::cluster_server::ClusterServer;
-use api::pb::worker_session_server::WorkerSessionServer;
-use api::session::MESSAGE_BYTES_MAX;
 use api::units::Span;
-use api::{ExitClass, JobSpec, Secret};
-use checkpoint::{Store, StoreError};
+use api::{JobSpec, Secret};
+use checkpoint::Store;
 use coordinator_core::LeaderOptions;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tonic::service::interceptor::InterceptedService;
-use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tracing::{info, warn};
 
-use crate::cluster_service::{ClusterService, REPLY_BYTES_MAX};
+use crate::coordinator_error::CoordinatorError;
 use crate::leader_loop::LeaderLoop;
 use crate::leadership::Leaderships;
 use crate::log_stream::LogSources;
 use crate::peers::Peers;
-use crate::raft_node::{RaftHandle, RaftNode, RaftOptions, RaftService, RaftStatus, StartError};
-use crate::random::{RandomError, random_u64};
-use crate::session::SessionService;
+use crate::raft_node::{RaftHandle, RaftNode, RaftOptions, RaftService, RaftStatus};
+use crate::random::random_u64;
+use crate::server::{ServerTask, Services};
 use crate::token::TokenCheck;
 
 /// Heartbeats of a worker per lease: two may be lost and the third is in time.
 const HEARTBEATS_PER_LEASE: u32 = 3;
-/// Idle connections are probed this often, so that the session of a vanished host ends.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-/// A probe unanswered for this long ends the connection.
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Streams per connection: a follower forwards its clients' streams over one.
-const STREAMS_MAX: u32 = 1024;
-/// What framing adds to the largest message.
-const FRAME_MARGIN: usize = 64 << 10;
 /// Open connections get this long to end by themselves when the coordinator stops.
 const DRAIN_WAIT: Duration = Duration::from_secs(2);
 
@@ -69,85 +52,6 @@ impl fmt::Debug for CoordinatorOptions {
             .field("node", &self.config.coordinator.node)
             .field("listener", &self.listener)
             .finish_non_exhaustive()
-    }
-}
-
-/// Why a coordinator did not start, or stopped by itself.
-#[derive(Debug, thiserror::Error)]
-pub enum CoordinatorError {
-    /// The configuration cannot be used.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// Another process has the address.
-    #[error(
-        "cannot listen on `{address}`: another process listens there, perhaps another coordinator; \
-         stop it, or choose another address in coordinator.members"
-    )]
-    PortInUse {
-        /// The address.
-        address: SocketAddr,
-    },
-    /// The address cannot be listened on.
-    #[error("cannot listen on `{address}`: {source}")]
-    Listen {
-        /// The address.
-        address: SocketAddr,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The token cannot be sent.
-    #[error("the cluster token is empty or not printable ASCII: check `cluster.token_file`")]
-    Token,
-    /// Certificates cannot be used.
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
-    /// The object store refuses.
-    #[error("object store `{uri}`: {source}")]
-    Store {
-        /// Which store.
-        uri: String,
-        /// Why.
-        source: StoreError,
-    },
-    /// Raft's state cannot be used.
-    #[error("cannot start raft in `{}`: {source}", dir.display())]
-    Raft {
-        /// Its folder.
-        dir: PathBuf,
-        /// Why.
-        source: StartError,
-    },
-    /// No randomness.
-    #[error(transparent)]
-    Random(#[from] RandomError),
-    /// The server ended by itself.
-    #[error("the coordinator's server ended: {0}")]
-    Serve(String),
-    /// Raft ended by itself.
-    #[error("raft of coordinator {node} {reason}")]
-    RaftStopped {
-        /// Which node.
-        node: api::NodeId,
-        /// Why.
-        reason: String,
-    },
-}
-
-impl CoordinatorError {
-    /// The class of exit code that a command ends with.
-    pub fn exit_class(&self) -> ExitClass {
-        match self {
-            Self::Config(_) | Self::Token | Self::Connect(_) => ExitClass::Usage,
-            Self::PortInUse { .. } | Self::Listen { .. } => ExitClass::Unavailable,
-            Self::Store { source: StoreError::Denied { .. }, .. } => ExitClass::Denied,
-            Self::Store { source: StoreError::Uri { .. } | StoreError::Settings(_), .. } => {
-                ExitClass::Usage
-            }
-            Self::Store { .. } => ExitClass::Unavailable,
-            Self::Raft { .. } | Self::Random(_) | Self::Serve(_) | Self::RaftStopped { .. } => {
-                ExitClass::Internal
-            }
-        }
     }
 }
 
@@ -186,8 +90,10 @@ impl Coordinator {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let (listener, address) = bind(&config, listener)?;
         let uri = config.store_uri();
-        let store = Store::open(&config.store, &uri)
-            .map_err(|source| CoordinatorError::Store { uri: uri.clone(), source })?;
+        let store = Store::open(&config.store, &uri).map_err(|error| CoordinatorError::Store {
+            uri: uri.clone(),
+            source: Box::new(error),
+        })?;
         let (raft, raft_service) = start_raft(&config, &token)?;
         let shutdown = CancellationToken::new();
         let (leaderships_sender, leaderships) = watch::channel(None);
@@ -320,7 +226,7 @@ async fn joined(main: &mut Option<Main>) -> Result<(), CoordinatorError> {
 /// The running tasks of a coordinator.
 struct Parts {
     leading: JoinHandle<()>,
-    server: JoinHandle<Result<(), tonic::transport::Error>>,
+    server: ServerTask,
     raft: RaftHandle,
     shutdown: CancellationToken,
 }
@@ -330,6 +236,8 @@ impl Parts {
     async fn supervise(mut self) -> Result<(), CoordinatorError> {
         let mut server_ended = false;
         let result = tokio::select! {
+            biased;
+            // First: the server ends on shutdown too, and that is no failure.
             () = self.shutdown.cancelled() => Ok(()),
             ended = &mut self.server => {
                 server_ended = true;
@@ -397,7 +305,8 @@ fn start_raft(
         tls: config.tls.clone(),
         token: token.clone(),
     };
-    RaftNode::start(options).map_err(|source| CoordinatorError::Raft { dir, source })
+    RaftNode::start(options)
+        .map_err(|error| CoordinatorError::Raft { dir, source: Box::new(error) })
 }
 
 fn leader_options(config: &ClusterConfig) -> LeaderOptions {
@@ -407,64 +316,5 @@ fn leader_options(config: &ClusterConfig) -> LeaderOptions {
         grace_ms: config.coordinator.grace_period.0.as_millis() as u64,
         cluster_id: config.cluster.id.clone(),
         heartbeat: Span(lease / HEARTBEATS_PER_LEASE),
-    }
-}
-
-/// What the server answers with.
-struct Services {
-    cluster_id: String,
-    token: TokenCheck,
-    validate: Validate,
-    leaderships: Leaderships,
-    peers: Arc<Peers>,
-    logs: LogSources,
-    raft: RaftService,
-}
-
-impl Services {
-    fn serve(
-        self,
-        config: &ClusterConfig,
-        listener: TcpListener,
-        shutdown: CancellationToken,
-    ) -> Result<JoinHandle<Result<(), tonic::transport::Error>>, CoordinatorError> {
-        let failed = |error: std::io::Error| CoordinatorError::Serve(error.to_string());
-        let listener = tokio::net::TcpListener::from_std(listener).map_err(failed)?;
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        let sessions = SessionService {
-            cluster_id: self.cluster_id,
-            token: self.token.clone(),
-            leaderships: self.leaderships.clone(),
-            peers: Arc::clone(&self.peers),
-            window: Arc::clone(&self.logs.window),
-            next_session: AtomicU64::new(1),
-        };
-        let sessions = WorkerSessionServer::new(sessions)
-            .max_decoding_message_size(MESSAGE_BYTES_MAX + FRAME_MARGIN)
-            .max_encoding_message_size(MESSAGE_BYTES_MAX + FRAME_MARGIN);
-        let cluster = ClusterServer::new(ClusterService {
-            leaderships: self.leaderships,
-            peers: self.peers,
-            logs: self.logs,
-            validate: self.validate,
-        })
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(REPLY_BYTES_MAX);
-        let mut server = Server::builder()
-            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-            .max_concurrent_streams(STREAMS_MAX);
-        if let Some(tls) = server_tls(&config.tls)? {
-            server = server
-                .tls_config(tls)
-                .map_err(|error| CoordinatorError::Connect(ConnectError::Tls(error)))?;
-        }
-        let router = server
-            // Raft checks the token itself: it shows a folder's identity with it.
-            .add_service(self.raft.into_server())
-            .add_service(InterceptedService::new(cluster, self.token.clone()))
-            .add_service(InterceptedService::new(sessions, self.token));
-        let stopped = async move { shutdown.cancelled().await };
-        Ok(tokio::spawn(router.serve_with_incoming_shutdown(incoming, stopped)))
     }
 }

@@ -12,6 +12,7 @@ mod client_error;
 mod client_stream;
 mod cluster_service;
 mod coordinator;
+mod coordinator_error;
 mod leader_loop;
 mod leadership;
 mod log_history;
@@ -21,6 +22,7 @@ mod peers;
 mod raft_node;
 mod random;
 mod secrets;
+mod server;
 mod session;
 mod status;
 mod term;
@@ -30,9 +32,8 @@ mod watch;
 pub use client::ClusterClient;
 pub use client_error::ClientError;
 pub use client_stream::{EventStream, LineStream};
-pub use coordinator::{
-    Coordinator, CoordinatorError, CoordinatorHandle, CoordinatorOptions, Validate,
-};
+pub use coordinator::{Coordinator, CoordinatorHandle, CoordinatorOptions, Validate};
+pub use coordinator_error::CoordinatorError;
 pub use raft_node::{
     FolderError, ProposeError, RaftHandle, RaftNode, RaftOptions, RaftService, RaftStatus,
     StartError, StopReason,

@@ -266,7 +266,14 @@ mod tests {
         zstd::encode_all(text.as_bytes(), 1).expect("compresses")
     }
 
-    async fn put(store: &Store, job: &Name, generation: u64, rank: u32, bytes: Vec<u8>, first: u64) {
+    async fn put(
+        store: &Store,
+        job: &Name,
+        generation: u64,
+        rank: u32,
+        bytes: Vec<u8>,
+        first: u64,
+    ) {
         let prefix = keys::logs(job, Generation(generation), Rank(rank));
         let key = format!("{}/{first:012}{SEGMENT_SUFFIX}", prefix.trim_end_matches('/'));
         store.put(&key, bytes.into()).await.expect("stored");
@@ -302,7 +309,8 @@ mod tests {
         drop(sink);
         let mut seen = Vec::new();
         while let Some(line) = lines.recv().await {
-            let pb::LogLine { generation, rank, sequence, stream, text, .. } = line.expect("a line");
+            let pb::LogLine { generation, rank, sequence, stream, text, .. } =
+                line.expect("a line");
             let text = text.split(" missing").next().filter(|_| stream == "gap");
             seen.push(format!("g{generation} r{rank} {sequence} {}", text.unwrap_or_default()));
         }

@@ -157,8 +157,9 @@ impl Writer {
         }
         let json = tokio::select! {
             biased;
-            () = self.closing.token.cancelled() => None,
+            // Orders that were queued before the session was closed still go out.
             Some(message) = self.messages.recv() => Some(serde_json::to_vec(&message)),
+            () = self.closing.token.cancelled() => None,
             Ok(()) = self.acknowledgements.changed() => Some(Ok(Vec::new())),
             else => None,
         };
@@ -312,5 +313,75 @@ impl Reader {
             ))
         })?;
         Ok((frame.sequence, message))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use api::NodeId;
+    use api::units::Span;
+
+    use super::*;
+
+    fn session() -> (SessionHandle, Writer) {
+        let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
+        let (acknowledged, acknowledgements) = watch::channel(0);
+        let closing = Closing::new(&CancellationToken::new());
+        let handle = SessionHandle {
+            outbox,
+            acknowledged: Arc::new(acknowledged),
+            closing: closing.clone(),
+        };
+        let _guard = closing.token.clone().drop_guard();
+        (handle, Writer { messages, acknowledgements, ended: false, _guard, closing })
+    }
+
+    fn order(node: u64) -> CoordinatorMessage {
+        CoordinatorMessage::Welcome { node: NodeId(node), heartbeat: Span::seconds(1) }
+    }
+
+    #[tokio::test]
+    async fn orders_and_acknowledgements_become_frames_until_the_session_closes() {
+        let (handle, writer) = session();
+        handle.acknowledge(3);
+        handle.send(order(1));
+        let (frame, writer) = writer.next().await.expect("a frame");
+        let frame = frame.expect("an order");
+        assert_eq!(frame.acknowledged, 3);
+        let parsed = serde_json::from_slice::<CoordinatorMessage>(&frame.json).expect("parses");
+        assert_eq!(parsed, order(1));
+        // An older acknowledgement is not one.
+        handle.acknowledge(2);
+        handle.acknowledge(5);
+        let (frame, writer) = writer.next().await.expect("a frame");
+        let frame = frame.expect("an acknowledgement");
+        assert_eq!((frame.acknowledged, frame.json.len()), (5, 0));
+        // What was ordered before the end still goes out; the first reason counts.
+        handle.send(order(2));
+        handle.close(Status::aborted("superseded"));
+        handle.close(Status::aborted("later"));
+        let (frame, writer) = writer.next().await.expect("a frame");
+        assert!(frame.is_ok());
+        let (frame, writer) = writer.next().await.expect("the reason");
+        assert_eq!(frame.expect_err("closed").message(), "superseded");
+        assert!(writer.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_takes_no_orders_loses_its_session() {
+        let (handle, mut writer) = session();
+        for _ in 0..OUTBOX_MAX {
+            handle.send(order(1));
+        }
+        assert!(!writer.closing.token.is_cancelled());
+        handle.send(order(1));
+        assert!(writer.closing.token.is_cancelled());
+        for _ in 0..OUTBOX_MAX {
+            let (frame, next) = writer.next().await.expect("a frame");
+            assert!(frame.is_ok());
+            writer = next;
+        }
+        let (frame, _) = writer.next().await.expect("the reason");
+        assert_eq!(frame.expect_err("closed").code(), tonic::Code::ResourceExhausted);
     }
 }

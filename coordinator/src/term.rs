@@ -100,8 +100,7 @@ impl Term {
     pub(crate) fn begin(options: TermOptions) -> Self {
         let clock = Clock::start();
         let records = options.raft.records();
-        let leader =
-            Leader::new(options.leader.clone(), options.node, &records, clock.now());
+        let leader = Leader::new(options.leader.clone(), options.node, &records, clock.now());
         let status = options.raft.watch_status();
         let raft_term = status.borrow().term;
         Self {
@@ -188,7 +187,9 @@ impl Term {
             // A retry: the first attempt's answer again.
             Some(Outcome::Committed) => (self.record(&RecordKey::new(kind, id)), false),
             Some(Outcome::Conflict { .. }) => (
-                Err(Status::aborted("an earlier attempt met a conflict: ask under a new request id")),
+                Err(Status::aborted(
+                    "an earlier attempt met a conflict: ask under a new request id",
+                )),
                 false,
             ),
             None => {

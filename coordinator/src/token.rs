@@ -63,9 +63,12 @@ mod tests {
     #[test]
     fn only_the_exact_token_passes_and_no_refusal_shows_it() {
         let mut check = TokenCheck::new(Secret::new("correct-horse"));
-        for (shown, passes) in
-            [("correct-horse", true), ("correct-hors", false), ("Correct-horse", false), ("", false)]
-        {
+        for (shown, passes) in [
+            ("correct-horse", true),
+            ("correct-hors", false),
+            ("Correct-horse", false),
+            ("", false),
+        ] {
             assert_eq!(check.accepts(shown.as_bytes()), passes, "{shown:?}");
         }
         let refusal = check.call(Request::new(())).expect_err("no token");

@@ -25,7 +25,8 @@ async fn a_wrong_token_or_cluster_id_is_refused_and_not_repeated() {
     assert!(!text.contains(TOKEN) && !text.contains(WRONG), "a token was printed: {text}");
 
     let config = ClusterConfig::default();
-    let attach = |token: &'static str, hello| FakeWorker::attach_with(address, token, hello, &config);
+    let attach =
+        |token: &'static str, hello| FakeWorker::attach_with(address, token, hello, &config);
     let status = attach(WRONG, hello("w1", 1, Vec::new())).await.err().expect("a wrong token");
     assert_eq!(status.code(), Code::Unauthenticated, "{status}");
     let mut other_token = hello("w1", 1, Vec::new());

@@ -3,16 +3,19 @@
 
 mod support;
 
+use api::ExitClass;
 use api::events::JobEvent;
 use api::ids::Step;
 use api::pb;
 use api::records::{KIND_CHECKPOINT, KIND_ENDPOINT, KIND_JOB, KIND_MODEL, Phase};
 use api::session::{CoordinatorMessage, RankOrder, RankReport, WorkerMessage};
-use api::{ExitClass, Secret};
 use coordinator::EventStream;
-use support::{FakeWorker, Group, TOKEN, checkpoint, folder_holds, guard, hello, metrics, name, spec};
+use support::{
+    FakeWorker, Group, TOKEN, checkpoint, folder_holds, guard, hello, metrics, name, rpc, spec,
+    with_token,
+};
 use tokio_stream::StreamExt as _;
-use tonic::{Code, Request};
+use tonic::Code;
 
 async fn next_event(events: &mut EventStream) -> Option<JobEvent> {
     guard("an event", events.next()).await.map(|event| event.expect("an event"))
@@ -36,9 +39,8 @@ fn is_phase(event: &JobEvent, phase: Phase) -> bool {
 async fn a_job_lives_from_submit_to_its_model_and_no_secret_is_kept() {
     let mut group = Group::start(1).await;
     let client = group.client().await;
-    let mut worker = FakeWorker::attach(group.address(1), hello("w1", 2, Vec::new()))
-        .await
-        .expect("attaches");
+    let mut worker =
+        FakeWorker::attach(group.address(1), hello("w1", 2, Vec::new())).await.expect("attaches");
     let job = name("digits");
 
     let record = client.submit(&spec("digits", 2)).await.expect("accepted");
@@ -82,15 +84,8 @@ async fn a_job_lives_from_submit_to_its_model_and_no_secret_is_kept() {
     let checkpoints = client.checkpoints(&job).await.expect("lists");
     let facts: Vec<_> = checkpoints.into_iter().map(|(_, record)| record.fact).collect();
     assert_eq!(facts, [fact], "acknowledged before it was recorded");
-    loop {
-        match worker.deliver().await {
-            (_, RankOrder::Committed { step }) => {
-                assert_eq!(step, Step(50));
-                break;
-            }
-            (task, other) => panic!("{task}: {other:?}"),
-        }
-    }
+    let (told, order) = worker.deliver().await;
+    assert_eq!((told, order), (tasks[0].clone(), RankOrder::Committed { step: Step(50) }));
 
     worker.finish(&tasks).await;
     let mut last = None;
@@ -106,7 +101,9 @@ async fn a_job_lives_from_submit_to_its_model_and_no_secret_is_kept() {
     let late = client.watch(&job).await.expect("watches");
     let late: Vec<_> = guard("the late events", late.collect::<Vec<_>>()).await;
     let late: Vec<_> = late.into_iter().map(|event| event.expect("an event")).collect();
-    assert!(is_phase(&late[0], Phase::Succeeded) && is_phase(&late[late.len() - 1], Phase::Succeeded));
+    assert!(
+        is_phase(&late[0], Phase::Succeeded) && is_phase(&late[late.len() - 1], Phase::Succeeded)
+    );
     assert!(late.iter().any(|event| matches!(event, JobEvent::Step(m) if m.step == Step(1))));
 
     let address = group.address(1);
@@ -121,21 +118,6 @@ async fn a_job_lives_from_submit_to_its_model_and_no_secret_is_kept() {
     assert!(folder_holds(group.dir.path(), b"digits"));
     assert!(!folder_holds(group.dir.path(), secret.as_bytes()), "the gang's secret is on disk");
     assert!(!folder_holds(group.dir.path(), TOKEN.as_bytes()), "the token is on disk");
-}
-
-type Rpc = pb::cluster_client::ClusterClient<tonic::transport::Channel>;
-
-async fn rpc(address: std::net::SocketAddr) -> Rpc {
-    let endpoint = api::connect::endpoint(address, &api::config::TlsSection::default());
-    let channel = endpoint.expect("an endpoint").connect().await.expect("connects");
-    pb::cluster_client::ClusterClient::new(channel)
-}
-
-fn with_token<T>(message: T) -> Request<T> {
-    let mut request = Request::new(message);
-    let token = api::connect::token_metadata(&Secret::new(TOKEN)).expect("a token");
-    request.metadata_mut().insert(api::connect::TOKEN_KEY, token);
-    request
 }
 
 async fn raw_records(address: std::net::SocketAddr, kind: &str) -> Vec<Vec<u8>> {

@@ -10,12 +10,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::config::{ClusterConfig, Member};
+use api::config::{ClusterConfig, Member, TlsSection};
 use api::connect::{LEADER_KEY, TOKEN_KEY, endpoint, token_metadata};
 use api::events::{CheckpointFact, ModelFact, StepMetrics, StepTime};
 use api::ids::{NodeId, Step};
 use api::pb::worker_session_client::WorkerSessionClient;
-use api::pb::{CoordinatorFrame, WorkerFrame};
+use api::pb::{self, CoordinatorFrame, WorkerFrame};
 use api::session::{
     Assignment, CoordinatorMessage, ExitCause, LogLine, LogStream, RankOrder, RankReport,
     TaskEvent, TaskView, TrainAssignment, WorkerHello, WorkerMessage,
@@ -430,3 +430,19 @@ pub fn folder_holds(folder: &Path, needle: &[u8]) -> bool {
 }
 
 pub const GENERATION: Generation = Generation(1);
+
+pub type Rpc = pb::cluster_client::ClusterClient<tonic::transport::Channel>;
+
+/// The service itself, without the client's retries.
+pub async fn rpc(address: SocketAddr) -> Rpc {
+    let endpoint = endpoint(address, &TlsSection::default());
+    let channel = endpoint.expect("an endpoint").connect().await.expect("connects");
+    pb::cluster_client::ClusterClient::new(channel)
+}
+
+pub fn with_token<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    let token = token_metadata(&Secret::new(TOKEN)).expect("a token");
+    request.metadata_mut().insert(TOKEN_KEY, token);
+    request
+}
