@@ -176,7 +176,7 @@ impl Inner {
             && let Some(fact) = self.facts.remove(index)
         {
             self.facts_sent -= usize::from(index < self.facts_sent);
-            warn!(task = %fact.task, kept = FACTS_MAX, "forgot a report: no coordinator takes them");
+            warn!(task = %fact.task, kept = FACTS_MAX, "forgot a report: nobody takes them");
         }
     }
 

@@ -1,8 +1,8 @@
 //! The worker: one per host. It starts ranks and replicas as their own processes, keeps their
 //! output, reports what becomes of them, and clears away what a former incarnation left behind.
 //!
-//! It decides nothing (the leading coordinator does) and never sees a tensor or a GPU library. While
-//! the control plane is away its ranks run on untouched.
+//! It decides nothing (the leading coordinator does) and never sees a tensor or a GPU library.
+//! While the control plane is away its ranks run on untouched.
 
 #![forbid(unsafe_code)]
 

@@ -29,7 +29,7 @@ const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// Longest pause: well below the grace period in which a new leader waits for its workers.
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
-/// A leader that takes facts and acknowledges none has lost its majority or hangs: look for another.
+/// A leader that takes facts and acknowledges none lost its majority or hangs: look for another.
 const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Probes notice a frozen or vanished leader before its successor's grace period ends.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(3));

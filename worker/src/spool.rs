@@ -1,8 +1,8 @@
 //! A task's output on the worker's disk: JSON lines in segments named by their first sequence,
 //! bounded, written by one thread so that a slow or full disk stalls no rank.
 //!
-//! The segments are also what is uploaded to the object store: a [`Tail`] follows them with a cursor
-//! of its own, so that a store that is down costs nothing but the bound.
+//! The segments are also what is uploaded to the object store: a [`Tail`] follows them with its
+//! own cursor, so that a store that is down costs nothing but the bound.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File, OpenOptions};
@@ -129,7 +129,7 @@ impl Spool {
 
     fn lose(&mut self, line: &LogLine, error: &io::Error) {
         if self.lost.is_none() {
-            warn!(folder = %self.folder.display(), %error, "output of a rank cannot be kept on disk");
+            warn!(folder = %self.folder.display(), %error, "output of a rank is not kept on disk");
         }
         let count = self.lost.take().map_or(1, |(_, before)| before + 1);
         let text = format!("the disk refused them: {error}");
