@@ -1,17 +1,19 @@
 //! Breaking off a group from another thread.
 //!
 //! An abort sets the reason, wakes every `poll` of the group through a socket pair that is never
-//! drained, and shuts the connections down, so that peers notice at once as well. The first reason
-//! is kept.
+//! drained, tells the peers, and shuts the connections down. The first reason is kept.
 
 use std::io::Write;
-use std::net::{Shutdown, TcpStream};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::connect::Connection;
 use crate::error::CollectiveError;
+use crate::frame::{FrameCodec, last_words};
+use crate::link::say;
 
 /// Characters of a reason that are kept: it travels in errors and logs.
 const REASON_CHARS_MAX: usize = 1000;
@@ -32,7 +34,8 @@ pub(crate) struct AbortState {
 #[derive(Debug, Default)]
 struct Shared {
     reason: Option<String>,
-    streams: Vec<TcpStream>,
+    connections: Vec<Connection>,
+    codec: Option<FrameCodec>,
 }
 
 impl AbortHandle {
@@ -59,9 +62,18 @@ impl AbortHandle {
         state.raised.store(true, Ordering::Release);
         // A full pair is a readable pair: nothing is lost if this does not fit.
         let _ = (&state.wake).write(&[1]);
-        for stream in shared.streams.drain(..) {
+        let Shared { reason, connections, codec } = &mut *shared;
+        let words = codec.map(|codec| {
+            let text = format!("aborted: {}", reason.as_deref().unwrap_or_default());
+            last_words(&codec, None, &text)
+        });
+        for connection in connections.drain(..) {
             // An error means that the connection is already gone.
-            let _ = stream.shutdown(Shutdown::Both);
+            if let Some(words) = &words {
+                let _ = say(&connection.words, words);
+            }
+            let _ = connection.words.shutdown(Shutdown::Both);
+            let _ = connection.data.shutdown(Shutdown::Both);
         }
     }
 
@@ -75,19 +87,24 @@ impl AbortHandle {
     }
 
     /// Connections to shut down on an abort.
-    pub(crate) fn watch(&self, streams: Vec<TcpStream>) -> Result<(), CollectiveError> {
+    pub(crate) fn watch(
+        &self,
+        codec: FrameCodec,
+        connections: Vec<Connection>,
+    ) -> Result<(), CollectiveError> {
         // Under the lock: an abort comes either before (seen here) or after (drains the list).
         let mut shared = self.0.lock();
         if let Some(reason) = shared.reason.clone() {
             return Err(CollectiveError::Aborted { reason });
         }
-        shared.streams = streams;
+        shared.connections = connections;
+        shared.codec = Some(codec);
         Ok(())
     }
 
     /// Lets go of the connections, so that closing them closes them.
     pub(crate) fn unwatch(&self) {
-        self.0.lock().streams.clear();
+        self.0.lock().connections.clear();
     }
 
     /// What to poll for reading beside the sockets.

@@ -1,12 +1,13 @@
 //! Forming the full mesh: each rank connects to the lower ones and accepts the higher ones.
 //!
-//! One thread polls everything at once. A connection that fails its handshake is closed and told
+//! Each pair has two connections, one per [`Channel`]. One thread polls everything at once. A connection that fails its handshake is closed and told
 //! why; it never fails the group, for anybody can connect to a port. Only what a rank learns about
 //! the addresses it was *given* is final: a lower rank that refuses it or cannot prove itself.
 
 use std::io::{ErrorKind, Read};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::Rank;
@@ -18,7 +19,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use crate::abort::AbortHandle;
 use crate::error::CollectiveError;
 use crate::handshake::{
-    ENVELOPE_BYTES, Failure, Identity, Negotiation, Progress, body_bytes, fresh_nonce,
+    Channel, ENVELOPE_BYTES, Failure, Identity, Negotiation, Progress, body_bytes, fresh_nonce,
 };
 
 /// Accepted connections in a handshake at one time; more wait in the kernel's queue.
@@ -32,26 +33,49 @@ const RETRY_MOST: Duration = Duration::from_millis(500);
 /// Longest wait of one poll where no deadline is nearer (a timeout beyond any clock has none).
 const POLL_MOST: Duration = Duration::from_secs(60);
 
+/// One of the two connections to a rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Slot {
+    rank: u32,
+    channel: Channel,
+}
+
+impl Slot {
+    /// Slots in rank order.
+    fn index(self) -> usize {
+        self.rank as usize * Channel::ALL.len() + self.channel as usize
+    }
+}
+
+/// The connections to a peer, authenticated and non-blocking.
+#[derive(Clone, Debug)]
+pub(crate) struct Connection {
+    /// For frames of calls.
+    pub data: Arc<TcpStream>,
+    /// For why a rank failed.
+    pub words: Arc<TcpStream>,
+}
+
 /// A connection in its handshake.
 struct Attempt {
     stream: TcpStream,
     from: SocketAddr,
     /// The lower rank that this rank connects to; none if accepted.
-    target: Option<u32>,
+    target: Option<Slot>,
     negotiation: Negotiation,
     /// The kernel has not yet finished connecting.
     connecting: bool,
     inbox: Vec<u8>,
     outbox: Vec<u8>,
     /// Authenticated as this rank; over when the outbox is empty.
-    joined: Option<u32>,
+    joined: Option<Slot>,
     until: Option<Instant>,
 }
 
 /// How an attempt stands.
 enum Standing {
     Pending,
-    Joined(u32),
+    Joined(Slot),
     /// Not now: the peer is not there, or the connection broke.
     Broken(String),
     Failed(Failure),
@@ -71,9 +95,10 @@ pub(crate) struct Formation<'a> {
     abort: &'a AbortHandle,
     timeout: Duration,
     deadline: Option<Instant>,
+    /// By slot.
     joined: Vec<Option<TcpStream>>,
     attempts: Vec<Attempt>,
-    /// By lower rank.
+    /// By slot of a lower rank.
     retries: Vec<Retry>,
     /// What was last heard of each rank that is missing.
     heard: Vec<Option<String>>,
@@ -97,16 +122,16 @@ impl<'a> Formation<'a> {
             abort,
             timeout,
             deadline,
-            joined: peers.iter().map(|_| None).collect(),
+            joined: (0..peers.len() * Channel::ALL.len()).map(|_| None).collect(),
             attempts: Vec::new(),
-            retries: vec![retry; identity.rank as usize],
+            retries: vec![retry; identity.rank as usize * Channel::ALL.len()],
             heard: vec![None; peers.len()],
             refused: 0,
         }
     }
 
-    /// Connections to all peers, by rank.
-    pub(crate) fn run(mut self) -> Result<Vec<Option<TcpStream>>, CollectiveError> {
+    /// Connections to all peers, by rank; none at this rank's place.
+    pub(crate) fn run(mut self) -> Result<Vec<Option<Connection>>, CollectiveError> {
         while self.missing().next().is_some() {
             if let Some(aborted) = self.abort.raised() {
                 return Err(aborted);
@@ -128,16 +153,24 @@ impl<'a> Formation<'a> {
         }
         match self.abort.raised() {
             Some(aborted) => Err(aborted),
-            None => Ok(self.joined),
+            None => {
+                let mut streams = self.joined.into_iter();
+                let mut pair = || Some((streams.next()?, streams.next()?));
+                Ok(std::iter::from_fn(&mut pair)
+                    .map(|(data, words)| {
+                        Some(Connection { data: Arc::new(data?), words: Arc::new(words?) })
+                    })
+                    .collect())
+            }
         }
     }
 
     fn missing(&self) -> impl Iterator<Item = usize> {
         let own = self.identity.rank as usize;
         self.joined
-            .iter()
+            .chunks_exact(Channel::ALL.len())
             .enumerate()
-            .filter(move |(rank, stream)| *rank != own && stream.is_none())
+            .filter(move |(rank, streams)| *rank != own && streams.iter().any(Option::is_none))
             .map(|(rank, _)| rank)
     }
 
@@ -174,24 +207,27 @@ impl<'a> Formation<'a> {
     /// Begins the connections whose time has come.
     fn connect_due(&mut self, now: Instant) -> Result<(), CollectiveError> {
         for rank in 0..self.identity.rank {
-            let index = rank as usize;
-            let busy = self.attempts.iter().any(|attempt| attempt.target == Some(rank));
-            if busy || self.joined[index].is_some() || self.retries[index].at > now {
-                continue;
-            }
-            match begin(self.identity, rank, self.peers[index])? {
-                Ok(attempt) => self.attempts.push(attempt),
-                Err(cause) => self.retry(rank, cause),
+            for channel in Channel::ALL {
+                let slot = Slot { rank, channel };
+                let busy = self.attempts.iter().any(|attempt| attempt.target == Some(slot));
+                let index = slot.index();
+                if busy || self.joined[index].is_some() || self.retries[index].at > now {
+                    continue;
+                }
+                match begin(self.identity, slot, self.peers[rank as usize])? {
+                    Ok(attempt) => self.attempts.push(attempt),
+                    Err(cause) => self.retry(slot, cause),
+                }
             }
         }
         Ok(())
     }
 
-    fn retry(&mut self, rank: u32, cause: String) {
-        let retry = &mut self.retries[rank as usize];
+    fn retry(&mut self, slot: Slot, cause: String) {
+        let retry = &mut self.retries[slot.index()];
         retry.at = Instant::now() + retry.wait;
         retry.wait = (retry.wait * 2).min(RETRY_MOST);
-        self.heard[rank as usize] = Some(cause);
+        self.heard[slot.rank as usize] = Some(cause);
     }
 
     /// Waits for something to do: which attempts, and whether a connection can be accepted.
@@ -265,9 +301,9 @@ impl<'a> Formation<'a> {
         let attempt = self.attempts.swap_remove(index);
         match (standing, attempt.target) {
             (Standing::Pending, _) => Ok(()),
-            (Standing::Joined(rank), _) => {
+            (Standing::Joined(slot), _) => {
                 // A higher rank that comes again has lost its first connection: the newest counts.
-                self.joined[rank as usize] = Some(attempt.stream);
+                self.joined[slot.index()] = Some(attempt.stream);
                 Ok(())
             }
             (Standing::Broken(cause), Some(target)) => {
@@ -275,14 +311,14 @@ impl<'a> Formation<'a> {
                 Ok(())
             }
             (Standing::Failed(failure), Some(target)) => {
-                let (rank, address) = (Rank(target), self.peers[target as usize]);
+                let (rank, address) = (Rank(target.rank), self.peers[target.rank as usize]);
                 Err(match failure {
                     Failure::WrongSecret => CollectiveError::WrongSecret { rank, address },
                     Failure::Refused(reason) => CollectiveError::Refused { rank, address, reason },
                 })
             }
             (Standing::Broken(cause), None) => {
-                self.note(&attempt, cause);
+                self.note(&attempt, cause, false);
                 Ok(())
             }
             (Standing::Failed(failure), None) => {
@@ -290,22 +326,26 @@ impl<'a> Formation<'a> {
                     Failure::WrongSecret => "it does not know the secret".to_owned(),
                     Failure::Refused(reason) => reason,
                 };
-                self.note(&attempt, cause);
+                self.note(&attempt, cause, true);
                 Ok(())
             }
         }
     }
 
-    /// Remembers why a connection that came in was dropped.
-    fn note(&mut self, attempt: &Attempt, cause: String) {
+    /// Remembers why a connection that came in was dropped. What was said counts for more than that
+    /// a connection broke.
+    fn note(&mut self, attempt: &Attempt, cause: String, said: bool) {
         self.refused += 1;
         tracing::warn!(
             from = %attempt.from, claimed = attempt.negotiation.peer(), %cause,
             refused = self.refused, "a connection was refused"
         );
-        let cause = format!("refused a connection from `{}`: {cause}", attempt.from);
+        let cause = format!("a connection from `{}` failed: {cause}", attempt.from);
         match attempt.negotiation.peer() {
-            Some(rank) => self.heard[rank as usize] = Some(cause),
+            Some(rank) if said => self.heard[rank as usize] = Some(cause),
+            Some(rank) => {
+                self.heard[rank as usize].get_or_insert(cause);
+            }
             // A hello that was refused claims nothing: it may have been any of the missing.
             None => {
                 let missing: Vec<usize> =
@@ -321,10 +361,10 @@ impl<'a> Formation<'a> {
 /// Begins to connect to a lower rank; the inner error is a reason to try again.
 fn begin(
     identity: &Identity,
-    rank: u32,
+    slot: Slot,
     address: SocketAddr,
 ) -> Result<Result<Attempt, String>, CollectiveError> {
-    let (negotiation, hello) = Negotiation::connect(identity, rank, nonce()?);
+    let (negotiation, hello) = Negotiation::connect(identity, slot.rank, slot.channel, nonce()?);
     let failed = |source| CollectiveError::socket("make a socket", source);
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))
         .map_err(failed)?;
@@ -337,7 +377,7 @@ fn begin(
     Ok(Ok(Attempt {
         stream: socket.into(),
         from: address,
-        target: Some(rank),
+        target: Some(slot),
         negotiation,
         connecting,
         inbox: Vec::new(),
@@ -364,6 +404,10 @@ impl Attempt {
     fn advance(&mut self, identity: &Identity) -> Standing {
         if self.connecting {
             match self.stream.take_error() {
+                // A connection to a free port of this host can meet itself.
+                Ok(None) if self.stream.local_addr().is_ok_and(|own| own == self.from) => {
+                    return Standing::Broken("nobody listens there".to_owned());
+                }
                 Ok(None) => self.connecting = false,
                 Ok(Some(error)) | Err(error) => return Standing::Broken(error.to_string()),
             }
@@ -374,8 +418,8 @@ impl Attempt {
                 Ok(false) => return Standing::Pending,
                 Err(error) => return Standing::Broken(error.to_string()),
             }
-            if let Some(rank) = self.joined {
-                return Standing::Joined(rank);
+            if let Some(slot) = self.joined {
+                return Standing::Joined(slot);
             }
             let (kind, body) = match self.read_message() {
                 Ok(Some(message)) => message,
@@ -384,8 +428,8 @@ impl Attempt {
             };
             match self.negotiation.receive(identity, kind, &body) {
                 Progress::Answer(message) => self.outbox = message,
-                Progress::Joined(rank, message) => {
-                    self.joined = Some(rank);
+                Progress::Joined(rank, channel, message) => {
+                    self.joined = Some(Slot { rank, channel });
                     self.outbox = message;
                 }
                 Progress::Failed(failure, message) => {

@@ -50,6 +50,8 @@ pub enum CollectiveError {
         rank: Rank,
         /// Where it is.
         address: SocketAddr,
+        /// Whom it blames, if not itself.
+        culprit: Option<Rank>,
         /// Its error.
         message: String,
     },
@@ -161,10 +163,11 @@ impl CollectiveError {
         matches!(self, Self::Aborted { .. })
     }
 
-    /// The peer that it is about, if it is about one.
+    /// The peer that it is about, if it is about one: the first cause, as far as it is known.
     pub fn peer(&self) -> Option<Rank> {
         match self {
-            Self::PeerLost { rank, .. }
+            Self::PeerFailed { culprit: Some(rank), .. }
+            | Self::PeerLost { rank, .. }
             | Self::PeerLeft { rank, .. }
             | Self::PeerFailed { rank, .. }
             | Self::Mismatch { rank, .. }

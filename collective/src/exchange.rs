@@ -11,20 +11,23 @@
 //! waits for this rank knows that neither can go on. Longer cycles of point-to-point calls are not
 //! found; an abort ends them.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::call::{Call, CallSite, Operation};
 use crate::error::CollectiveError;
-use crate::frame::{FrameKind, Header, decode_site};
-use crate::link::{Arrival, Link, LinkError, Sending, TURNS};
+use crate::frame::{FrameError, FrameKind, Header, decode_last_words, decode_site};
+use crate::link::{Arrival, Link, LinkError, Sending, TURNS, Words};
 use crate::mesh::Mesh;
 
 /// How long a rank is blocked before it tells whom it waits for: longer than most steps of a
 /// healthy group differ, short for a person.
 const WAITING_AFTER: Duration = Duration::from_millis(200);
+/// How long a rank waits for the last words of a peer whose data connection broke. A process that
+/// is killed ends both at once; only a host that vanishes in this moment makes it wait.
+const LAST_WORDS_WAIT: Duration = Duration::from_secs(1);
 /// How often a blocked rank looks again at what it knows of its peers; costs nothing.
 const WAITING_AGAIN: Duration = Duration::from_secs(1);
 
@@ -58,6 +61,13 @@ impl Pending<'_> {
     fn is_done(&self) -> bool {
         self.sending.is_none() && self.receive.is_none()
     }
+}
+
+/// What is ready of a peer's connections.
+#[derive(Clone, Copy, Debug)]
+struct Ready {
+    data: PollFlags,
+    words: bool,
 }
 
 /// An exchange under way.
@@ -127,8 +137,14 @@ impl<'m, 'a> Exchange<'m, 'a> {
                 timeout = WAITING_AGAIN;
                 continue;
             }
-            for (peer, flags) in ready.drain(..) {
-                self.serve(peer, flags)?;
+            // Causes before consequences: what a peer says of its failure, then broken connections.
+            for (peer, ready) in &ready {
+                if ready.words {
+                    self.hear(*peer)?;
+                }
+            }
+            for (peer, ready) in ready.drain(..) {
+                self.serve(peer, ready.data)?;
             }
         }
         Ok(())
@@ -138,32 +154,39 @@ impl<'m, 'a> Exchange<'m, 'a> {
     fn wait(
         &self,
         timeout: Duration,
-        ready: &mut Vec<(usize, PollFlags)>,
+        ready: &mut Vec<(usize, Ready)>,
     ) -> Result<(), CollectiveError> {
         ready.clear();
         let mut peers = Vec::with_capacity(self.pending.len());
-        let mut descriptors = Vec::with_capacity(self.pending.len() + 1);
+        let mut descriptors = Vec::with_capacity(2 * self.pending.len() + 1);
         descriptors.push(PollFd::new(self.mesh.abort.wake_descriptor(), PollFlags::POLLIN));
         for (peer, link) in self.mesh.links.iter().enumerate() {
             let Some(link) = link else { continue };
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::POLLIN, self.wants_read(peer, link));
             flags.set(PollFlags::POLLOUT, self.wants_write(peer, link));
-            if flags.is_empty() && link.hung_up {
-                continue;
-            }
             peers.push(peer);
-            descriptors.push(PollFd::new(link.descriptor(), flags));
+            // An end that is known is no news; the wake descriptor without flags stands for nothing.
+            let nothing = PollFd::new(self.mesh.abort.wake_descriptor(), PollFlags::empty());
+            descriptors.push(match flags.is_empty() && link.hung_up {
+                false => PollFd::new(link.descriptor(), flags),
+                true => nothing.clone(),
+            });
+            descriptors.push(match link.fell_silent {
+                false => PollFd::new(link.words_descriptor(), PollFlags::POLLIN),
+                true => nothing,
+            });
         }
         let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
         match poll(&mut descriptors, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(CollectiveError::socket("wait for peers", error)),
         }
-        for (peer, descriptor) in peers.into_iter().zip(&descriptors[1..]) {
-            match descriptor.revents() {
-                Some(flags) if !flags.is_empty() => ready.push((peer, flags)),
-                _ => {}
+        for (peer, both) in peers.into_iter().zip(descriptors[1..].chunks_exact(2)) {
+            let data = both[0].revents().unwrap_or(PollFlags::POLLERR);
+            let words = both[1].any().unwrap_or(true);
+            if words || !data.is_empty() {
+                ready.push((peer, Ready { data, words }));
             }
         }
         Ok(())
@@ -332,6 +355,11 @@ impl<'m, 'a> Exchange<'m, 'a> {
             }
         };
         if !meets {
+            if self.mesh.counterpart(self.site, theirs) == theirs {
+                let message =
+                    format!("part {} of `{theirs}` came during `{}`", header.phase, self.site);
+                return Err(self.protocol(peer, message));
+            }
             return Err(self.mismatch(peer, theirs));
         }
         if awaited && header.phase != self.phase {
@@ -365,8 +393,10 @@ impl<'m, 'a> Exchange<'m, 'a> {
                 }
                 self.find_deadlock(peer)
             }
-            FrameKind::Mismatch | FrameKind::Failed => Err(self.told(peer, header, payload)),
-            FrameKind::Leave | FrameKind::Data => Ok(()),
+            FrameKind::Leave => Ok(()),
+            FrameKind::Mismatch | FrameKind::Failed | FrameKind::Data => {
+                Err(self.protocol(peer, "last words among the frames of calls".to_owned()))
+            }
         }
     }
 
@@ -384,8 +414,8 @@ impl<'m, 'a> Exchange<'m, 'a> {
             }
             _ => {
                 let (rank, address) = self.mesh.peer(peer);
-                let message = String::from_utf8_lossy(payload).into_owned();
-                CollectiveError::PeerFailed { rank, address, message }
+                let (culprit, message) = decode_last_words(payload);
+                CollectiveError::PeerFailed { rank, address, culprit, message }
             }
         }
     }
@@ -447,26 +477,74 @@ impl<'m, 'a> Exchange<'m, 'a> {
         }
     }
 
-    /// What a broken connection means: the peer's last words, if it had any.
-    fn broken(&mut self, peer: usize, error: LinkError) -> CollectiveError {
-        let (rank, address) = self.mesh.peer(peer);
-        match error {
-            LinkError::Frame(error) => self.mesh.frame_error(peer, &error),
-            LinkError::Broken(cause) => {
-                let codec = self.mesh.codec;
-                let words = self.mesh.links[peer].as_mut().and_then(|link| link.last_words(&codec));
-                match words {
-                    Some((header, payload)) => self.told(peer, &header, &payload),
-                    None => CollectiveError::PeerLost { rank, address, during: self.site, cause },
+    /// Looks at what a peer says on the connection for last words.
+    fn hear(&mut self, peer: usize) -> Result<(), CollectiveError> {
+        match self.read_words(peer) {
+            Ok(Words::Nothing) => Ok(()),
+            Ok(Words::Said(header, payload)) => Err(self.told(peer, &header, &payload)),
+            // It left in good order, as its data connection says, or died: then that broke too.
+            Ok(Words::Ended) => {
+                if let Some(link) = self.mesh.links[peer].as_mut() {
+                    link.fell_silent = true;
                 }
+                Ok(())
+            }
+            // This connection is idle and so the one that keepalive watches: the host is gone.
+            Ok(Words::Broken(cause)) => {
+                let (rank, address) = self.mesh.peer(peer);
+                Err(CollectiveError::PeerLost { rank, address, during: self.site, cause })
+            }
+            Err(error) => Err(self.mesh.frame_error(peer, &error)),
+        }
+    }
+
+    fn read_words(&mut self, peer: usize) -> Result<Words, FrameError> {
+        let codec = self.mesh.codec;
+        match self.mesh.links[peer].as_mut() {
+            Some(link) => link.read_words(&codec),
+            None => Ok(Words::Nothing),
+        }
+    }
+
+    /// What a broken connection means: the peer's last words, or if it has none, its death.
+    fn broken(&mut self, peer: usize, error: LinkError) -> CollectiveError {
+        let cause = match error {
+            LinkError::Frame(error) => return self.mesh.frame_error(peer, &error),
+            LinkError::Broken(cause) => cause,
+        };
+        let deadline = Instant::now() + LAST_WORDS_WAIT;
+        loop {
+            match self.read_words(peer) {
+                Ok(Words::Said(header, payload)) => return self.told(peer, &header, &payload),
+                Ok(Words::Ended | Words::Broken(_)) => break,
+                Ok(Words::Nothing) => {}
+                Err(error) => return self.mesh.frame_error(peer, &error),
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.mesh.abort.raised().is_some() {
+                break;
+            }
+            let Some(link) = self.mesh.links[peer].as_ref() else { break };
+            let mut descriptors = [
+                PollFd::new(self.mesh.abort.wake_descriptor(), PollFlags::POLLIN),
+                PollFd::new(link.words_descriptor(), PollFlags::POLLIN),
+            ];
+            let wait = left + Duration::from_millis(1);
+            let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
+            match poll(&mut descriptors, timeout) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return CollectiveError::socket("wait for a peer", error),
             }
         }
+        let (rank, address) = self.mesh.peer(peer);
+        CollectiveError::PeerLost { rank, address, during: self.site, cause }
     }
 
     fn mismatch(&self, peer: usize, theirs: CallSite) -> CollectiveError {
         let (rank, address) = self.mesh.peer(peer);
         let own = api::Rank(self.mesh.rank);
-        CollectiveError::Mismatch { own, rank, address, ours: self.site, theirs }
+        let ours = self.mesh.counterpart(self.site, theirs);
+        CollectiveError::Mismatch { own, rank, address, ours, theirs }
     }
 
     fn protocol(&self, peer: usize, message: String) -> CollectiveError {

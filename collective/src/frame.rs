@@ -8,9 +8,9 @@
 //! it was compared with what this rank expects. The checksum covers the header: a shifted stream
 //! or a foreign writer is found before its numbers are used.
 
-use api::{Generation, Name};
+use api::{Generation, Name, Rank};
 
-use crate::call::{CALL_BYTES, Call, CallSite};
+use crate::call::{CALL_BYTES, Call, CallSite, Operation};
 
 /// Bytes of a header.
 pub(crate) const HEADER_BYTES: usize = 64;
@@ -28,9 +28,9 @@ const VERSION: u8 = 1;
 pub(crate) enum FrameKind {
     /// Elements of a call.
     Data = 1,
-    /// The sender's call differs from the receiver's, which is the payload.
+    /// Last words: the sender's call differs from the receiver's, which is the payload.
     Mismatch = 2,
-    /// The sender failed; the payload is its error's text.
+    /// Last words: the sender failed; the payload is whom it blames and its error's text.
     Failed = 3,
     /// The sender is blocked in this call until it gets the data frame whose number is the payload.
     Waiting = 4,
@@ -169,6 +169,23 @@ impl FrameCodec {
     }
 }
 
+/// The frame of a rank that failed: whom it blames, if not itself, and its error's text.
+pub(crate) fn last_words(codec: &FrameCodec, culprit: Option<Rank>, text: &str) -> Vec<u8> {
+    let mut payload = culprit.map_or(u32::MAX, |rank| rank.0).to_le_bytes().to_vec();
+    payload.extend_from_slice(text.as_bytes());
+    let site = CallSite { call: Call::plain(Operation::Leave), number: 0 };
+    codec.control(FrameKind::Failed, site, &payload)
+}
+
+/// What [`last_words`] put into a payload.
+pub(crate) fn decode_last_words(payload: &[u8]) -> (Option<Rank>, String) {
+    let Some((culprit, text)) = payload.split_first_chunk::<4>() else {
+        return (None, "it gave no reason".to_owned());
+    };
+    let culprit = Some(u32::from_le_bytes(*culprit)).filter(|rank| *rank != u32::MAX);
+    (culprit.map(Rank), String::from_utf8_lossy(text).into_owned())
+}
+
 /// A call site as the payload of a mismatch.
 pub(crate) fn encode_site(site: &CallSite) -> Vec<u8> {
     [&site.call.encode()[..], &site.number.to_le_bytes()].concat()
@@ -184,7 +201,6 @@ pub(crate) fn decode_site(payload: &[u8]) -> Option<CallSite> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::call::Operation;
 
     #[test]
     fn a_header_survives_the_wire_and_every_flipped_bit_is_found() {

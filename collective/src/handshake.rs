@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! connector (higher rank)                       acceptor (lower rank)
-//!   hello: generation, group, world, ranks, nonce   →
+//!   hello: generation, group, world, ranks,
+//!          channel, nonce                           →
 //!                                                   ←  challenge: nonce, proof
 //!   proof                                           →
 //!                                                   ←  welcome
 //! ```
 //! A proof is HMAC-SHA256 under the generation's secret over who proves, the job, the group, the
-//! generation, the world size, both ranks and both nonces: it cannot be replayed, reflected or moved
+//! generation, the world size, both ranks, the channel and both nonces: it cannot be replayed, reflected or moved
 //! to another pair. Proofs are compared in constant time. Either side may answer `refused: reason`.
 //! Pure: no sockets and no clock here. The frames that follow are not encrypted; a group that
 //! leaves the host belongs on a private network.
@@ -76,6 +77,7 @@ impl Identity {
         for number in [self.world, pair.connector, pair.acceptor] {
             mac.update(&number.to_le_bytes());
         }
+        mac.update(&[pair.channel as u8]);
         mac.update(&pair.connector_nonce);
         mac.update(&pair.acceptor_nonce);
         mac
@@ -96,8 +98,26 @@ enum Side {
     Acceptor,
 }
 
+/// Which of the two connections of a pair.
+///
+/// A frame of elements may be half written when a rank fails, so that no word fits behind it. Its
+/// last words have a connection of their own: a peer that breaks off without any died by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Channel {
+    /// Frames of calls.
+    Data = 0,
+    /// Why a rank failed.
+    Words = 1,
+}
+
+impl Channel {
+    pub(crate) const ALL: [Self; 2] = [Self::Data, Self::Words];
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Pair {
+    channel: Channel,
     connector: u32,
     acceptor: u32,
     connector_nonce: Nonce,
@@ -111,9 +131,21 @@ pub(crate) fn fresh_nonce() -> std::io::Result<[u8; NONCE_BYTES]> {
     Ok(nonce)
 }
 
+/// What a connector says of itself, before anything is proved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Hello {
+    generation: u64,
+    group: u64,
+    world: u32,
+    from: u32,
+    to: u32,
+    channel: Channel,
+    nonce: Nonce,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Message {
-    Hello { generation: u64, group: u64, world: u32, from: u32, to: u32, nonce: Nonce },
+    Hello(Hello),
     Challenge { nonce: Nonce, proof: Proof },
     Proof { proof: Proof },
     Welcome,
@@ -134,13 +166,14 @@ impl Fields<'_> {
 impl Message {
     fn encode(&self) -> Vec<u8> {
         let (kind, body) = match self {
-            Self::Hello { generation, group, world, from, to, nonce } => {
-                let mut body = generation.to_le_bytes().to_vec();
-                body.extend_from_slice(&group.to_le_bytes());
-                for number in [world, from, to] {
+            Self::Hello(hello) => {
+                let mut body = hello.generation.to_le_bytes().to_vec();
+                body.extend_from_slice(&hello.group.to_le_bytes());
+                for number in [hello.world, hello.from, hello.to] {
                     body.extend_from_slice(&number.to_le_bytes());
                 }
-                body.extend_from_slice(nonce);
+                body.push(hello.channel as u8);
+                body.extend_from_slice(&hello.nonce);
                 (1, body)
             }
             Self::Challenge { nonce, proof } => (2, [nonce.as_slice(), proof].concat()),
@@ -160,14 +193,19 @@ impl Message {
     fn decode(kind: u8, body: &[u8]) -> Option<Self> {
         let mut fields = Fields(body);
         let message = match kind {
-            1 => Self::Hello {
+            1 => Self::Hello(Hello {
                 generation: u64::from_le_bytes(fields.take()?),
                 group: u64::from_le_bytes(fields.take()?),
                 world: u32::from_le_bytes(fields.take()?),
                 from: u32::from_le_bytes(fields.take()?),
                 to: u32::from_le_bytes(fields.take()?),
+                channel: match fields.take()? {
+                    [0] => Channel::Data,
+                    [1] => Channel::Words,
+                    _ => return None,
+                },
                 nonce: fields.take()?,
-            },
+            }),
             2 => Self::Challenge { nonce: fields.take()?, proof: fields.take()? },
             3 => Self::Proof { proof: fields.take()? },
             4 => Self::Welcome,
@@ -204,8 +242,8 @@ pub(crate) fn body_bytes(envelope: &[u8; ENVELOPE_BYTES]) -> Result<usize, Strin
 pub(crate) enum Progress {
     /// Send this and wait for the answer.
     Answer(Vec<u8>),
-    /// Send this (it may be empty): the peer is authenticated, and is this rank.
-    Joined(u32, Vec<u8>),
+    /// Send this (it may be empty): the peer is authenticated: its rank, and the channel.
+    Joined(u32, Channel, Vec<u8>),
     /// Send this and give up.
     Failed(Failure, Vec<u8>),
 }
@@ -223,24 +261,32 @@ pub(crate) enum Failure {
 #[derive(Debug)]
 pub(crate) struct Negotiation {
     side: Side,
-    /// The other rank: known to a connector, claimed by the hello to an acceptor.
-    peer: Option<u32>,
+    /// The other rank and the channel: known to a connector, claimed by the hello to an acceptor.
+    peer: Option<(u32, Channel)>,
     nonce: Nonce,
     pair: Option<Pair>,
 }
 
 impl Negotiation {
     /// Begins as the connector; the bytes are its hello.
-    pub(crate) fn connect(identity: &Identity, peer: u32, nonce: Nonce) -> (Self, Vec<u8>) {
-        let hello = Message::Hello {
+    pub(crate) fn connect(
+        identity: &Identity,
+        peer: u32,
+        channel: Channel,
+        nonce: Nonce,
+    ) -> (Self, Vec<u8>) {
+        let hello = Message::Hello(Hello {
             generation: identity.generation.0,
             group: identity.group,
             world: identity.world,
             from: identity.rank,
             to: peer,
+            channel,
             nonce,
-        };
-        (Self { side: Side::Connector, peer: Some(peer), nonce, pair: None }, hello.encode())
+        });
+        let negotiation =
+            Self { side: Side::Connector, peer: Some((peer, channel)), nonce, pair: None };
+        (negotiation, hello.encode())
     }
 
     /// Begins as the acceptor.
@@ -250,7 +296,7 @@ impl Negotiation {
 
     /// The other rank, as far as it is known; only a claim before the handshake is over.
     pub(crate) fn peer(&self) -> Option<u32> {
-        self.peer
+        self.peer.map(|(rank, _)| rank)
     }
 
     /// Takes a whole message: the envelope's kind, and the body.
@@ -262,19 +308,16 @@ impl Negotiation {
             (_, Message::Refused { reason }, _) => {
                 Progress::Failed(Failure::Refused(format!("it refused: {reason}")), Vec::new())
             }
-            (
-                Side::Acceptor,
-                Message::Hello { generation, group, world, from, to, nonce },
-                None,
-            ) => {
-                if let Some(reason) = self.object(identity, generation, group, world, from, to) {
+            (Side::Acceptor, Message::Hello(hello), None) => {
+                if let Some(reason) = object(identity, &hello) {
                     return refuse(reason);
                 }
-                self.peer = Some(from);
+                self.peer = Some((hello.from, hello.channel));
                 let pair = Pair {
-                    connector: from,
+                    channel: hello.channel,
+                    connector: hello.from,
                     acceptor: identity.rank,
-                    connector_nonce: nonce,
+                    connector_nonce: hello.nonce,
                     acceptor_nonce: self.nonce,
                 };
                 self.pair = Some(pair);
@@ -282,9 +325,13 @@ impl Negotiation {
                 Progress::Answer(Message::Challenge { nonce: self.nonce, proof }.encode())
             }
             (Side::Connector, Message::Challenge { nonce, proof }, None) => {
+                let Some((peer, channel)) = self.peer else {
+                    return refuse("it answers a hello that was not sent".to_owned());
+                };
                 let pair = Pair {
+                    channel,
                     connector: identity.rank,
-                    acceptor: self.peer.unwrap_or(identity.rank),
+                    acceptor: peer,
                     connector_nonce: self.nonce,
                     acceptor_nonce: nonce,
                 };
@@ -297,49 +344,42 @@ impl Negotiation {
             }
             (Side::Acceptor, Message::Proof { proof }, Some(pair)) => {
                 if identity.verify(Side::Connector, &pair, &proof) {
-                    Progress::Joined(pair.connector, Message::Welcome.encode())
+                    Progress::Joined(pair.connector, pair.channel, Message::Welcome.encode())
                 } else {
                     wrong_secret()
                 }
             }
             (Side::Connector, Message::Welcome, Some(pair)) => {
-                Progress::Joined(pair.acceptor, Vec::new())
+                Progress::Joined(pair.acceptor, pair.channel, Vec::new())
             }
             _ => refuse("it sent a handshake message out of turn".to_owned()),
         }
     }
+}
 
-    /// Why a hello does not belong here, in words for the rank that sent it.
-    fn object(
-        &self,
-        identity: &Identity,
-        generation: u64,
-        group: u64,
-        world: u32,
-        from: u32,
-        to: u32,
-    ) -> Option<String> {
-        if generation != identity.generation.0 {
-            let found = Generation(generation);
-            return Some(format!("generation {found}, expected {}", identity.generation));
-        }
-        if world != identity.world {
-            return Some(format!("a world of {world} ranks, expected {}", identity.world));
-        }
-        if group != identity.group {
-            return Some("another job or group".to_owned());
-        }
-        if to != identity.rank {
-            return Some(format!("a hello to r{to}, but this is r{}", identity.rank));
-        }
-        if from <= identity.rank || from >= identity.world {
-            return Some(format!(
-                "a hello from r{from}, expected a rank above r{} and below {}",
-                identity.rank, identity.world
-            ));
-        }
-        None
+/// Why a hello does not belong here, in words for the rank that sent it.
+fn object(identity: &Identity, hello: &Hello) -> Option<String> {
+    let Hello { generation, group, world, from, to, .. } = *hello;
+    if generation != identity.generation.0 {
+        let found = Generation(generation);
+        return Some(format!("generation {found}, expected {}", identity.generation));
     }
+    if world != identity.world {
+        return Some(format!("a world of {world} ranks, expected {}", identity.world));
+    }
+    if group != identity.group {
+        return Some("another job or group".to_owned());
+    }
+    if to != identity.rank {
+        return Some(format!("a hello to r{to}, but this is r{}", identity.rank));
+    }
+    if from <= identity.rank || from >= identity.world {
+        return Some(format!(
+            "a hello from r{from}, expected a rank above r{} and below {}",
+            identity.rank, identity.world
+        ));
+    }
+    None
 }
 
 fn refuse(reason: String) -> Progress {
@@ -380,13 +420,13 @@ mod tests {
 
     /// Runs a handshake; what each side ends with.
     fn negotiate(connector: &Identity, acceptor: &Identity, to: u32) -> (Progress, Progress) {
-        let (mut a, mut message) = Negotiation::connect(connector, to, [1; 32]);
+        let (mut a, mut message) = Negotiation::connect(connector, to, Channel::Words, [1; 32]);
         let mut b = Negotiation::accept([2; 32]);
         let mut last = Progress::Answer(Vec::new());
         for turn in 0.. {
             let (side, who) = if turn % 2 == 0 { (&mut b, acceptor) } else { (&mut a, connector) };
             let progress = deliver(side, who, &message);
-            let (Progress::Answer(next) | Progress::Joined(_, next) | Progress::Failed(_, next)) =
+            let (Progress::Answer(next) | Progress::Joined(_, _, next) | Progress::Failed(_, next)) =
                 &progress;
             message = next.clone();
             let over = message.is_empty();
@@ -402,8 +442,8 @@ mod tests {
     fn ranks_of_one_group_join() {
         let (connector, acceptor) = (identity(2, |_| ()), identity(1, |_| ()));
         let (a, b) = negotiate(&connector, &acceptor, 1);
-        assert_eq!(a, Progress::Joined(1, Vec::new()));
-        assert!(matches!(b, Progress::Joined(2, _)));
+        assert_eq!(a, Progress::Joined(1, Channel::Words, Vec::new()));
+        assert!(matches!(b, Progress::Joined(2, Channel::Words, _)));
     }
 
     #[test]
@@ -437,7 +477,7 @@ mod tests {
 
         // A connector that does not check: the acceptor does, and no proof of its own helps.
         let acceptor = identity(1, |_| ());
-        let (_, hello) = Negotiation::connect(&liar, 1, [1; 32]);
+        let (_, hello) = Negotiation::connect(&liar, 1, Channel::Data, [1; 32]);
         let mut b = Negotiation::accept([2; 32]);
         let Progress::Answer(challenge) = deliver(&mut b, &acceptor, &hello) else {
             panic!("a hello is answered")

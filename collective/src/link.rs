@@ -5,26 +5,26 @@
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, IoSlice, Read};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 
 use api::Rank;
 use nix::sys::socket::MsgFlags;
 use socket2::SockRef;
 
 use crate::call::CallSite;
-use crate::frame::{FrameCodec, FrameError, FrameKind, HEADER_BYTES, Header};
+use crate::connect::Connection;
+use crate::frame::{CONTROL_BYTES_MAX, FrameCodec, FrameError, FrameKind, HEADER_BYTES, Header};
 
 /// Frames read before their call, in bytes per peer: small ones are taken off the stream, so that
-/// an error frame behind them is seen; large ones wait in the sockets.
+/// what is behind them is compared early; large ones wait in the sockets.
 const AHEAD_BYTES_MAX: usize = 64 << 10;
 /// The same for messages that arrive while this rank is blocked in a send: without it two ranks
 /// that send to each other would wait for ever.
 const AHEAD_MESSAGE_BYTES_MAX: usize = 256 << 20;
 /// Frames read before their call, in number: bounds the empty ones.
 const AHEAD_FRAMES_MAX: usize = 1024;
-/// Bytes skipped on a broken connection in search of the peer's last words.
-const LAST_WORDS_BYTES_MAX: u64 = 64 << 20;
 /// Memory ranges handed to the kernel in one call, well below its limit of 1,024.
 const WRITE_SLICES: usize = 64;
 /// Reads or writes of one connection before the others get their turn.
@@ -50,6 +50,19 @@ pub(crate) enum Arrival {
     Control(Header, Vec<u8>),
     /// The orderly end of the stream.
     End,
+}
+
+/// What came on the connection for last words.
+#[derive(Debug)]
+pub(crate) enum Words {
+    /// Nothing yet.
+    Nothing,
+    /// Why the peer failed.
+    Said(Header, Vec<u8>),
+    /// The end: nothing was said.
+    Ended,
+    /// The connection broke, other than by the peer's end.
+    Broken(String),
 }
 
 /// A frame on its way out.
@@ -87,7 +100,9 @@ struct Control {
 pub(crate) struct Link {
     pub rank: Rank,
     pub address: SocketAddr,
-    stream: TcpStream,
+    stream: Arc<TcpStream>,
+    words: Arc<TcpStream>,
+    words_in: Vec<u8>,
     header: [u8; HEADER_BYTES],
     header_filled: usize,
     control: Option<Control>,
@@ -102,6 +117,8 @@ pub(crate) struct Link {
     ahead_bytes: usize,
     /// The peer said that no frame follows.
     pub left: bool,
+    /// Its connection for last words has ended.
+    pub fell_silent: bool,
     /// Nothing more will come or go, though what was received may still be read.
     pub hung_up: bool,
     outbox: Vec<u8>,
@@ -119,12 +136,14 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// Takes over an authenticated, non-blocking connection.
-    pub(crate) fn new(rank: Rank, address: SocketAddr, stream: TcpStream) -> Self {
+    /// Takes over authenticated, non-blocking connections.
+    pub(crate) fn new(rank: Rank, address: SocketAddr, connection: Connection) -> Self {
         Self {
             rank,
             address,
-            stream,
+            stream: connection.data,
+            words: connection.words,
+            words_in: Vec::new(),
             header: [0; HEADER_BYTES],
             header_filled: 0,
             control: None,
@@ -134,6 +153,7 @@ impl Link {
             ahead: VecDeque::new(),
             ahead_bytes: 0,
             left: false,
+            fell_silent: false,
             hung_up: false,
             outbox: Vec::new(),
             mid_frame: false,
@@ -193,7 +213,7 @@ impl Link {
             None => vec![0; front.payload as usize],
         };
         while self.front_read < payload.len() {
-            let read = read_some(&mut self.stream, &mut payload[self.front_read..])?;
+            let read = read_some(&self.stream, &mut payload[self.front_read..])?;
             if read == 0 {
                 self.early = Some(payload);
                 return Ok(false);
@@ -216,7 +236,7 @@ impl Link {
     /// Reads on in the front's payload, into a caller's buffer as long as it; whether it is whole.
     pub(crate) fn read_front(&mut self, buffer: &mut [u8]) -> Result<bool, LinkError> {
         if self.front_read < buffer.len() {
-            self.front_read += read_some(&mut self.stream, &mut buffer[self.front_read..])?;
+            self.front_read += read_some(&self.stream, &mut buffer[self.front_read..])?;
         }
         let whole = self.front_read == buffer.len();
         if whole {
@@ -229,7 +249,7 @@ impl Link {
     pub(crate) fn next_arrival(&mut self, codec: &FrameCodec) -> Result<Arrival, LinkError> {
         if self.control.is_none() {
             while self.header_filled < HEADER_BYTES {
-                match self.stream.read(&mut self.header[self.header_filled..]) {
+                match (&*self.stream).read(&mut self.header[self.header_filled..]) {
                     Ok(0) if self.header_filled == 0 => return Ok(Arrival::End),
                     Ok(0) => return Err(LinkError::Broken("it ended inside a frame".to_owned())),
                     Ok(read) => self.header_filled += read,
@@ -254,7 +274,7 @@ impl Link {
         }
         let Some(mut control) = self.control.take() else { return Ok(Arrival::Nothing) };
         while control.filled < control.payload.len() {
-            let read = read_some(&mut self.stream, &mut control.payload[control.filled..])?;
+            let read = read_some(&self.stream, &mut control.payload[control.filled..])?;
             if read == 0 {
                 self.control = Some(control);
                 return Ok(Arrival::Nothing);
@@ -267,35 +287,49 @@ impl Link {
         Ok(Arrival::Control(control.header, control.payload))
     }
 
-    /// Looks on a broken connection for the error frame that its peer sent before it failed.
-    pub(crate) fn last_words(&mut self, codec: &FrameCodec) -> Option<(Header, Vec<u8>)> {
-        let mut budget = LAST_WORDS_BYTES_MAX;
-        let mut scratch = vec![0; AHEAD_BYTES_MAX];
+    /// What polls readable when the peer fails or ends.
+    pub(crate) fn words_descriptor(&self) -> BorrowedFd<'_> {
+        self.words.as_fd()
+    }
+
+    /// Reads why the peer failed, if it has said so.
+    pub(crate) fn read_words(&mut self, codec: &FrameCodec) -> Result<Words, FrameError> {
         loop {
-            if let Some(front) = self.front {
-                let rest = front.payload.saturating_sub(self.front_read as u64);
-                let take = rest.min(scratch.len() as u64);
-                budget = budget.checked_sub(take)?;
-                if rest == 0 {
-                    self.front = None;
-                    continue;
-                }
-                match read_some(&mut self.stream, &mut scratch[..take as usize]) {
-                    Ok(read) if read > 0 => self.front_read += read,
-                    _ => return None,
-                }
-                continue;
+            let known = match self.words_in.first_chunk::<HEADER_BYTES>() {
+                None => None,
+                Some(header) => Some(codec.decode(header)?),
+            };
+            let payload = known.map_or(0, |header| header.payload);
+            if payload > CONTROL_BYTES_MAX as u64 {
+                let most = CONTROL_BYTES_MAX as u64;
+                return Err(FrameError::Payload { found: payload, most });
             }
-            budget = budget.checked_sub(HEADER_BYTES as u64)?;
-            match self.next_arrival(codec) {
-                Ok(Arrival::Data(_)) => {}
-                Ok(Arrival::Control(header, payload)) => match header.kind {
-                    FrameKind::Mismatch | FrameKind::Failed => return Some((header, payload)),
-                    FrameKind::Data | FrameKind::Waiting | FrameKind::Leave => {}
-                },
-                Ok(Arrival::Nothing | Arrival::End) | Err(_) => return None,
+            let need = HEADER_BYTES + payload as usize;
+            if let Some(header) = known
+                && self.words_in.len() == need
+            {
+                return Ok(Words::Said(header, self.words_in.split_off(HEADER_BYTES)));
+            }
+            let filled = self.words_in.len();
+            self.words_in.resize(need, 0);
+            let result = (&*self.words).read(&mut self.words_in[filled..]);
+            self.words_in.truncate(filled + *result.as_ref().unwrap_or(&0));
+            match result {
+                Ok(0) => return Ok(Words::Ended),
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Words::Nothing),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(Words::Ended),
+                Err(error) => return Ok(Words::Broken(error.to_string())),
             }
         }
+    }
+
+    /// Says why this rank failed, and ends both connections.
+    pub(crate) fn say_last_words(&self, frame: &[u8]) {
+        // An error means that the connection is already gone.
+        let _ = say(&self.words, frame);
+        self.shut_writing();
     }
 
     /// Writes what the kernel takes now, control frames that are under way first.
@@ -354,7 +388,8 @@ impl Link {
     /// Tells the peer that nothing more will come; what was written still arrives.
     pub(crate) fn shut_writing(&self) {
         // An error means that the connection is already gone.
-        let _ = self.stream.shutdown(std::net::Shutdown::Write);
+        let _ = self.words.shutdown(Shutdown::Write);
+        let _ = self.stream.shutdown(Shutdown::Write);
     }
 
     /// Hands bytes to the kernel; 0 if it takes none now.
@@ -362,7 +397,7 @@ impl Link {
         // Without this flag a write to a dead peer would raise SIGPIPE where a process has reset it.
         let flags = MsgFlags::MSG_NOSIGNAL.bits();
         loop {
-            match SockRef::from(&self.stream).send_vectored_with_flags(slices, flags) {
+            match SockRef::from(&*self.stream).send_vectored_with_flags(slices, flags) {
                 Ok(written) => return Ok(written),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(0),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -370,6 +405,11 @@ impl Link {
             }
         }
     }
+}
+
+/// Sends a small frame on a connection that carries nothing else.
+pub(crate) fn say(words: &TcpStream, frame: &[u8]) -> std::io::Result<usize> {
+    SockRef::from(words).send_with_flags(frame, MsgFlags::MSG_NOSIGNAL.bits())
 }
 
 /// The memory ranges of a frame that are still to be written; how many.
@@ -389,7 +429,7 @@ fn remaining<'b>(sending: &'b Sending<'_>, slices: &mut [IoSlice<'b>; WRITE_SLIC
 }
 
 /// Reads what is there into a buffer that is not empty; 0 if nothing is there yet.
-fn read_some(stream: &mut TcpStream, buffer: &mut [u8]) -> Result<usize, LinkError> {
+fn read_some(mut stream: &TcpStream, buffer: &mut [u8]) -> Result<usize, LinkError> {
     loop {
         match stream.read(buffer) {
             Ok(0) => return Err(LinkError::Broken("it ended inside a frame".to_owned())),

@@ -1,6 +1,6 @@
 //! Where a rank waits for its peers, before it knows who they are.
 
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
 use api::Rank;
@@ -8,7 +8,7 @@ use socket2::{SockRef, TcpKeepalive};
 
 use crate::abort::AbortHandle;
 use crate::communicator::GroupOptions;
-use crate::connect::Formation;
+use crate::connect::{Connection, Formation};
 use crate::error::CollectiveError;
 use crate::frame::FrameCodec;
 use crate::handshake::Identity;
@@ -16,12 +16,13 @@ use crate::link::Link;
 use crate::mesh::Mesh;
 use crate::tcp::TcpCommunicator;
 
-/// Most ranks of one group: a full mesh of more needs more file descriptors than a process has.
-const WORLD_SIZE_MAX: u32 = 1024;
+/// Most ranks of one group: a rank holds two descriptors per peer, and a process commonly may have
+/// 1,024.
+const WORLD_SIZE_MAX: u32 = 480;
 /// Most characters of a group's name.
 const GROUP_CHARS_MAX: usize = 256;
-/// A silent host is found dead after 10 s + 4 · 5 s. A stopped process on a living host is not:
-/// its kernel still answers.
+/// A host that vanished is found after 10 s + 4 · 5 s, on the connection for last words, which is
+/// idle. A stopped process on a living host is not taken for dead: its kernel still answers.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_RETRIES: u32 = 4;
@@ -76,32 +77,33 @@ impl Listener {
         let links = if options.world_size == 1 {
             vec![None]
         } else {
-            let streams = self.form(&identity, peers, options.connect_timeout)?;
-            watch(&abort, &streams)?;
-            streams
+            let connections = self.form(&identity, peers, options.connect_timeout)?;
+            abort.watch(codec, connections.iter().flatten().cloned().collect())?;
+            connections
                 .into_iter()
                 .zip(peers)
                 .enumerate()
-                .map(|(rank, (stream, address))| {
-                    stream.map(|stream| Link::new(Rank(rank as u32), *address, stream))
+                .map(|(rank, (connection, address))| {
+                    connection.map(|both| Link::new(Rank(rank as u32), *address, both))
                 })
                 .collect()
         };
         Ok(TcpCommunicator::new(Mesh::new(options.rank.0, options.generation, codec, links, abort)))
     }
 
-    /// Authenticated, non-blocking connections by rank; none at this rank's place.
+    /// Authenticated connections by rank; none at this rank's place.
     pub(crate) fn form(
         self,
         identity: &Identity,
         peers: &[SocketAddr],
         timeout: Duration,
-    ) -> Result<Vec<Option<TcpStream>>, CollectiveError> {
+    ) -> Result<Vec<Option<Connection>>, CollectiveError> {
         let deadline = Instant::now().checked_add(timeout);
         let formation =
             Formation::new(identity, peers, &self.socket, &self.abort, timeout, deadline);
-        let streams = formation.run()?;
-        for stream in streams.iter().flatten() {
+        let connections = formation.run()?;
+        let streams = connections.iter().flatten().flat_map(|both| [&*both.data, &*both.words]);
+        for stream in streams {
             let failed = |source| CollectiveError::socket("set up a connection to a peer", source);
             stream.set_nodelay(true).map_err(failed)?;
             let keepalive = TcpKeepalive::new()
@@ -110,14 +112,8 @@ impl Listener {
                 .with_retries(KEEPALIVE_RETRIES);
             SockRef::from(stream).set_tcp_keepalive(&keepalive).map_err(failed)?;
         }
-        Ok(streams)
+        Ok(connections)
     }
-}
-
-fn watch(abort: &AbortHandle, streams: &[Option<TcpStream>]) -> Result<(), CollectiveError> {
-    let clones = streams.iter().flatten().map(TcpStream::try_clone).collect::<Result<_, _>>();
-    let clones = clones.map_err(|source| CollectiveError::socket("watch the peers", source))?;
-    abort.watch(clones)
 }
 
 fn check(options: &GroupOptions, peers: &[SocketAddr]) -> Result<(), CollectiveError> {

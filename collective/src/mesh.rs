@@ -4,6 +4,7 @@
 //! are summed chunk by chunk on their owners or, when small, wholly on every rank.
 
 use api::{Generation, Rank};
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::ops::Range;
 
@@ -15,7 +16,7 @@ use crate::communicator::ReduceOp;
 use crate::element::Element;
 use crate::error::CollectiveError;
 use crate::exchange::{Exchange, Sink, Transfer};
-use crate::frame::{FrameCodec, FrameError, FrameKind, encode_site};
+use crate::frame::{FrameCodec, FrameError, FrameKind, encode_site, last_words};
 use crate::lane_tree::{LaneTree, Subtree};
 use crate::link::Link;
 
@@ -24,6 +25,8 @@ const DIRECT_BYTES: usize = 16 << 10;
 /// Bytes up to which a root sends its whole buffer to every rank; beyond, each rank gets a chunk
 /// from the root and the ranks exchange chunks, so that the root's link is not the narrow place.
 const BROADCAST_DIRECT_BYTES: usize = 256 << 10;
+/// Collectives that are remembered for the message of a mismatch.
+const RECENT_CALLS: usize = 16;
 /// Most bytes that a rank may give to `gather_bytes`.
 const GATHER_BYTES_MAX: usize = 4 << 20;
 /// Most bytes that a rank may get from one `gather_bytes`.
@@ -54,6 +57,8 @@ pub(crate) struct Mesh {
     /// By rank; none at this rank's place, and nowhere once the group failed.
     pub links: Vec<Option<Link>>,
     pub abort: AbortHandle,
+    /// The last collectives, the newest last: a peer may object to one that is over here.
+    recent: VecDeque<CallSite>,
     received: Scratch,
     reduced: Scratch,
 }
@@ -67,8 +72,8 @@ impl Mesh {
         abort: AbortHandle,
     ) -> Self {
         let world = links.len() as u32;
-        let (received, reduced) = Default::default();
-        Self { rank, world, generation, codec, links, abort, received, reduced }
+        let (recent, received, reduced) = Default::default();
+        Self { rank, world, generation, codec, links, abort, recent, received, reduced }
     }
 
     /// Reduces `buffer` over ranks, in place on every rank.
@@ -292,6 +297,21 @@ impl Mesh {
         GATHER_BYTES_MAX.min(GATHER_TOTAL_BYTES_MAX / self.world as usize)
     }
 
+    /// Remembers a collective that begins.
+    pub(crate) fn remember(&mut self, site: CallSite) {
+        if self.recent.len() == RECENT_CALLS {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(site);
+    }
+
+    /// What this rank called where a peer made that call; else what it calls now.
+    pub(crate) fn counterpart(&self, site: CallSite, theirs: CallSite) -> CallSite {
+        let collective = |site: &CallSite| !site.call.operation.is_point_to_point();
+        let same = |own: &&CallSite| collective(&theirs) && own.number == theirs.number;
+        self.recent.iter().find(same).copied().unwrap_or(site)
+    }
+
     /// The connection to a rank, if it is a peer and the group has not failed.
     pub(crate) fn link(&mut self, rank: Rank) -> Option<&mut Link> {
         self.links.get_mut(rank.0 as usize)?.as_mut()
@@ -317,21 +337,17 @@ impl Mesh {
         }
     }
 
-    /// Tells all peers that this rank's call failed, as far as they can be told at once, and gives
-    /// the connections up.
-    pub(crate) fn give_up(&mut self, site: CallSite, error: &CollectiveError) {
-        let text = error.to_string();
+    /// Tells all peers that this rank's call failed and why, and gives the connections up.
+    pub(crate) fn give_up(&mut self, error: &CollectiveError) {
+        let failed = last_words(&self.codec, error.peer(), &error.to_string());
         for link in self.links.iter_mut().flatten() {
-            let frame = match error {
-                CollectiveError::Aborted { .. } => break,
-                CollectiveError::Mismatch { rank, theirs, .. } if *rank == link.rank => {
-                    self.codec.control(FrameKind::Mismatch, site, &encode_site(theirs))
+            match error {
+                CollectiveError::Mismatch { rank, ours, theirs, .. } if *rank == link.rank => {
+                    let theirs = encode_site(theirs);
+                    let frame = self.codec.control(FrameKind::Mismatch, *ours, &theirs);
+                    link.say_last_words(&frame);
                 }
-                _ => self.codec.control(FrameKind::Failed, site, text.as_bytes()),
-            };
-            // A peer that cannot be told sees the end of the connection.
-            if link.send_control(&frame).is_ok() {
-                link.shut_writing();
+                _ => link.say_last_words(&failed),
             }
         }
         self.abort.unwatch();

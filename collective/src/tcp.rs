@@ -65,6 +65,7 @@ impl TcpCommunicator {
     ) -> Outcome<R> {
         let site = CallSite { call, number: self.number };
         self.number += 1;
+        self.mesh.remember(site);
         self.run(site, body)
     }
 
@@ -85,7 +86,7 @@ impl TcpCommunicator {
             // A connection that an abort shut down looks like a dead peer.
             let error = self.mesh.abort.raised().unwrap_or(error);
             tracing::debug!(rank = self.mesh.rank, call = %site, %error, "the group failed");
-            self.mesh.give_up(site, &error);
+            self.mesh.give_up(&error);
             self.failed = Some(error.clone());
             error
         })

@@ -12,7 +12,7 @@ use crate::{
 const WORLDS: [u32; 7] = [1, 2, 3, 4, 5, 7, 8];
 /// Empty, shorter than the world, not divisible, around a block, and beyond one frame of the small
 /// path.
-const LENGTHS: [usize; 8] = [0, 1, 5, 1000, 4096, 4097, 20_001, 70_003];
+const LENGTHS: [usize; 6] = [0, 1, 5, 1000, 4097, 33_001];
 const SEED: u64 = 20_260_801;
 
 /// The sum (or another reduction) as the tree says, over leaves in order.
@@ -24,6 +24,18 @@ fn tree_reduce<T: Element>(node: Subtree, leaves: &[T], op: ReduceOp) -> T {
         ReduceOp::Max => a.largest(b),
         ReduceOp::Min => a.smallest(b),
     }
+}
+
+/// [`tree_reduce`] of every element of several buffers.
+fn tree_reduce_all<T: Element>(node: Subtree, buffers: &[Vec<T>], op: ReduceOp) -> Vec<T> {
+    let mut leaves = Vec::with_capacity(buffers.len());
+    (0..buffers[0].len())
+        .map(|i| {
+            leaves.clear();
+            leaves.extend(buffers.iter().map(|buffer| buffer[i]));
+            tree_reduce(node, &leaves, op)
+        })
+        .collect()
 }
 
 /// The elements that a rank brings: the same on whichever rank they are made.
@@ -66,13 +78,10 @@ where
         let own = chunk_range(len, world, rank);
         let what = format!("{} × {len} on {rank} of {world}", T::TYPE);
         for op in &ops {
-            let expected: Vec<T> = (0..len)
-                .map(|i| {
-                    let leaves: Vec<T> = all.iter().map(|data| data[i]).collect();
-                    let value = tree_reduce(tree.root(), &leaves, *op);
-                    if *op == ReduceOp::Avg { value.divided(world) } else { value }
-                })
-                .collect();
+            let mut expected = tree_reduce_all(tree.root(), &all, *op);
+            if *op == ReduceOp::Avg {
+                expected.iter_mut().for_each(|value| *value = value.divided(world));
+            }
             let mut buffer = all[rank as usize].clone();
             communicator.all_reduce((&mut buffer).into(), *op).unwrap();
             assert_bits(&buffer, &expected, &format!("all_reduce {op:?} of {what}"));
@@ -125,23 +134,16 @@ fn partials<T: Element>(
     rank: u32,
     world: u32,
 ) -> Vec<(Subtree, Vec<T>)> {
-    let len = lanes[0].len();
     tree.owned_subtrees(tree.lanes_of(rank, world))
         .into_iter()
-        .map(|node| {
-            let sums = (0..len).map(|i| {
-                let leaves: Vec<T> = lanes.iter().map(|lane| lane[i]).collect();
-                tree_reduce(node, &leaves, ReduceOp::Sum)
-            });
-            (node, sums.collect())
-        })
+        .map(|node| (node, tree_reduce_all(node, lanes, ReduceOp::Sum)))
         .collect()
 }
 
 #[test]
 fn lanes_have_the_same_bits_on_any_number_of_ranks() {
     const LANES: [u32; 6] = [1, 2, 3, 6, 8, 11];
-    const LENGTHS: [usize; 6] = [0, 1, 7, 4099, 12_289, 40_001];
+    const LENGTHS: [usize; 6] = [0, 1, 7, 4099, 12_289, 20_001];
     for lane_count in LANES {
         for world in 1..=lane_count {
             group(world, move |rank, communicator| {
@@ -155,12 +157,7 @@ fn lanes_have_the_same_bits_on_any_number_of_ranks() {
                         .collect();
                     let mut output = vec![f32::NAN; len];
                     communicator.reduce_lanes(&tree, &own, (&mut output).into()).unwrap();
-                    let expected: Vec<f32> = (0..len)
-                        .map(|i| {
-                            let leaves: Vec<f32> = lanes.iter().map(|lane| lane[i]).collect();
-                            tree_reduce(tree.root(), &leaves, ReduceOp::Sum)
-                        })
-                        .collect();
+                    let expected = tree_reduce_all(tree.root(), &lanes, ReduceOp::Sum);
                     let what = format!("{lane_count} lanes × {len} on {rank} of {world}");
                     assert_bits(&output, &expected, &what);
                 }
@@ -196,12 +193,14 @@ fn a_negative_zero_and_nan_survive() {
 
 #[test]
 fn bytes_of_different_lengths_reach_every_rank_and_too_many_are_refused() {
-    let results = group(4, |rank, communicator| {
+    group(4, |rank, communicator| {
         for round in 0..3usize {
             let bytes = |rank: u32| vec![rank as u8; rank as usize * 100_000 * round];
             let all = communicator.gather_bytes(&bytes(rank)).unwrap();
             assert_eq!(all, (0..4).map(bytes).collect::<Vec<_>>());
         }
+    });
+    let results = group(4, |rank, communicator| {
         let much = vec![0; if rank == 2 { (4 << 20) + 1 } else { 1 }];
         error(communicator.gather_bytes(&much))
     });
