@@ -50,22 +50,28 @@ impl Plane {
 }
 
 impl Network {
-    /// Channels of the last stage must stay below this: beyond it is a mistake, not a small network.
-    const CHANNELS_MAX: usize = 1 << 16;
+    /// Most channels of the first stage: beyond is a mistake, not a small network.
+    pub(super) const WIDTH_MAX: usize = 1024;
+    /// Most stages: each halves the image, and 64 pixels are down to 1 after six.
+    pub(super) const STAGES_MAX: usize = 6;
+    /// Most blocks per stage: ResNet-152 has 36.
+    pub(super) const BLOCKS_MAX: usize = 64;
+    /// Longest step of the stem: beyond, pixels are skipped by a kernel of 3.
+    pub(super) const STEM_STRIDE_MAX: usize = 3;
 
     /// The sizes, if they make sense.
     pub(super) fn checked(self) -> Result<Self, String> {
-        let Self { width, stages, blocks, .. } = self;
-        if width.min(stages).min(blocks) == 0 {
-            return Err(format!("a size is 0 in {self:?}"));
-        }
-        let last = u32::try_from(stages - 1).ok().and_then(|shift| 1usize.checked_shl(shift));
-        match last.and_then(|factor| width.checked_mul(factor)) {
-            Some(channels) if channels <= Self::CHANNELS_MAX => Ok(self),
-            _ => Err(format!(
-                "width = {width} doubled over stages = {stages} exceeds {} channels",
-                Self::CHANNELS_MAX
-            )),
+        let ranges = [
+            ("width", self.width, 1..=Self::WIDTH_MAX),
+            ("stages", self.stages, 1..=Self::STAGES_MAX),
+            ("blocks", self.blocks, 1..=Self::BLOCKS_MAX),
+            ("stem_stride", self.stem_stride, 0..=Self::STEM_STRIDE_MAX),
+        ];
+        match ranges.into_iter().find(|(_, value, range)| !range.contains(value)) {
+            None => Ok(self),
+            Some((name, value, range)) => {
+                Err(format!("{name} = {value}, expected {} to {}", range.start(), range.end()))
+            }
         }
     }
 

@@ -24,13 +24,23 @@ const FEATURES_MAX: usize = 3 << 24;
 /// The schema.
 pub(super) fn schema() -> AlgorithmSchema {
     let mut hyperparameters = vec![
-        integer("width", 16, (1, 1024), "Channels of the first stage; doubles per stage."),
-        integer("stages", 3, (1, 6), "Stages; every one but the first halves the image."),
-        integer("blocks", 1, (1, 64), "Residual blocks per stage."),
+        integer(
+            "width",
+            16,
+            (1, Network::WIDTH_MAX as i64),
+            "Channels of the first stage; doubles per stage.",
+        ),
+        integer(
+            "stages",
+            3,
+            (1, Network::STAGES_MAX as i64),
+            "Stages; every one but the first halves the image.",
+        ),
+        integer("blocks", 1, (1, Network::BLOCKS_MAX as i64), "Residual blocks per stage."),
         integer(
             "stem_stride",
             0,
-            (0, 4),
+            (0, Network::STEM_STRIDE_MAX as i64),
             "Step of the first convolution; 0: 2 for images of 16 pixels and more, else 1.",
         ),
         boolean("augment", false, "Whether training images are shifted (and flipped)."),

@@ -98,8 +98,9 @@ fn names_and_sizes_follow_from_network_and_images() {
     assert!(small.contains(&"2 stages.1.0.shortcut.weight [1, 1, 16, 32]".to_owned()));
     assert!(!small.iter().any(|name| name.contains("stages.0.0.shortcut")));
     assert_eq!(small.last().map(String::as_str), Some("4 head.bias [10]"));
-    assert!(Network { width: 1024, stages: 60, ..network }.checked().is_err());
-    assert!(Network { stages: 0, ..network }.checked().is_err());
+    let error = |network: Network| network.checked().expect_err("refused");
+    assert_eq!(error(Network { stages: 60, ..network }), "stages = 60, expected 1 to 6");
+    assert_eq!(error(Network { blocks: 0, ..network }), "blocks = 0, expected 1 to 64");
 }
 
 /// A descriptor and the weights of a model trained on [`microbatch`].

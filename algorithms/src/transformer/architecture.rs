@@ -26,6 +26,9 @@ pub(crate) struct Architecture {
 }
 
 impl Architecture {
+    /// Most layers: twice the deepest published models. Bounds what a damaged `model.json` builds.
+    pub(crate) const LAYERS_MAX: usize = 256;
+
     /// The sizes, if they fit each other.
     pub(crate) fn checked(self) -> Result<Self, String> {
         let Self { width, heads, .. } = self;
@@ -33,6 +36,9 @@ impl Architecture {
             self.layers.min(width).min(heads).min(self.sequence_length).min(self.vocabulary);
         if smallest == 0 {
             return Err(format!("a size is 0 in {self:?}"));
+        }
+        if self.layers > Self::LAYERS_MAX {
+            return Err(format!("layers = {}, expected at most {}", self.layers, Self::LAYERS_MAX));
         }
         if !width.is_multiple_of(heads) {
             return Err(format!(

@@ -23,7 +23,7 @@ const VOCABULARY_MAX: i64 = 1 << 20;
 /// The schema.
 pub(super) fn schema() -> AlgorithmSchema {
     let mut hyperparameters = vec![
-        integer("layers", 4, (1, 256), "Transformer layers."),
+        integer("layers", 4, (1, Architecture::LAYERS_MAX as i64), "Transformer layers."),
         integer("width", 128, (1, 65_536), "Features per position; a multiple of heads."),
         integer("heads", 4, (1, 1024), "Attention heads per layer."),
         integer("sequence_length", 128, (2, 1 << 20), "Tokens of context."),

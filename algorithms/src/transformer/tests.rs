@@ -255,6 +255,7 @@ fn bad_model_files_say_what_is_wrong() {
     assert!(text.contains("tensor `layers.1.attention.norm.weight` is missing"), "{text}");
     let text = error(&set("sequence_length", 9), &weights);
     assert!(text.contains("F32 [8, 32], expected F32 [9, 32]"), "{text}");
+    assert!(error(&set("layers", u64::MAX), &weights).contains("expected at most 256"));
     assert!(error(&set("heads", 5), &weights).contains("not a multiple of heads = 5"));
     assert!(error(&set("vocabulary", 255), &weights).contains("less than the tokenizer's 256"));
     assert!(
