@@ -295,8 +295,8 @@ impl Reader {
     }
 }
 
-/// Writes orders until the rank closes its end. The agent's queue to it is bounded, so this may wait
-/// for a rank that reads slowly.
+/// Writes orders until the rank closes its end. The agent's queue to it is bounded, so this may
+/// wait for a rank that reads slowly.
 async fn write_orders(
     mut socket: OwnedWriteHalf,
     first: RankOrder,
