@@ -3,16 +3,18 @@
 
 mod support;
 
-use api::ExitClass;
 use api::events::JobEvent;
 use api::ids::Step;
 use api::pb;
-use api::records::{KIND_CHECKPOINT, KIND_ENDPOINT, KIND_JOB, KIND_MODEL, Phase};
-use api::session::{CoordinatorMessage, RankOrder, RankReport, WorkerMessage};
+use api::records::{EndpointSpec, KIND_CHECKPOINT, KIND_ENDPOINT, KIND_JOB, KIND_MODEL, Phase};
+use api::session::{
+    Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, WorkerMessage,
+};
+use api::{ExitClass, Rank};
 use coordinator::EventStream;
 use support::{
-    FakeWorker, Group, TOKEN, checkpoint, folder_holds, guard, hello, metrics, name, rpc, spec,
-    with_token,
+    FakeWorker, Group, TOKEN, checkpoint, folder_holds, guard, hello, inventory, metrics, name,
+    rank_address, rpc, spec, with_token,
 };
 use tokio_stream::StreamExt as _;
 use tonic::Code;
@@ -201,5 +203,85 @@ async fn a_worker_that_breaks_the_protocol_loses_its_session_only() {
     assert!(workers.iter().any(|worker| worker.name == name("w3") && worker.attached));
     client.submit(&spec("a", 1)).await.expect("accepted");
     assert!(matches!(healthy.order().await.expect("an order"), CoordinatorMessage::Start { .. }));
+    group.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restarted_coordinator_goes_on_where_it_was() {
+    let mut group = Group::start(1).await;
+    let address = group.address(1);
+    let job = name("a");
+    let mut worker =
+        FakeWorker::attach(address, hello("w1", 1, Vec::new())).await.expect("attaches");
+    group.client().await.submit(&spec("a", 1)).await.expect("accepted");
+    let (tasks, _) = worker.run_gang(1).await;
+    let fact = checkpoint(&tasks[0], 50);
+    let sequence = worker.report(&tasks[0], RankReport::Checkpoint(fact.clone())).await;
+    worker.acknowledged(sequence).await;
+    let mut events = group.client().await.watch(&job).await.expect("watches");
+    assert!(is_phase(&next_event(&mut events).await.expect("an event"), Phase::Running));
+
+    group.stop(1).await;
+    group.restart(1).await;
+    let mut worker =
+        FakeWorker::attach(address, hello("w1", 1, inventory(&tasks))).await.expect("attaches");
+    worker.finish(&tasks).await;
+    let starts = |order: &CoordinatorMessage| matches!(order, CoordinatorMessage::Start { .. });
+    assert!(!worker.early().iter().any(starts), "a running rank was started again");
+    let (_, record) = group.client().await.job(&job).await.expect("exists");
+    assert_eq!((record.status.phase, record.status.restarts), (Phase::Succeeded, 0));
+    assert_eq!(record.status.checkpoint, Some(fact));
+    // The watcher's stream outlived the restart.
+    until(&mut events, |event| is_phase(event, Phase::Succeeded)).await;
+    group.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stop_resume_and_deploy_reach_the_worker() {
+    let mut group = Group::start(1).await;
+    let client = group.client().await;
+    let job = name("a");
+    let mut worker =
+        FakeWorker::attach(group.address(1), hello("w1", 1, Vec::new())).await.expect("attaches");
+    client.submit(&spec("a", 1)).await.expect("accepted");
+    let (tasks, first_secret) = worker.run_gang(1).await;
+    let fact = checkpoint(&tasks[0], 50);
+    worker.report(&tasks[0], RankReport::Checkpoint(fact.clone())).await;
+    assert!(matches!(worker.deliver().await.1, RankOrder::Committed { .. }));
+
+    let record = client.stop_job(&job).await.expect("stops");
+    assert_eq!(record.status.phase, Phase::Stopping);
+    assert!(matches!(worker.deliver().await.1, RankOrder::Stop { .. }));
+    worker.report(&tasks[0], RankReport::Stopped { step: Step(50) }).await;
+    let sequence = worker.exited(&tasks[0], ExitCause::Completed).await;
+    worker.acknowledged(sequence).await;
+    let (_, record) = client.job(&job).await.expect("exists");
+    assert_eq!(record.status.phase, Phase::Stopped);
+
+    client.resume(&job).await.expect("resumes");
+    let (task, assignment) = worker.start().await;
+    assert!(task.generation > tasks[0].generation, "a generation was used twice");
+    assert_eq!(assignment.restore, Some(fact));
+    let second_secret = assignment.secret.reveal();
+    assert!(second_secret.len() == 64 && second_secret != first_secret);
+    let address = rank_address(Rank(0));
+    let fingerprint = "cpu/test".to_owned();
+    worker.report(&task, RankReport::Listening { address, fingerprint }).await;
+    assert!(matches!(worker.deliver().await.1, RankOrder::Peers { .. }));
+    worker.report(&task, RankReport::Running { step: Step(50) }).await;
+    worker.finish(&[task]).await;
+
+    let listen = "127.0.0.1:0".parse().expect("an address");
+    let spec = EndpointSpec { name: name("a-endpoint"), model: name("b"), listen };
+    let missing = client.deploy(&spec).await.expect_err("no such model");
+    assert_eq!(missing.exit_class(), ExitClass::NotFound, "{missing}");
+    client.deploy(&EndpointSpec { model: job, ..spec.clone() }).await.expect("accepted");
+    let order = worker.order().await.expect("an order");
+    let CoordinatorMessage::Start { task, assignment } = order else { panic!("{order:?}") };
+    assert!(matches!(*assignment, Assignment::Serve(_)));
+    let fingerprint = String::new();
+    worker.report(&task, RankReport::Listening { address, fingerprint }).await;
+    let endpoint = client.wait_for_endpoint(&spec.name).await.expect("answers");
+    assert_eq!(endpoint.status.address, Some(address));
     group.stop_all().await;
 }

@@ -145,6 +145,13 @@ impl Group {
         guard("stop", handle.stop()).await.expect("stops");
     }
 
+    /// Starts one again, at its address and on its folder.
+    pub async fn restart(&mut self, node: u64) {
+        let mut handle = Coordinator::start(self.options(node, None)).expect("starts again");
+        guard("ready", handle.ready()).await.expect("ready");
+        self.coordinators.insert(node, handle);
+    }
+
     pub async fn stop_all(&mut self) {
         let nodes: Vec<u64> = self.coordinators.keys().copied().collect();
         for node in nodes {
