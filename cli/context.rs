@@ -28,6 +28,9 @@ pub struct Access {
     pub token_file: PathBuf,
     /// The object store's URI.
     pub store_uri: String,
+    /// The cluster.toml it was started with: how to reach an S3 store is read there.
+    #[serde(default)]
+    pub config: Option<PathBuf>,
     /// Process that wrote this file.
     pub pid: u32,
 }
@@ -42,6 +45,7 @@ impl Access {
                 tls: config.tls.clone(),
                 token_file: config.cluster.token_file.clone(),
                 store_uri: config.store_uri(),
+                config: Some(path.clone()),
                 pid: 0,
             };
             let store = StoreSection { uri: access.store_uri.clone(), ..config.store };
@@ -49,7 +53,11 @@ impl Access {
         }
         let dir = global.dir.clone().unwrap_or_else(|| DIR_DEFAULT.into());
         let access = Self::read(&dir)?;
-        let store = StoreSection { uri: access.store_uri.clone(), ..StoreSection::default() };
+        let section = match &access.config {
+            Some(path) => ClusterConfig::load(path)?.store,
+            None => StoreSection::default(),
+        };
+        let store = StoreSection { uri: access.store_uri.clone(), ..section };
         Ok((access, store))
     }
 

@@ -23,6 +23,8 @@ pub struct EmbeddedOptions {
     pub dir: PathBuf,
     /// Settings; addresses, certificates and folders in it are replaced.
     pub config: ClusterConfig,
+    /// The file they came from, if any.
+    pub config_file: Option<PathBuf>,
     /// Coordinators: 1, 3 or 5.
     pub coordinators: u32,
     /// Workers.
@@ -64,6 +66,7 @@ impl Embedded {
             tls: client_tls(&authority)?,
             token_file: config.cluster.token_file.clone(),
             store_uri: config.store.uri.clone(),
+            config: options.config_file.as_deref().map(absolute).transpose()?,
             pid: std::process::id(),
         };
         let mut embedded =

@@ -67,6 +67,7 @@ async fn train(
     let options = EmbeddedOptions {
         dir: folder.clone(),
         config: ClusterConfig::default(),
+        config_file: None,
         coordinators: 1,
         workers: 1,
         slots: spec.resources.ranks.get(),

@@ -1,6 +1,6 @@
 //! `cluster data pack`.
 
-use algorithms::data::{PackOptions, crate_sources, pack as make_pack};
+use algorithms::data::{PackOptions, crate_sources, pack as make_pack, read_crate_names};
 
 use super::submit::pack_progress;
 use crate::args::{Global, Pack};
@@ -11,14 +11,7 @@ use crate::output;
 pub fn pack(global: &Global, args: &Pack) -> Result<()> {
     let mut inputs = args.inputs.clone();
     if let (Some(list), Some(lock)) = (&args.crates, &args.lock) {
-        let text = std::fs::read_to_string(list)
-            .map_err(|e| CliError::usage(format!("cannot read `{}`: {e}", list.display())))?;
-        let names: Vec<String> = text
-            .lines()
-            .map(str::trim)
-            .filter(|line| !line.is_empty() && !line.starts_with('#'))
-            .map(str::to_owned)
-            .collect();
+        let names = read_crate_names(list)?;
         inputs.extend(crate_sources(lock, None, &names)?);
     }
     if inputs.is_empty() {

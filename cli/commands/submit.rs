@@ -24,8 +24,9 @@ pub fn load_job(path: &Path, overrides: &[String]) -> Result<JobSpec> {
     spec.resolve(&schema)?;
     trainer::open_device(spec.resources.device, 0)?;
     for (name, channel) in &spec.channels {
-        let Some(path) = trainer::missing_path(&channel.uri) else { continue };
-        if algorithms::data::ensure_recipe(path, &mut pack_progress())? {
+        let Some(path) = channel.uri.strip_prefix("file://").map(Path::new) else { continue };
+        // A pack with a recipe beside it is made when it is missing, and refused when it is stale.
+        if algorithms::data::ensure_recipe(path, &mut pack_progress())? || path.exists() {
             continue;
         }
         return Err(CliError::usage(format!(
@@ -129,8 +130,15 @@ async fn run_local(
         Start::Submit(_) => slots,
         Start::Resume(_) => api::job::LANES_MAX,
     };
-    let options =
-        EmbeddedOptions { dir: dir.clone(), config, coordinators: 1, workers: 1, slots, port: 0 };
+    let options = EmbeddedOptions {
+        dir: dir.clone(),
+        config,
+        config_file: global.config.clone(),
+        coordinators: 1,
+        workers: 1,
+        slots,
+        port: 0,
+    };
     let mut embedded = Embedded::start(options).await?;
     let access = embedded.access.clone();
     let work = async {

@@ -19,6 +19,7 @@ pub async fn up(global: &Global, args: &Up) -> Result<()> {
     let mut embedded = Embedded::start(EmbeddedOptions {
         dir: dir.clone(),
         config,
+        config_file: global.config.clone(),
         coordinators: args.coordinators,
         workers: args.workers,
         slots,

@@ -1,7 +1,7 @@
 //! A job's data channels as local paths: `file://` ones are used where they lie, `s3://` ones are
 //! fetched once per host.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use algorithms::LocalChannels;
 use api::JobSpec;
@@ -58,10 +58,4 @@ fn scratch() -> PathBuf {
         Some(folder) => PathBuf::from(folder),
         None => std::env::temp_dir().join("cohort-scratch"),
     }
-}
-
-/// Whether a URI names a path on this host that does not exist: checked before a job is sent.
-pub fn missing_path(uri: &str) -> Option<&Path> {
-    let path = Path::new(uri.strip_prefix("file://")?);
-    (!path.exists()).then_some(path)
 }

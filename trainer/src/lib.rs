@@ -21,7 +21,6 @@ mod schedule;
 mod state;
 mod train;
 
-pub use channels::missing_path;
 pub use device::{fingerprint, open as open_device};
 pub use error::TrainError;
 pub use rank::run_rank;
