@@ -319,7 +319,9 @@ impl Link {
                 Ok(_) => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Words::Nothing),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(Words::Ended),
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => {
+                    return Ok(Words::Ended);
+                }
                 Err(error) => return Ok(Words::Broken(error.to_string())),
             }
         }
