@@ -119,7 +119,10 @@ fn run(control: &Control, orders: &Orders) -> Result<(), TrainError> {
         checkpoints,
         control: control.clone(),
     });
-    trainer.run().map(|_| ())
+    // From inside the pool, so that matrix products need no hand-over to another thread.
+    let mut ended = None;
+    rayon::scope(|_| ended = Some(trainer.run()));
+    ended.map_or_else(|| Err(unexpected("the step loop did not run")), |end| end.map(|_| ()))
 }
 
 fn unexpected(what: &str) -> TrainError {

@@ -12,6 +12,8 @@ mod tokenizer;
 #[cfg(test)]
 mod tests;
 
+use std::path::Path;
+
 use api::JobSpec;
 use api::schema::AlgorithmSchema;
 use burn::tensor::Device;
@@ -42,11 +44,14 @@ impl Algorithm for Transformer {
                 DataError::Mismatch(format!("channel `{channel}` is missing: add it to the job"))
             })
         };
-        let train = open_tokens("train", path("train")?, sequence_length, vocabulary)?;
+        let open = |channel: &str, path: &Path| {
+            let data = open_tokens(channel, path, sequence_length, vocabulary)?;
+            check_tokenizer(channel, &data, setup.tokenizer())?;
+            Ok::<_, DataError>(data)
+        };
+        let train = open("train", path("train")?)?;
         let (train, validation) = match channels.get("validation") {
-            Some(path) => {
-                (train, Some(open_tokens("validation", path, sequence_length, vocabulary)?))
-            }
+            Some(path) => (train, Some(open("validation", path)?)),
             None if setup.validation_fraction > 0.0 => {
                 TokenDataset::split(train, setup.validation_fraction)
             }
@@ -69,4 +74,27 @@ impl Algorithm for Transformer {
         debug_assert_eq!(descriptor.algorithm, NAME);
         Ok(Box::new(TextPredictor::load(descriptor, weights, device)?))
     }
+}
+
+/// Refuses a pack whose tokens come from another tokenizer than the job's: the numbers would fit and
+/// mean something else.
+fn check_tokenizer(
+    channel: &str,
+    data: &TokenDataset,
+    expected: &TextTokenizer,
+) -> Result<(), DataError> {
+    let found = data.tokenizer();
+    if found == expected.json().map(str::as_bytes) {
+        return Ok(());
+    }
+    let name = |json: Option<&[u8]>| match json {
+        Some(json) => format!("tokenizer.json {}", &blake3::hash(json).to_hex()[..12]),
+        None => "bytes".to_owned(),
+    };
+    Err(DataError::Mismatch(format!(
+        "channel `{channel}`: its tokens are {}, the job's are {}: set hyperparameters.tokenizer to \
+         the file the pack was made with, or pack the text again with it",
+        name(found),
+        name(expected.json().map(str::as_bytes))
+    )))
 }

@@ -76,6 +76,11 @@ pub(super) struct Setup {
 }
 
 impl Setup {
+    /// What turns text into the job's tokens.
+    pub(super) fn tokenizer(&self) -> &TextTokenizer {
+        &self.tokenizer
+    }
+
     pub(super) fn read(spec: &JobSpec) -> Result<Self, AlgorithmError> {
         let settings = Settings(&spec.hyperparameters);
         let path = settings.text("tokenizer")?;
