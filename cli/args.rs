@@ -285,6 +285,9 @@ pub struct Pack {
 pub struct Algorithms {
     /// The algorithm to describe; absent: list all.
     pub name: Option<String>,
+    /// Describe all as the Markdown page of the documentation.
+    #[arg(long, conflicts_with = "name")]
+    pub markdown: bool,
 }
 
 /// `cluster certs`.

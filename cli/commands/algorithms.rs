@@ -1,6 +1,6 @@
 //! `cluster algorithms`: what can be trained, from the same schema that validates job files.
 
-use api::schema::{Direction, Hyperparameter, Kind};
+use api::schema::{AlgorithmSchema, Direction, Hyperparameter, Kind};
 
 use crate::args::{Algorithms, Global};
 use crate::error::Result;
@@ -8,6 +8,10 @@ use crate::output;
 
 /// Lists all algorithms, or describes one.
 pub fn show(global: &Global, args: &Algorithms) -> Result<()> {
+    if args.markdown {
+        output::line(&markdown(&algorithms::algorithms()));
+        return Ok(());
+    }
     let Some(name) = &args.name else {
         let all = algorithms::algorithms();
         if global.json {
@@ -47,11 +51,7 @@ pub fn show(global: &Global, args: &Algorithms) -> Result<()> {
         .metrics
         .iter()
         .map(|metric| {
-            let better = match metric.direction {
-                Direction::Minimize => "small is better",
-                Direction::Maximize => "large is better",
-            };
-            vec![metric.name.clone(), better.into(), metric.description.clone()]
+            vec![metric.name.clone(), better(metric.direction).into(), metric.description.clone()]
         })
         .collect();
     output::table(&["name", "", "description"], rows, "none");
@@ -67,4 +67,42 @@ fn range(parameter: &Hyperparameter) -> String {
         Kind::Choice { options } => options.join(", "),
         Kind::Text => "text".into(),
     }
+}
+
+fn better(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Minimize => "small is better",
+        Direction::Maximize => "large is better",
+    }
+}
+
+/// `docs/algorithms.md`: a test keeps the file equal to this.
+fn markdown(schemas: &[AlgorithmSchema]) -> String {
+    let mut text = String::from(
+        "# Algorithms\n\nMade by `cluster algorithms --markdown` from the schemas that validate \
+         job files.\n",
+    );
+    for schema in schemas {
+        text += &format!("\n## {}\n\n{}\n", schema.name, schema.description);
+        text += "\n| channel | | content types | |\n|---|---|---|---|\n";
+        for channel in &schema.channels {
+            let need = if channel.required { "required" } else { "optional" };
+            let types = channel.content_types.join(", ");
+            text +=
+                &format!("| `{}` | {need} | {types} | {} |\n", channel.name, channel.description);
+        }
+        text += "\n| hyperparameter | values | default | |\n|---|---|---|---|\n";
+        for h in &schema.hyperparameters {
+            let (values, name) = (range(h), &h.name);
+            text += &format!("| `{name}` | {values} | {} | {} |\n", h.default, h.description);
+        }
+        text += "\n| metric | | |\n|---|---|---|\n";
+        for metric in &schema.metrics {
+            let better = better(metric.direction);
+            text += &format!("| `{}` | {better} | {} |\n", metric.name, metric.description);
+        }
+        text += &format!("\nServes: {}.\n", schema.request_types.join(", "));
+    }
+    text.truncate(text.trim_end().len());
+    text
 }
