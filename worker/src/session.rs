@@ -29,6 +29,8 @@ const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// Longest pause: well below the grace period in which a new leader waits for its workers.
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// An absence of the control plane this long is worth a warning.
+const AWAY_WARNING: Duration = Duration::from_secs(5);
 /// A leader that takes facts and acknowledges none lost its majority or hangs: look for another.
 const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Probes notice a frozen or vanished leader before its successor's grace period ends.
@@ -70,7 +72,8 @@ pub(crate) struct Session {
     /// Whether any coordinator has ever welcomed this incarnation.
     was_welcome: bool,
     /// Whether the current outage has been logged.
-    is_away: bool,
+    /// Since when no coordinator has answered, and whether that was said.
+    away: Option<(Instant, bool)>,
 }
 
 impl Session {
@@ -79,7 +82,7 @@ impl Session {
         ledger: Arc<Ledger>,
         orders: mpsc::Sender<CoordinatorMessage>,
     ) -> Self {
-        Self { options, ledger, orders, was_welcome: false, is_away: false }
+        Self { options, ledger, orders, was_welcome: false, away: None }
     }
 
     /// Attaches again and again until `stop`; fails only if the cluster refuses this worker.
@@ -117,10 +120,15 @@ impl Session {
                     continue;
                 }
                 Ended::Elsewhere(_) => hints = 0,
-                Ended::Lost(reason) if self.is_away => debug!(%address, reason, "still away"),
                 Ended::Lost(reason) => {
-                    warn!(%address, reason, "no session with a coordinator; ranks run on");
-                    self.is_away = true;
+                    // A change of leader is over in a moment and worth no warning.
+                    let (since, said) = self.away.get_or_insert((Instant::now(), false));
+                    if !*said && since.elapsed() >= AWAY_WARNING {
+                        warn!(%address, reason, "no session with a coordinator; ranks run on");
+                        *said = true;
+                    } else {
+                        debug!(%address, reason, "no session with a coordinator");
+                    }
                 }
             }
             if tried >= coordinators.len() {
@@ -148,7 +156,7 @@ impl Session {
             Ok(Err(ended)) => return ended,
             Err(_) => return late(),
         };
-        (*welcomed, self.was_welcome, self.is_away) = (true, true, false);
+        (*welcomed, self.was_welcome, self.away) = (true, true, None);
         self.converse(inbound, frames, heartbeat, stop).await
     }
 
