@@ -124,7 +124,7 @@ impl Leader {
         for (name, entry) in index.live() {
             let generation = entry.workload.generation();
             // Placed by an earlier leader, or not placed at all.
-            self.gangs.entry(name.clone()).or_insert_with(|| Gang::new(generation, false));
+            self.gangs.entry(name.clone()).or_insert_with(|| Gang::new(generation, None));
         }
     }
 

@@ -244,6 +244,10 @@ impl Records {
             Write::Delete { key } => {
                 if let Some(records) = self.kinds.get_mut(&key.kind) {
                     Arc::make_mut(records).remove(key.id.as_str());
+                    // As a restored snapshot has it: no kinds without records.
+                    if records.is_empty() {
+                        self.kinds.remove(&key.kind);
+                    }
                 }
             }
         }
@@ -295,5 +299,121 @@ impl Records {
         }
         expect_end(rest, SNAPSHOT)?;
         Ok(records)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(id: &str, request: &str, preconditions: Vec<Precondition>) -> Transaction {
+        let write = Write::Put { key: RecordKey::new("job", id), json: b"{\"n\":1}".to_vec() };
+        Transaction { request_id: request.into(), preconditions, writes: vec![write] }
+    }
+
+    #[test]
+    fn a_request_is_applied_once_and_answered_twice() {
+        let mut records = Records::default();
+        let absent = vec![Precondition::Absent(RecordKey::new("job", "a"))];
+        let transaction = put("a", "request-1", absent.clone());
+        assert_eq!(records.apply(3, &transaction), Outcome::Committed);
+        assert_eq!(records.apply(7, &transaction), Outcome::Committed);
+        assert_eq!(records.get("job", "a").map(|v| v.version), Some(3));
+        assert_eq!(
+            (records.applied(), records.outcome("request-1")),
+            (7, Some(&Outcome::Committed))
+        );
+
+        let Outcome::Conflict { expected, found, .. } = records.apply(8, &put("a", "r2", absent))
+        else {
+            panic!("the record is there already");
+        };
+        assert_eq!((expected.as_str(), found.as_str()), ("absent", "version 3"));
+        let (_, document): (u64, BTreeMap<String, u32>) =
+            records.read("job", "a").expect("readable").expect("present");
+        assert_eq!(document["n"], 1);
+        let error = records.read::<Vec<u32>>("job", "a").expect_err("not a list").to_string();
+        assert!(
+            error.starts_with("record `job/a` at version 3 is not a valid document"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_conflict_writes_nothing_and_a_version_is_never_reused() {
+        let mut records = Records::default();
+        let key = RecordKey::new("job", "a");
+        records.apply(1, &put("a", "", vec![]));
+        let delete = Transaction {
+            writes: vec![Write::Delete { key: key.clone() }],
+            ..put("a", "", vec![])
+        };
+        records.apply(2, &delete);
+        assert!(records.get("job", "a").is_none());
+        records.apply(3, &put("a", "", vec![]));
+        let before = records.clone();
+        let stale = put("a", "", vec![Precondition::VersionIs(key, 1)]);
+        assert!(matches!(records.apply(4, &stale), Outcome::Conflict { .. }));
+        assert_eq!(records.get("job", "a"), before.get("job", "a"));
+        assert!(before.outcome("").is_none(), "an empty request id is not remembered");
+    }
+
+    #[test]
+    fn listing_goes_by_prefix_and_order() {
+        let mut records = Records::default();
+        let ids = ["b/2", "a/1", "ab/1", "b/1", "b"];
+        for (index, id) in ids.iter().enumerate() {
+            records.apply(index as u64 + 1, &put(id, "", vec![]));
+        }
+        let list = |prefix: &str| -> Vec<String> {
+            records.list("job", prefix).map(|(key, _)| key.id.clone()).collect()
+        };
+        assert_eq!(list("b/"), ["b/1", "b/2"]);
+        assert_eq!(list(""), ["a/1", "ab/1", "b", "b/1", "b/2"]);
+        assert_eq!((list("c"), records.count("job")), (vec![], 5));
+        assert_eq!(records.list("model", "").count(), 0);
+    }
+
+    #[test]
+    fn old_requests_are_forgotten_and_recent_ones_are_not() {
+        let mut records = Records::default();
+        let all = REQUESTS_REMEMBERED as u64 * 2;
+        for index in 1..=all {
+            records.apply(index, &put("a", &format!("r{index}"), vec![]));
+        }
+        let oldest_kept = all - REQUESTS_REMEMBERED as u64 + 1;
+        assert!(records.outcome(&format!("r{oldest_kept}")).is_some());
+        assert!(records.outcome("r1").is_none());
+        let segments = records.requests.segments.len();
+        assert!(segments <= 1 + REQUESTS_REMEMBERED / REQUESTS_PER_SEGMENT, "{segments} segments");
+        let restored = Records::restore(&records.snapshot()).expect("restores");
+        assert_eq!(restored, records);
+    }
+
+    #[test]
+    fn a_damaged_snapshot_is_refused_without_panic() {
+        let mut records = Records::default();
+        records.apply(1, &put("a", "r1", vec![]));
+        records.apply(2, &put("b", "r2", vec![]));
+        let bytes = records.snapshot();
+        for length in 0..bytes.len() {
+            assert!(Records::restore(&bytes[..length]).is_err(), "accepted {length} bytes");
+        }
+        for index in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[index] ^= 0x80;
+            let _ = Records::restore(&damaged);
+        }
+        let overlong = put("c", &"x".repeat(REQUEST_ID_BYTES_MAX + 1), vec![]);
+        assert!(matches!(records.apply(3, &overlong), Outcome::Conflict { .. }));
+        assert!(records.get("job", "c").is_none());
+    }
+
+    #[test]
+    #[should_panic(expected = "already applied")]
+    fn applying_an_old_entry_is_a_bug() {
+        let mut records = Records::default();
+        records.apply(2, &put("a", "", vec![]));
+        records.apply(2, &put("a", "", vec![]));
     }
 }

@@ -39,7 +39,7 @@ use api::session::{
     WorkerHello, WorkerMessage,
 };
 use coordinator_core::{Decision, Effect, Input, Outcome, Refusal, SessionId, Write};
-use support::{Shell, Step, number, task};
+use support::{Shell, Step};
 
 #[test]
 fn every_script_gives_its_trace() {
@@ -192,6 +192,9 @@ impl Stage {
             _ => {
                 let input = self.input(&words);
                 let steps = self.shell.feed(input, words.pairs.get("request").copied());
+                for view in self.shell.leader.workers(self.shell.now) {
+                    assert!(view.used <= view.slots, "oversubscribed: {view:?}");
+                }
                 self.trace(&steps)
             }
         }
@@ -450,6 +453,27 @@ impl Stage {
         let fields = json.as_object().expect("an object").iter();
         fields.map(|(key, value)| format!("  {key}: {value}")).collect()
     }
+}
+
+/// "digits/g1/r0" as a task.
+fn task(text: &str) -> TaskId {
+    let mut parts = text.split('/');
+    let mut next = |what: &str| parts.next().unwrap_or_else(|| panic!("{text}: no {what}"));
+    let workload = next("name").parse().expect("a name");
+    let generation = number(next("generation"));
+    let rank = number(next("rank"));
+    TaskId {
+        workload,
+        generation: Generation(generation),
+        rank: api::Rank(u32::try_from(rank).expect("a rank")),
+    }
+}
+
+/// The number in "g3", "r1" or "100".
+fn number(text: &str) -> u64 {
+    text.trim_start_matches(|c: char| !c.is_ascii_digit())
+        .parse()
+        .unwrap_or_else(|_| panic!("`{text}` is not a number"))
 }
 
 fn spec(words: &Words<'_>) -> JobSpec {

@@ -9,6 +9,9 @@ use api::session::ExitCause;
 
 use super::decision::Millis;
 
+/// How long a task may take from its placement until it runs. Restoring a large checkpoint over a
+/// slow network takes minutes; what takes longer than this hangs.
+const START_WAIT_MS: u64 = 1_800_000;
 /// Longest message taken into a record, in bytes: it goes through the log and into every listing.
 const MESSAGE_BYTES_MAX: usize = 2 << 10;
 
@@ -78,8 +81,8 @@ pub(super) enum Verdict {
 #[derive(Clone, Debug)]
 pub(super) struct Gang {
     pub(super) generation: Generation,
-    /// Placed by this leader, which therefore holds its secret.
-    pub(super) is_mine: bool,
+    /// When this leader placed it, which therefore holds its secret; absent for one that it found.
+    pub(super) placed_at: Option<Millis>,
     /// In the order in which they were heard of.
     pub(super) ends: Vec<End>,
     /// Its tasks are to be killed although the workload is still active.
@@ -95,16 +98,30 @@ pub(super) struct Gang {
 }
 
 impl Gang {
-    pub(super) fn new(generation: Generation, is_mine: bool) -> Self {
+    pub(super) fn new(generation: Generation, placed_at: Option<Millis>) -> Self {
         Self {
             generation,
-            is_mine,
+            placed_at,
             ends: Vec::new(),
             is_condemned: false,
             leaving_since: None,
             clearing_since: None,
             adopt_asked: None,
             running_since: None,
+        }
+    }
+
+    /// Whether this leader placed it.
+    pub(super) fn is_mine(&self) -> bool {
+        self.placed_at.is_some()
+    }
+
+    /// Gives up a gang that has been starting for too long, on account of `rank`.
+    pub(super) fn give_up_if_overdue(&mut self, rank: Rank, worker: &Name, now: Millis) {
+        if self.placed_at.is_some_and(|placed| now.since(placed) >= START_WAIT_MS) {
+            let minutes = START_WAIT_MS / 60_000;
+            let reason = format!("it did not run within {minutes} minutes");
+            self.exited(rank, worker, ExitCause::NotStarted { reason }, now);
         }
     }
 

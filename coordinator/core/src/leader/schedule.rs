@@ -89,7 +89,7 @@ impl Leader {
                 Reason::Behind
             } else {
                 match self.may_place(&entry.workload, &free, now) {
-                    Ok(gang) => return self.begin(draft, records, &entry, gang),
+                    Ok(gang) => return self.begin(draft, records, &entry, gang, now),
                     Err(Waits { reason, holds_queue }) => {
                         is_blocked = holds_queue;
                         reason
@@ -119,25 +119,39 @@ impl Leader {
         workload.gang().is_empty()
     }
 
+    /// A task of that name that is still on some worker, in words: one of a generation that was
+    /// given up with its worker, which then came back. It is being killed.
+    fn stray_of(&self, name: &Name) -> Option<String> {
+        self.workers.iter().find_map(|(worker, state)| {
+            let task = state.tasks.keys().find(|task| task.workload == *name)?;
+            Some(format!("{} of {} on `{worker}` has not ended yet", task.rank, task.generation))
+        })
+    }
+
     pub(super) fn is_past_grace(&self, now: Millis) -> bool {
         now.since(self.since) >= self.options.grace_ms
     }
 
     fn may_place(
-        &self,
+        &mut self,
         workload: &Workload,
         free: &BTreeMap<Name, u32>,
         now: Millis,
     ) -> Result<Vec<Placement>, Waits> {
         let name = workload.name().clone();
         let wait = |holds_queue, reason| Err(Waits { reason, holds_queue });
-        if !self.is_ready(workload) {
-            let gang = self.gangs.get(&name);
-            let since = gang.and_then(|gang| gang.clearing_since).unwrap_or(now);
+        let stray = self.stray_of(&name);
+        if !self.is_ready(workload) || stray.is_some() {
+            let gang = self.gangs.get_mut(&name);
+            let since = gang.map_or(now, |gang| *gang.clearing_since.get_or_insert(now));
+            let is_asked = self.gangs.get(&name).is_some_and(|gang| gang.adopt_asked.is_some());
             let generation = workload.generation();
-            let reason = match gang.and_then(|gang| gang.adopt_asked) {
-                Some(_) => Reason::Adopting { name, generation },
-                None => Reason::Clearing { name, generation, waits_for: "its last tasks".into() },
+            let reason = match stray {
+                None if is_asked => Reason::Adopting { name, generation },
+                stray => {
+                    let waits_for = stray.unwrap_or_else(|| "its last tasks".into());
+                    Reason::Clearing { name, generation, waits_for }
+                }
             };
             return wait(now.since(since) < CLEARING_HOLD_MS, reason);
         }
@@ -181,11 +195,12 @@ impl Leader {
         records: &crate::Records,
         entry: &Entry,
         gang: Vec<Placement>,
+        now: Millis,
     ) {
         match &entry.workload {
-            Workload::Job(job) => self.begin_job(draft, records, entry.version, job, gang),
+            Workload::Job(job) => self.begin_job(draft, records, entry.version, job, gang, now),
             Workload::Endpoint(endpoint) => {
-                self.begin_endpoint(draft, records, entry.version, endpoint, gang);
+                self.begin_endpoint(draft, records, entry.version, endpoint, gang, now);
             }
         }
     }

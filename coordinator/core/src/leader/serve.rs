@@ -18,7 +18,7 @@ use super::draft::{Draft, Expect};
 use super::gang::{self, Gang, Verdict};
 use super::index::Workload;
 use super::reason::Reason;
-use super::train::{STOP_WAIT_MS, ended_unseen};
+use super::train::{STOP_WAIT_MS, ended_unseen, slowest};
 use super::workers::task_id;
 use crate::records::Records;
 
@@ -67,6 +67,7 @@ impl Leader {
         version: u64,
         endpoint: &Arc<EndpointRecord>,
         gang: Vec<Placement>,
+        now: Millis,
     ) {
         let name = endpoint.spec.name.clone();
         let model = records.read::<ModelRecord>(KIND_MODEL, endpoint.spec.model.as_str());
@@ -84,7 +85,7 @@ impl Leader {
         let generation: Generation =
             endpoint.status.generation.max(other.unwrap_or_default()).next();
         let places = super::schedule::describe(&gang);
-        self.gangs.insert(name.clone(), Gang::new(generation, true));
+        self.gangs.insert(name.clone(), Gang::new(generation, Some(now)));
         draft.decided(Reason::Placed { name: name.clone(), generation, places: places.clone() });
         self.change_endpoint(draft, version, endpoint, |status| {
             status.generation = generation;
@@ -166,7 +167,7 @@ impl Leader {
         let phase = endpoint.status.phase;
         let mut standing = self.standing(&workload, now);
         let Some(gang) = self.gangs.get_mut(name) else { return };
-        if phase == Phase::Starting && !gang.is_mine && !standing.is_accounted_for() {
+        if phase == Phase::Starting && !gang.is_mine() && !standing.is_accounted_for() {
             // The former leader may never have told the worker: nobody's failure.
             return self.change_endpoint(draft, version, endpoint, |status| {
                 status.phase = Phase::Queued;
@@ -174,6 +175,11 @@ impl Leader {
             });
         }
         standing.settle(gang, &ended_unseen(), now);
+        if phase == Phase::Starting
+            && let Some((rank, worker)) = slowest(&self.workers, &workload, &standing)
+        {
+            gang.give_up_if_overdue(rank, worker, now);
+        }
         // Nobody asked it to end, so an end in good order is one as well.
         let ended = standing.is_empty();
         if phase == Phase::Stopping {

@@ -26,7 +26,7 @@ use super::gang::{self, Gang, Verdict};
 use super::index::Workload;
 use super::reason::Reason;
 use super::schedule;
-use super::workers::{Stage, Task, task_id};
+use super::workers::{Stage, Task, Worker, task_id};
 use crate::records::Records;
 
 /// How long the store may take to tell of unrecorded checkpoints before the job goes on without.
@@ -120,7 +120,7 @@ impl Leader {
         let mut standing = Standing::default();
         // Later than that every task was told, whoever led.
         let may_be_untold = workload.phase() == Phase::Starting
-            && self.gangs.get(workload.name()).is_some_and(|gang| gang.is_mine);
+            && self.gangs.get(workload.name()).is_some_and(Gang::is_mine);
         for place in workload.gang() {
             if self.has_ended(workload, place.rank) {
                 continue;
@@ -204,6 +204,7 @@ impl Leader {
         version: u64,
         job: &Arc<JobRecord>,
         gang: Vec<Placement>,
+        now: Millis,
     ) {
         let name = job.spec.name.clone();
         // Above the generations of an endpoint of the same name, so that task ids differ.
@@ -212,7 +213,7 @@ impl Leader {
         let generation = job.status.generation.max(other.unwrap_or_default()).next();
         let from = begins_at(&job.status);
         let places = schedule::describe(&gang);
-        self.gangs.insert(name.clone(), Gang::new(generation, true));
+        self.gangs.insert(name.clone(), Gang::new(generation, Some(now)));
         draft.decided(Reason::Placed { name: name.clone(), generation, places: places.clone() });
         let mut record = JobRecord::clone(job);
         let status = &mut record.status;
@@ -282,13 +283,16 @@ impl Leader {
         let is_starting = job.status.phase == Phase::Starting;
         // A gang that an earlier leader was starting: this leader does not hold its secret, and
         // cannot tell a rank that never started from one that ended.
-        let is_inherited = is_starting && !gang.is_mine;
+        let is_inherited = is_starting && !gang.is_mine();
         if job.status.model.is_some() {
             standing.settle(gang, &ExitCause::Completed, now);
             return self.advance_finish(draft, now, version, job, &standing);
         }
         if !is_inherited {
             standing.settle(gang, &ended_unseen(), now);
+        }
+        if is_starting && let Some((rank, worker)) = slowest(&self.workers, &workload, &standing) {
+            gang.give_up_if_overdue(rank, worker, now);
         }
         let lease = self.options.lease_ms;
         match gang.verdict(|rank| standing.present.contains_key(&rank), now, lease) {
@@ -600,6 +604,20 @@ impl Leader {
         let generation = job.status.generation;
         draft.effect(Effect::ForgetSecret { job: job.spec.name.clone(), generation });
     }
+}
+
+/// The present rank that has come least far towards running.
+pub(super) fn slowest<'a>(
+    workers: &BTreeMap<Name, Worker>,
+    workload: &Workload,
+    standing: &'a Standing,
+) -> Option<(Rank, &'a Name)> {
+    let stage = |rank: Rank, worker: &Name| {
+        let task = task_id(workload, rank);
+        workers.get(worker).and_then(|w| w.tasks.get(&task)).map(|task| task.stage)
+    };
+    let present = standing.present.iter().map(|(rank, worker)| (*rank, worker));
+    present.min_by_key(|(rank, worker)| stage(*rank, worker))
 }
 
 /// An end that no leader heard of in time to record it.
