@@ -7,11 +7,15 @@ use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::path::{Component, Path, PathBuf};
 
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
+
 use crate::error::StoreError;
-use crate::store::{ObjectInfo, Store};
+use crate::store::{ObjectInfo, Store, with_retries};
 
 /// Bytes asked for at once; bounds the memory of a copy.
 const CHUNK_BYTES: u64 = 8 << 20;
+/// Files copied at once; a folder of images is mostly waiting. With the chunk, 64 MiB of memory.
+const FILES_AT_ONCE: usize = 8;
 
 impl Store {
     /// Copies the object or the folder `prefix_or_key` (empty: what the store's URI itself names)
@@ -52,20 +56,30 @@ impl Store {
             let (key, place) = (prefix.to_owned(), self.place().clone());
             return Err(StoreError::NotFound { key, place });
         }
-        for ObjectInfo { key, bytes } in objects {
-            let relative = key.strip_prefix(prefix).unwrap_or(&key).trim_start_matches('/');
-            let relative = Path::new(relative);
-            // A key is somebody else's text: it must not lead out of the folder.
-            if !relative.components().all(|part| matches!(part, Component::Normal(_))) {
-                let problem = "it would leave the folder it is copied to".to_owned();
-                return Err(StoreError::Key { key, problem });
-            }
-            let path = content.join(relative);
-            let parent = path.parent().unwrap_or(content);
-            std::fs::create_dir_all(parent).map_err(|error| StoreError::host(parent, &error))?;
-            self.copy(&key, bytes, &path).await?;
+        let copies: Vec<_> = objects
+            .into_iter()
+            .map(|object| self.copy_one_below(prefix, object, content).boxed())
+            .collect();
+        stream::iter(copies).buffer_unordered(FILES_AT_ONCE).try_collect().await
+    }
+
+    async fn copy_one_below(
+        &self,
+        prefix: &str,
+        ObjectInfo { key, bytes }: ObjectInfo,
+        content: &Path,
+    ) -> Result<(), StoreError> {
+        let relative = key.strip_prefix(prefix).unwrap_or(&key).trim_start_matches('/');
+        let relative = Path::new(relative);
+        // A key is somebody else's text: it must not lead out of the folder.
+        if !relative.components().all(|part| matches!(part, Component::Normal(_))) {
+            let problem = "it would leave the folder it is copied to".to_owned();
+            return Err(StoreError::Key { key, problem });
         }
-        Ok(())
+        let path = content.join(relative);
+        let parent = path.parent().unwrap_or(content);
+        std::fs::create_dir_all(parent).map_err(|error| StoreError::host(parent, &error))?;
+        self.copy(&key, bytes, &path).await
     }
 
     async fn copy(&self, key: &str, bytes: u64, path: &Path) -> Result<(), StoreError> {
@@ -74,7 +88,7 @@ impl Store {
         let mut start = 0;
         while start < bytes {
             let end = bytes.min(start + CHUNK_BYTES);
-            let chunk = self.get_range(key, start..end).await?;
+            let chunk = with_retries(|| self.get_range(key, start..end)).await?;
             file.write_all(&chunk).map_err(failed)?;
             start = end;
         }

@@ -37,6 +37,14 @@ impl fmt::Display for Place {
 }
 
 impl Place {
+    /// What lets people in.
+    fn key_to_it(&self) -> &'static str {
+        match self {
+            Self::Bucket { .. } => "credentials",
+            _ => "access",
+        }
+    }
+
     fn advice(&self) -> &'static str {
         match self {
             Self::Bucket { .. } => {
@@ -83,7 +91,7 @@ pub enum StoreError {
     #[error("{0} does not exist: create the bucket, or correct the store's uri")]
     NoBucket(Place),
     /// The credentials are missing, wrong, expired, or not allowed to do this.
-    #[error("credentials refused for {place} ({code}): {}", place.advice())]
+    #[error("{} refused for {place} ({code}): {}", place.key_to_it(), place.advice())]
     Denied {
         /// Who refused.
         place: Place,

@@ -13,6 +13,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::decode::{TensorSink, read_shard};
 use crate::error::StoreError;
+use crate::format::TensorEntry;
 use crate::manifest::{self, MANIFEST_BYTES_MAX, Manifest};
 use crate::store::{Store, with_retries};
 
@@ -154,9 +155,11 @@ impl Restore {
     /// Fills every target, whose names and shapes must be exactly those of the checkpoint. After an
     /// error the targets' contents are worthless.
     pub fn read_all(&mut self, targets: &mut [TensorTarget<'_>]) -> Result<(), RestoreError> {
+        let saved: HashMap<&str, &TensorEntry> =
+            self.manifest.tensors().map(|tensor| (tensor.name.as_str(), tensor)).collect();
         let mut outs: HashMap<&str, &mut TensorTarget<'_>> = HashMap::new();
         for target in targets {
-            self.check(target)?;
+            self.check(target, saved.get(target.name).copied())?;
             let name = target.name;
             if outs.insert(name, target).is_some() {
                 let (name, problem) = (name.to_owned(), "it is asked for twice".to_owned());
@@ -179,7 +182,11 @@ impl Restore {
         Ok(())
     }
 
-    fn check(&self, target: &TensorTarget<'_>) -> Result<(), RestoreError> {
+    fn check(
+        &self,
+        target: &TensorTarget<'_>,
+        saved: Option<&TensorEntry>,
+    ) -> Result<(), RestoreError> {
         let name = target.name.to_owned();
         let product = target.shape.iter().try_fold(1usize, |p, extent| p.checked_mul(*extent));
         if product != Some(target.out.len()) {
@@ -188,7 +195,7 @@ impl Restore {
             return Err(RestoreError::Target { name, problem });
         }
         let key = self.key.clone();
-        let Some(found) = self.manifest.tensors().find(|tensor| tensor.name == target.name) else {
+        let Some(found) = saved else {
             return Err(RestoreError::Missing { key, name });
         };
         if !found.shape.iter().copied().eq(target.shape.iter().map(|extent| *extent as u64)) {

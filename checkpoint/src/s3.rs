@@ -14,7 +14,7 @@ use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig};
 use crate::error::{Place, StoreError};
 
 /// Retries of one request that was throttled or broke off, by the library.
-const RETRIES_MAX: usize = 6;
+const RETRIES_MAX: usize = 8;
 /// After this long no retry is begun: a dead server is reported within about a minute.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(45);
 /// First wait between retries, doubled up to the second, with jitter.

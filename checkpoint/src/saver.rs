@@ -17,13 +17,14 @@ use bytes::Bytes;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use sha2::{Digest, Sha256};
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::Notify;
 
 use crate::error::StoreError;
 use crate::format::{FormatError, TensorSlice};
 use crate::manifest::{self, MANIFEST_VERSION, Manifest, ManifestInfo, ShardEntry};
 use crate::nonce::nonce;
 use crate::staging::{ARENAS_MAX, Staged};
-use crate::store::{Store, with_retries};
+use crate::store::Store;
 use crate::upload::write_object;
 use crate::{keys, local, tools};
 
@@ -132,6 +133,8 @@ pub struct Saver {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    /// The same news for tasks of the background.
+    news: Notify,
 }
 
 struct State {
@@ -143,9 +146,18 @@ struct State {
     committing: BTreeSet<Step>,
     /// Deletions under way.
     deleting: usize,
+    /// This generation's steps among them.
+    doomed: BTreeSet<Step>,
     shards: BTreeMap<Step, ShardEntry>,
     committed: BTreeMap<Step, CheckpointFact>,
     errors: VecDeque<SaveError>,
+}
+
+impl State {
+    fn deletion_ended(&mut self, steps: &[Step]) {
+        self.deleting -= 1;
+        self.doomed.retain(|step| !steps.contains(step));
+    }
 }
 
 impl Shared {
@@ -171,6 +183,19 @@ impl Shared {
     fn update(&self, change: impl FnOnce(&mut State)) {
         change(&mut self.lock());
         self.changed.notify_all();
+        self.news.notify_waiters();
+    }
+
+    /// Waits, in the background, until no manifest of a step is being written.
+    async fn commit_settled(&self, step: Step) {
+        loop {
+            // Made before the look, so that no news between the two is missed.
+            let news = self.news.notified();
+            if !self.lock().committing.contains(&step) {
+                return;
+            }
+            news.await;
+        }
     }
 
     fn next_error(&self) -> Result<(), SaveError> {
@@ -206,6 +231,7 @@ impl Saver {
             staging: BTreeSet::new(),
             committing: BTreeSet::new(),
             deleting: 0,
+            doomed: BTreeSet::new(),
             shards: BTreeMap::new(),
             committed: BTreeMap::new(),
             errors: VecDeque::new(),
@@ -215,7 +241,11 @@ impl Saver {
             store,
             writer: nonce().into(),
             last_staged: None,
-            shared: Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() }),
+            shared: Arc::new(Shared {
+                state: Mutex::new(state),
+                changed: Condvar::new(),
+                news: Notify::new(),
+            }),
             runtime: Some(runtime),
         })
     }
@@ -280,6 +310,11 @@ impl Saver {
         while state.committing.len() + state.deleting >= PENDING_MAX {
             state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+        if state.doomed.contains(&step) {
+            let problem = "its deletion is under way".to_owned();
+            state.errors.push_back(SaveError::Shards { step: step.0, problem });
+            return;
+        }
         state.committing.insert(step);
         drop(state);
         let guard = Guard { shared: self.shared.clone(), work: Some(Work::Commit(step)) };
@@ -340,24 +375,37 @@ impl Saver {
         })?
     }
 
-    /// Deletes checkpoints behind training. One that cannot be deleted is reported in the log and
+    /// Deletes checkpoints behind training, each after a commit of it that is still under way: or
+    /// the manifest could outlive its shards. One that cannot be deleted is reported in the log and
     /// left: it takes space, nothing else, and training must not end for it.
     pub fn delete(&mut self, manifest_keys: Vec<String>) {
+        let own = |key: &String| {
+            let key = keys::parse_manifest(key)?;
+            let is_own = key.job == self.options.job && key.generation == self.options.generation;
+            is_own.then_some(key.step)
+        };
+        let steps: Vec<Step> = manifest_keys.iter().filter_map(own).collect();
         let mut state = self.shared.lock();
         while state.committing.len() + state.deleting >= PENDING_MAX {
             state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.deleting += 1;
+        state.doomed.extend(&steps);
         drop(state);
-        let guard = Guard { shared: self.shared.clone(), work: Some(Work::Delete) };
-        let store = self.store.clone();
+        let work = Some(Work::Delete(steps.clone()));
+        let guard = Guard { shared: self.shared.clone(), work };
+        let (store, shared) = (self.store.clone(), self.shared.clone());
         self.spawn(async move {
+            for step in &steps {
+                shared.commit_settled(*step).await;
+            }
             for key in &manifest_keys {
-                if let Err(error) = with_retries(|| tools::delete_checkpoint(&store, key)).await {
+                if let Err(error) = store.patiently(|| tools::delete_checkpoint(&store, key)).await
+                {
                     tracing::warn!(key, %error, "a checkpoint cannot be deleted");
                 }
             }
-            guard.done(|state| state.deleting -= 1);
+            guard.done(move |state| state.deletion_ended(&steps));
         });
     }
 
@@ -417,7 +465,7 @@ impl Drop for Saver {
 enum Work {
     Stage(Step),
     Commit(Step),
-    Delete,
+    Delete(Vec<Step>),
 }
 
 /// Settles a background task's account even when it panics, so that nobody waits for ever.
@@ -447,8 +495,8 @@ impl Drop for Guard {
                     state.committing.remove(&step);
                     "writing a manifest"
                 }
-                Work::Delete => {
-                    state.deleting -= 1;
+                Work::Delete(steps) => {
+                    state.deletion_ended(&steps);
                     "deleting a checkpoint"
                 }
             };
@@ -489,7 +537,9 @@ async fn write_manifest(store: &Store, manifest: &Manifest) -> Result<Checkpoint
     let bytes = manifest.to_bytes().map_err(|problem| SaveError::Shards { step, problem })?;
     let manifest_digest = manifest::digest(&bytes);
     let manifest_key = manifest.key();
-    if !store.put_if_absent(&manifest_key, bytes.into()).await? {
+    let bytes = Bytes::from(bytes);
+    let created = store.patiently(|| store.put_if_absent(&manifest_key, bytes.clone())).await?;
+    if !created {
         return Err(SaveError::Superseded(manifest_key));
     }
     Ok(CheckpointFact {
@@ -502,7 +552,7 @@ async fn write_manifest(store: &Store, manifest: &Manifest) -> Result<Checkpoint
 }
 
 async fn look_up(store: &Store, step: u64, shard: &ShardEntry) -> Result<(), SaveError> {
-    let problem = match with_retries(|| store.size(&shard.key)).await {
+    let problem = match store.patiently(|| store.size(&shard.key)).await {
         Ok(bytes) if bytes == shard.stored_bytes => return Ok(()),
         Ok(bytes) => format!("has {bytes} bytes, expected {}", shard.stored_bytes),
         Err(StoreError::NotFound { .. }) => "is not in the store".to_owned(),

@@ -8,7 +8,7 @@ use std::fmt;
 use std::ops::Range;
 use std::path::Path as FsPath;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::config::StoreSection;
 use bytes::Bytes;
@@ -29,8 +29,13 @@ const LIST_MAX: usize = 1_000_000;
 const CREATE_ATTEMPTS_MAX: u32 = 4;
 /// Tries of anything else that may be done twice, over the library's retries of each request.
 const ATTEMPTS_MAX: u32 = 3;
+/// How long something that is written behind training is tried again: a store's outage of minutes
+/// must not end a job, and steps go on meanwhile.
+const PATIENCE: Duration = Duration::from_secs(180);
 /// Half the wait after the first failed try; doubled at each further one.
 const BACKOFF: Duration = Duration::from_millis(100);
+/// The longest wait is 3.2 seconds: BACKOFF, doubled so often.
+const BACKOFF_DOUBLINGS_MAX: u32 = 5;
 
 /// Where data, checkpoints, models and logs are remembered.
 #[derive(Clone)]
@@ -39,6 +44,8 @@ pub struct Store {
     /// What `s3://bucket/prefix` puts before every key; empty in a folder.
     prefix: Path,
     place: Arc<Place>,
+    /// How long what is written behind training is tried again.
+    patience: Duration,
 }
 
 impl fmt::Debug for Store {
@@ -65,7 +72,7 @@ impl Store {
         if let Some(path) = uri.strip_prefix("file://") {
             let (inner, folder) = local::open(uri, FsPath::new(path))?;
             let place = Arc::new(Place::Folder(folder));
-            return Ok(Self { inner, prefix: Path::default(), place });
+            return Ok(Self { inner, prefix: Path::default(), place, patience: PATIENCE });
         }
         let Some(rest) = uri.strip_prefix("s3://") else {
             return Err(bad("expected `file:///folder` or `s3://bucket/prefix`"));
@@ -76,14 +83,14 @@ impl Store {
         }
         let prefix = Path::parse(prefix).map_err(|error| bad(&error.to_string()))?;
         let (inner, place) = s3::open(&section.s3, bucket)?;
-        Ok(Self { inner, prefix, place: Arc::new(place) })
+        Ok(Self { inner, prefix, place: Arc::new(place), patience: PATIENCE })
     }
 
     /// Wraps a store that the caller made, such as one that fails on purpose; `name` appears in
-    /// errors.
+    /// errors. What fails is tried again a few times only.
     pub fn with_inner(inner: Arc<dyn ObjectStore>, name: &str) -> Self {
         let place = Arc::new(Place::Other(name.to_owned()));
-        Self { inner, prefix: Path::default(), place }
+        Self { inner, prefix: Path::default(), place, patience: Duration::ZERO }
     }
 
     /// Which store this is, for messages.
@@ -286,18 +293,42 @@ impl Store {
     }
 }
 
-/// Does something that may be done twice, again while that can help.
-pub(crate) async fn with_retries<T, Work>(mut work: impl FnMut() -> Work) -> Result<T, StoreError>
+/// Does something that may be done twice, again while that can help: a few times, for callers that
+/// wait for the outcome.
+pub(crate) async fn with_retries<T, Work>(work: impl FnMut() -> Work) -> Result<T, StoreError>
 where
     Work: Future<Output = Result<T, StoreError>>,
 {
+    retry(Duration::ZERO, work).await
+}
+
+impl Store {
+    /// The same with the store's patience, for what is done behind training.
+    pub(crate) async fn patiently<T, Work>(
+        &self,
+        work: impl FnMut() -> Work,
+    ) -> Result<T, StoreError>
+    where
+        Work: Future<Output = Result<T, StoreError>>,
+    {
+        retry(self.patience, work).await
+    }
+}
+
+async fn retry<T, Work>(patience: Duration, mut work: impl FnMut() -> Work) -> Result<T, StoreError>
+where
+    Work: Future<Output = Result<T, StoreError>>,
+{
+    let begun = Instant::now();
     let mut tries = 0;
     loop {
         tries += 1;
         match work().await {
-            Err(error) if error.is_retryable() && tries < ATTEMPTS_MAX => {
+            Err(error)
+                if error.is_retryable() && (tries < ATTEMPTS_MAX || begun.elapsed() < patience) =>
+            {
                 tracing::warn!(%error, tries, "the store is tried again");
-                tokio::time::sleep(BACKOFF * (1 << tries)).await;
+                tokio::time::sleep(BACKOFF * (1 << tries.min(BACKOFF_DOUBLINGS_MAX))).await;
             }
             outcome => return outcome,
         }

@@ -1,6 +1,6 @@
 //! What coordinator and command line do with checkpoints: find complete ones, verify, delete.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use api::events::CheckpointFact;
 use api::{Generation, Name};
@@ -80,6 +80,28 @@ pub async fn find_complete(
     Ok(facts)
 }
 
+/// What killed writers left: checkpoints of generations before `before` that have shards but no
+/// manifest, as the manifest keys that [`delete_checkpoint`] takes. The caller decides on deletion,
+/// and should know that the older gang is gone: one that was only cut off may still write its
+/// manifest, which would then name deleted shards ([`find_complete`] skips such a one).
+pub async fn find_abandoned(
+    store: &Store,
+    job: &Name,
+    before: Generation,
+) -> Result<Vec<String>, StoreError> {
+    let objects = store.list(&keys::checkpoints(job)).await?;
+    let mut complete = BTreeMap::new();
+    for object in &objects {
+        let Some((folder, file)) = object.key.rsplit_once('/') else { continue };
+        let is_complete = complete.entry(format!("{folder}/{}", keys::MANIFEST)).or_insert(false);
+        *is_complete |= file == keys::MANIFEST;
+    }
+    let is_superseded =
+        |key: &str| keys::parse_manifest(key).is_some_and(|key| key.generation < before);
+    let abandoned = complete.into_iter().filter(|(key, done)| !done && is_superseded(key));
+    Ok(abandoned.map(|(key, _)| key).collect())
+}
+
 /// Reads every byte of a checkpoint and reports what is wrong with it. An error means that the
 /// store could not be asked, or has no such manifest.
 pub async fn verify(
@@ -136,7 +158,9 @@ async fn verify_here(
 }
 
 /// Deletes a checkpoint: its manifest first, so that nobody begins to read what is going away, then
-/// all else in its folder. One that is gone already, wholly or in part, is no error.
+/// all else in its folder. One that is gone already, wholly or in part, is no error. Nobody may be
+/// committing it meanwhile: delete what has been recorded, or use [`crate::Saver::delete`], which
+/// waits for its own commit.
 pub async fn delete_checkpoint(store: &Store, manifest_key: &str) -> Result<(), StoreError> {
     let Some(folder) = keys::folder_of(manifest_key) else {
         return Err(StoreError::Key {

@@ -13,7 +13,7 @@ use object_store::{MultipartUpload, PutPayload, UploadPart};
 use tokio::sync::mpsc;
 
 use crate::error::StoreError;
-use crate::store::{Store, with_retries};
+use crate::store::Store;
 
 /// Least size of a part: S3 wants 5 MiB at least; larger parts cost fewer requests.
 const PART_BYTES: u64 = 16 << 20;
@@ -46,13 +46,13 @@ pub(crate) async fn write_object(
     pieces: &[Bytes],
     compression: Compression,
 ) -> Result<Stored, StoreError> {
-    with_retries(|| async {
+    let attempt = || async {
         match compression {
             Compression::None => write_plain(store, key, pieces).await,
             Compression::Zstd => write_zstd(store, key, pieces).await,
         }
-    })
-    .await
+    };
+    store.patiently(attempt).await
 }
 
 fn total(pieces: &[Bytes]) -> u64 {

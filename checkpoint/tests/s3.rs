@@ -364,7 +364,7 @@ fn a_store_that_stays_busy_is_reported_in_bounded_time() {
     assert!(error.is_retryable(), "{error:?}");
     assert!(error.to_string().contains("status 503 (SlowDown)"), "{error}");
     assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
-    assert_eq!(server.requests(), 7, "one request and six retries");
+    assert_eq!(server.requests(), 9, "one request and eight retries");
 }
 
 #[test]
