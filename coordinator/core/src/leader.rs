@@ -21,6 +21,8 @@ mod reason;
 mod reports;
 mod schedule;
 mod serve;
+mod standing;
+mod starting;
 mod train;
 mod workers;
 

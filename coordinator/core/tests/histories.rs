@@ -33,6 +33,7 @@ const DEPLOY_ROUND: u32 = 20;
 const STOP_ROUND: u32 = 40;
 
 #[test]
+#[expect(clippy::disallowed_methods, reason = "the seed to repeat comes from the environment")]
 fn random_histories_keep_the_invariants_and_come_to_rest() {
     let given = std::env::var("COHORT_SEED").ok().map(|seed| seed.parse().expect("a number"));
     let seeds = given.map_or(0..HISTORIES, |seed: u64| seed..seed + 1);

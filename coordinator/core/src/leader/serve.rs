@@ -18,7 +18,8 @@ use super::draft::{Draft, Expect};
 use super::gang::{self, Gang, Verdict};
 use super::index::Workload;
 use super::reason::Reason;
-use super::train::{STOP_WAIT_MS, ended_unseen, slowest};
+use super::standing::{ended_unseen, slowest};
+use super::train::STOP_WAIT_MS;
 use super::workers::task_id;
 use crate::records::Records;
 

@@ -6,13 +6,11 @@
 //! *queued* with a gang: the former generation is being cleared (tasks killed, then the store asked
 //! for checkpoints nobody recorded); *queued* without: it may be placed.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use api::events::JobEvent;
 use api::ids::{Generation, Name, Rank, Secret};
-use api::job::Determinism;
 use api::records::{
     EndpointRecord, Failure, JobRecord, JobStatus, KIND_ENDPOINT, Phase, Placement,
 };
@@ -26,7 +24,8 @@ use super::gang::{self, Gang, Verdict};
 use super::index::Workload;
 use super::reason::Reason;
 use super::schedule;
-use super::workers::{Stage, Task, Worker, task_id};
+use super::standing::{Standing, ended_unseen, slowest};
+use super::workers::{Stage, Task, task_id};
 use crate::records::Records;
 
 /// How long the store may take to tell of unrecorded checkpoints before the job goes on without.
@@ -35,44 +34,6 @@ const ADOPT_WAIT_MS: u64 = 10_000;
 const FINISH_WAIT_MS: u64 = 60_000;
 /// How long ranks may take to finish a step and write a checkpoint after they were asked to stop.
 pub(super) const STOP_WAIT_MS: u64 = 600_000;
-
-/// Where the ranks of a current gang are.
-#[derive(Debug, Default)]
-pub(super) struct Standing {
-    /// On an attached or only just detached worker.
-    pub(super) present: BTreeMap<Rank, Name>,
-    /// On workers that have not come back to this leader yet.
-    pub(super) away: Vec<Placement>,
-    /// Not started yet, on an attached worker.
-    pub(super) untold: Vec<Placement>,
-    /// Not on their attached worker: they ended, and nobody knows how.
-    pub(super) unseen: Vec<Placement>,
-    /// On a worker that is gone, with what is known of that.
-    pub(super) lost: Vec<(Placement, ExitCause)>,
-}
-
-impl Standing {
-    /// Whether no task of the gang can be anywhere.
-    pub(super) fn is_empty(&self) -> bool {
-        self.present.is_empty() && self.away.is_empty() && self.untold.is_empty()
-    }
-
-    /// Whether every task is on its worker, will be, or ended under this leader's eyes.
-    pub(super) fn is_accounted_for(&self) -> bool {
-        self.unseen.is_empty() && self.lost.is_empty()
-    }
-
-    /// Puts the ends that are only inferred into the gang. `unseen`: what is to be thought of a
-    /// task that ended while no coordinator led.
-    pub(super) fn settle(&mut self, gang: &mut Gang, unseen: &ExitCause, now: Millis) {
-        for place in self.unseen.drain(..) {
-            gang.exited(place.rank, &place.worker, unseen.clone(), now);
-        }
-        for (place, cause) in self.lost.drain(..) {
-            gang.exited(place.rank, &place.worker, cause, now);
-        }
-    }
-}
 
 impl Leader {
     /// Records a job as it is about to be, and tells its watchers.
@@ -115,40 +76,6 @@ impl Leader {
         }
     }
 
-    /// Where the ranks of the current gang are. Ranks known to have ended are nowhere.
-    pub(super) fn standing(&self, workload: &Workload, now: Millis) -> Standing {
-        let mut standing = Standing::default();
-        // Later than that every task was told, whoever led.
-        let may_be_untold = workload.phase() == Phase::Starting
-            && self.gangs.get(workload.name()).is_some_and(Gang::is_mine);
-        for place in workload.gang() {
-            if self.has_ended(workload, place.rank) {
-                continue;
-            }
-            let lost = |reason: String| (place.clone(), ExitCause::WorkerLost { reason });
-            match self.workers.get(&place.worker) {
-                Some(worker) if worker.is_lost => {
-                    standing.lost.push(lost("its lease ran out".into()));
-                }
-                Some(worker) if worker.tasks.contains_key(&task_id(workload, place.rank)) => {
-                    standing.present.insert(place.rank, place.worker.clone());
-                }
-                Some(worker) if may_be_untold && worker.session.is_some() => {
-                    standing.untold.push(place.clone());
-                }
-                Some(_) if may_be_untold => standing.away.push(place.clone()),
-                Some(_) => standing.unseen.push(place.clone()),
-                None if self.is_past_grace(now) => {
-                    let grace = self.options.grace_ms;
-                    let text = format!("it has not come back to the new leader for {grace} ms");
-                    standing.lost.push(lost(text));
-                }
-                None => standing.away.push(place.clone()),
-            }
-        }
-        standing
-    }
-
     // ---- queued: clear the former generation ------------------------------------------------
 
     fn clear_job(&mut self, draft: &mut Draft, now: Millis, version: u64, job: &Arc<JobRecord>) {
@@ -176,22 +103,6 @@ impl Leader {
             }
             Some(_) => {}
         }
-    }
-
-    /// What is left of a generation that is over, in words; `None` when nothing is.
-    pub(super) fn left_over(&self, workload: &Workload, now: Millis) -> Option<String> {
-        workload.gang().iter().find_map(|place| {
-            let task = task_id(workload, place.rank);
-            match self.workers.get(&place.worker) {
-                Some(worker) if worker.is_lost => None,
-                Some(worker) if worker.tasks.contains_key(&task) => {
-                    Some(format!("{} on `{}` has not ended yet", place.rank, place.worker))
-                }
-                Some(_) => None,
-                None if self.is_past_grace(now) => None,
-                None => Some(format!("`{}` has not come back to the new leader", place.worker)),
-            }
-        })
     }
 
     // ---- placed -----------------------------------------------------------------------------
@@ -237,7 +148,12 @@ impl Leader {
     }
 
     /// Tells the worker to start one rank, if it is attached.
-    fn start_rank(&mut self, draft: &mut Draft, job: &Arc<JobRecord>, place: &Placement) {
+    pub(super) fn start_rank(
+        &mut self,
+        draft: &mut Draft,
+        job: &Arc<JobRecord>,
+        place: &Placement,
+    ) {
         let status = &job.status;
         let local_rank = status
             .gang
@@ -329,150 +245,6 @@ impl Leader {
                 status.reason = format!("{ended} of {all} ranks have ended well");
             });
         }
-    }
-
-    /// A starting gang of an earlier leader goes on when every rank has its peers already, else the
-    /// job starts over; that is nobody's failure.
-    fn take_over(
-        &mut self,
-        draft: &mut Draft,
-        now: Millis,
-        version: u64,
-        job: &Arc<JobRecord>,
-        standing: &Standing,
-    ) {
-        let name = job.spec.name.clone();
-        let generation = job.status.generation;
-        if let Some(place) = standing.away.first() {
-            let waits_for = format!("`{}` to come back to the new leader", place.worker);
-            return draft.because(Reason::Waiting { name, text: waits_for });
-        }
-        let has_peers = |(rank, worker): (&Rank, &Name)| {
-            let task = task_id(&Workload::Job(Arc::clone(job)), *rank);
-            let worker = self.workers.get(worker);
-            worker.and_then(|w| w.tasks.get(&task)).is_some_and(|task| task.has_peers)
-        };
-        if standing.is_accounted_for() && standing.present.iter().all(has_peers) {
-            return self.run_job(draft, now, version, job, "taken over by a new leader");
-        }
-        let text = "starting over: the leader changed before the ranks had met";
-        self.change_job(draft, version, job, |status| {
-            status.phase = Phase::Queued;
-            status.reason = text.into();
-        });
-        draft.note(&name, generation, None, text);
-        self.forget(draft, job);
-    }
-
-    /// Starting under this leader: tell who is not told, introduce the ranks to one another, notice
-    /// when all of them run.
-    fn advance_start(
-        &mut self,
-        draft: &mut Draft,
-        now: Millis,
-        version: u64,
-        job: &Arc<JobRecord>,
-        standing: &Standing,
-    ) {
-        let name = &job.spec.name;
-        for place in &standing.untold {
-            self.start_rank(draft, job, place);
-        }
-        if !standing.untold.is_empty() || !standing.away.is_empty() {
-            return;
-        }
-        let Some(ranks) = self.ranks(job, standing) else { return };
-        if ranks.iter().all(|rank| rank.stage == Stage::Running) {
-            return self.run_job(draft, now, version, job, "every rank runs");
-        }
-        let is_whole = ranks.len() == job.status.gang.len();
-        if !is_whole || ranks.iter().all(|rank| rank.has_peers) {
-            return;
-        }
-        let addresses: Vec<SocketAddr> = ranks.iter().filter_map(|rank| rank.address).collect();
-        if addresses.len() < ranks.len() {
-            let listening = addresses.len();
-            let text = format!("{listening} of {} ranks listen for their peers", ranks.len());
-            return draft.because(Reason::Waiting { name: name.clone(), text });
-        }
-        match agree(job, &ranks) {
-            Agreement::Refused(reason) => {
-                self.change_job(draft, version, job, |status| {
-                    status.phase = Phase::Failed;
-                    status.reason = reason;
-                    status.ended_ms = Some(now.0);
-                });
-                self.forget(draft, job);
-            }
-            Agreement::Unknown => {
-                self.change_job(draft, version, job, |status| {
-                    status.phase = Phase::Queued;
-                    status.reason = "starting over: a rank's fingerprint was lost".into();
-                });
-                self.forget(draft, job);
-            }
-            Agreement::Reached { fingerprint, note } => {
-                let generation = job.status.generation;
-                let text = "every rank listens, they are told of one another".to_owned();
-                draft.decided(Reason::Waiting { name: name.clone(), text });
-                if job.status.fingerprint.is_none() {
-                    self.change_job(draft, version, job, |status| {
-                        status.fingerprint = Some(fingerprint);
-                    });
-                }
-                if let Some(note) = note {
-                    draft.note(name, generation, None, note);
-                }
-                self.introduce(draft, job, standing, &addresses);
-            }
-        }
-    }
-
-    /// The present ranks in order, with what each reported; `None` when one has just gone.
-    fn ranks(&self, job: &Arc<JobRecord>, standing: &Standing) -> Option<Vec<&Task>> {
-        let workload = Workload::Job(Arc::clone(job));
-        let task = |(rank, worker): (&Rank, &Name)| {
-            self.workers.get(worker)?.tasks.get(&task_id(&workload, *rank))
-        };
-        standing.present.iter().map(task).collect()
-    }
-
-    /// Gives every rank that lacks them the addresses of all.
-    fn introduce(
-        &mut self,
-        draft: &mut Draft,
-        job: &Arc<JobRecord>,
-        standing: &Standing,
-        addresses: &[SocketAddr],
-    ) {
-        let workload = Workload::Job(Arc::clone(job));
-        for (rank, worker) in &standing.present {
-            let task = task_id(&workload, *rank);
-            if let Some(worker) = self.workers.get_mut(worker)
-                && let Some(session) = worker.session
-                && let Some(state) = worker.tasks.get_mut(&task)
-                && !state.has_peers
-            {
-                state.has_peers = true;
-                draft.deliver(session, &task, RankOrder::Peers { addresses: addresses.to_vec() });
-            }
-        }
-    }
-
-    fn run_job(
-        &mut self,
-        draft: &mut Draft,
-        now: Millis,
-        version: u64,
-        job: &Arc<JobRecord>,
-        why: &str,
-    ) {
-        self.change_job(draft, version, job, |status| {
-            status.phase = Phase::Running;
-            status.reason = why.into();
-            status.started_ms.get_or_insert(now.0);
-            status.running_since_ms = Some(now.0);
-        });
     }
 
     // ---- ends -------------------------------------------------------------------------------
@@ -600,29 +372,10 @@ impl Leader {
         }
     }
 
-    fn forget(&self, draft: &mut Draft, job: &JobRecord) {
+    pub(super) fn forget(&self, draft: &mut Draft, job: &JobRecord) {
         let generation = job.status.generation;
         draft.effect(Effect::ForgetSecret { job: job.spec.name.clone(), generation });
     }
-}
-
-/// The present rank that has come least far towards running.
-pub(super) fn slowest<'a>(
-    workers: &BTreeMap<Name, Worker>,
-    workload: &Workload,
-    standing: &'a Standing,
-) -> Option<(Rank, &'a Name)> {
-    let stage = |rank: Rank, worker: &Name| {
-        let task = task_id(workload, rank);
-        workers.get(worker).and_then(|w| w.tasks.get(&task)).map(|task| task.stage)
-    };
-    let present = standing.present.iter().map(|(rank, worker)| (*rank, worker));
-    present.min_by_key(|(rank, worker)| stage(*rank, worker))
-}
-
-/// An end that no leader heard of in time to record it.
-pub(super) fn ended_unseen() -> ExitCause {
-    ExitCause::WorkerLost { reason: "it ended while no coordinator led".into() }
 }
 
 /// "from step 100" or "from the beginning".
@@ -645,46 +398,5 @@ fn reached(status: &JobStatus) -> String {
 fn stop_clock(status: &mut JobStatus, now: Millis) {
     if let Some(since) = status.running_since_ms.take() {
         status.elapsed_ms = status.elapsed_ms.saturating_add(now.since(Millis(since)));
-    }
-}
-
-/// Whether ranks may compute together.
-enum Agreement {
-    Reached { fingerprint: String, note: Option<String> },
-    Refused(String),
-    Unknown,
-}
-
-/// Compares the ranks' numeric fingerprints with one another and with the job's: the promise of
-/// equal bits holds within one only.
-fn agree(job: &JobRecord, ranks: &[&Task]) -> Agreement {
-    let Some(fingerprints) =
-        ranks.iter().map(|rank| rank.fingerprint.as_deref()).collect::<Option<Vec<&str>>>()
-    else {
-        return Agreement::Unknown;
-    };
-    let Some(first) = fingerprints.first().copied() else { return Agreement::Unknown };
-    let differing = fingerprints.iter().zip(0..).find(|(other, _)| **other != first);
-    let former = job.status.fingerprint.as_deref().filter(|former| *former != first);
-    let difference = match (differing, former) {
-        (Some((other, rank)), _) => {
-            format!("{} computes as `{first}` and {} as `{other}`", Rank(0), Rank(rank))
-        }
-        (None, Some(former)) => {
-            format!("the ranks compute as `{first}`, the job began as `{former}`")
-        }
-        (None, None) => {
-            return Agreement::Reached { fingerprint: first.to_owned(), note: None };
-        }
-    };
-    match job.spec.parallel.determinism {
-        Determinism::Relaxed => Agreement::Reached {
-            fingerprint: first.to_owned(),
-            note: Some(format!("{difference}: the result is no longer bit-identical")),
-        },
-        Determinism::Strict => Agreement::Refused(format!(
-            "{difference}: bit-identical results hold within one numeric fingerprint only; use \
-             hosts of one kind, or set parallel.determinism = \"relaxed\""
-        )),
     }
 }

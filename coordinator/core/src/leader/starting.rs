@@ -1,0 +1,205 @@
+//! From placed to running: tell who is not told, compare fingerprints, introduce the ranks to one
+//! another; or take over what an earlier leader was starting.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use api::ids::{Name, Rank};
+use api::job::Determinism;
+use api::records::{JobRecord, Phase};
+use api::session::RankOrder;
+
+use super::Leader;
+use super::decision::Millis;
+use super::draft::Draft;
+use super::index::Workload;
+use super::reason::Reason;
+use super::standing::Standing;
+use super::workers::{Stage, Task, task_id};
+
+impl Leader {
+    /// A starting gang of an earlier leader goes on when every rank has its peers already, else the
+    /// job starts over; that is nobody's failure.
+    pub(super) fn take_over(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+        standing: &Standing,
+    ) {
+        let name = job.spec.name.clone();
+        let generation = job.status.generation;
+        if let Some(place) = standing.away.first() {
+            let waits_for = format!("`{}` to come back to the new leader", place.worker);
+            return draft.because(Reason::Waiting { name, text: waits_for });
+        }
+        let has_peers = |(rank, worker): (&Rank, &Name)| {
+            let task = task_id(&Workload::Job(Arc::clone(job)), *rank);
+            let worker = self.workers.get(worker);
+            worker.and_then(|w| w.tasks.get(&task)).is_some_and(|task| task.has_peers)
+        };
+        if standing.is_accounted_for() && standing.present.iter().all(has_peers) {
+            return self.run_job(draft, now, version, job, "taken over by a new leader");
+        }
+        let text = "starting over: the leader changed before the ranks had met";
+        self.change_job(draft, version, job, |status| {
+            status.phase = Phase::Queued;
+            status.reason = text.into();
+        });
+        draft.note(&name, generation, None, text);
+        self.forget(draft, job);
+    }
+
+    /// Starting under this leader: tell who is not told, introduce the ranks to one another, notice
+    /// when all of them run.
+    pub(super) fn advance_start(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+        standing: &Standing,
+    ) {
+        let name = &job.spec.name;
+        for place in &standing.untold {
+            self.start_rank(draft, job, place);
+        }
+        if !standing.untold.is_empty() || !standing.away.is_empty() {
+            return;
+        }
+        let Some(ranks) = self.ranks(job, standing) else { return };
+        if ranks.iter().all(|rank| rank.stage == Stage::Running) {
+            return self.run_job(draft, now, version, job, "every rank runs");
+        }
+        let is_whole = ranks.len() == job.status.gang.len();
+        if !is_whole || ranks.iter().all(|rank| rank.has_peers) {
+            return;
+        }
+        let addresses: Vec<SocketAddr> = ranks.iter().filter_map(|rank| rank.address).collect();
+        if addresses.len() < ranks.len() {
+            let listening = addresses.len();
+            let text = format!("{listening} of {} ranks listen for their peers", ranks.len());
+            return draft.because(Reason::Waiting { name: name.clone(), text });
+        }
+        match agree(job, &ranks) {
+            Agreement::Refused(reason) => {
+                self.change_job(draft, version, job, |status| {
+                    status.phase = Phase::Failed;
+                    status.reason = reason;
+                    status.ended_ms = Some(now.0);
+                });
+                self.forget(draft, job);
+            }
+            Agreement::Unknown => {
+                self.change_job(draft, version, job, |status| {
+                    status.phase = Phase::Queued;
+                    status.reason = "starting over: a rank's fingerprint was lost".into();
+                });
+                self.forget(draft, job);
+            }
+            Agreement::Reached { fingerprint, note } => {
+                let generation = job.status.generation;
+                let text = "every rank listens, they are told of one another".to_owned();
+                draft.decided(Reason::Waiting { name: name.clone(), text });
+                if job.status.fingerprint.is_none() {
+                    self.change_job(draft, version, job, |status| {
+                        status.fingerprint = Some(fingerprint);
+                    });
+                }
+                if let Some(note) = note {
+                    draft.note(name, generation, None, note);
+                }
+                self.introduce(draft, job, standing, &addresses);
+            }
+        }
+    }
+
+    /// The present ranks in order, with what each reported; `None` when one has just gone.
+    fn ranks(&self, job: &Arc<JobRecord>, standing: &Standing) -> Option<Vec<&Task>> {
+        let workload = Workload::Job(Arc::clone(job));
+        let task = |(rank, worker): (&Rank, &Name)| {
+            self.workers.get(worker)?.tasks.get(&task_id(&workload, *rank))
+        };
+        standing.present.iter().map(task).collect()
+    }
+
+    /// Gives every rank that lacks them the addresses of all.
+    fn introduce(
+        &mut self,
+        draft: &mut Draft,
+        job: &Arc<JobRecord>,
+        standing: &Standing,
+        addresses: &[SocketAddr],
+    ) {
+        let workload = Workload::Job(Arc::clone(job));
+        for (rank, worker) in &standing.present {
+            let task = task_id(&workload, *rank);
+            if let Some(worker) = self.workers.get_mut(worker)
+                && let Some(session) = worker.session
+                && let Some(state) = worker.tasks.get_mut(&task)
+                && !state.has_peers
+            {
+                state.has_peers = true;
+                draft.deliver(session, &task, RankOrder::Peers { addresses: addresses.to_vec() });
+            }
+        }
+    }
+
+    fn run_job(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+        why: &str,
+    ) {
+        self.change_job(draft, version, job, |status| {
+            status.phase = Phase::Running;
+            status.reason = why.into();
+            status.started_ms.get_or_insert(now.0);
+            status.running_since_ms = Some(now.0);
+        });
+    }
+}
+
+/// Whether ranks may compute together.
+enum Agreement {
+    Reached { fingerprint: String, note: Option<String> },
+    Refused(String),
+    Unknown,
+}
+
+/// Compares the ranks' numeric fingerprints with one another and with the job's: the promise of
+/// equal bits holds within one only.
+fn agree(job: &JobRecord, ranks: &[&Task]) -> Agreement {
+    let Some(fingerprints) =
+        ranks.iter().map(|rank| rank.fingerprint.as_deref()).collect::<Option<Vec<&str>>>()
+    else {
+        return Agreement::Unknown;
+    };
+    let Some(first) = fingerprints.first().copied() else { return Agreement::Unknown };
+    let differing = fingerprints.iter().zip(0..).find(|(other, _)| **other != first);
+    let former = job.status.fingerprint.as_deref().filter(|former| *former != first);
+    let difference = match (differing, former) {
+        (Some((other, rank)), _) => {
+            format!("{} computes as `{first}` and {} as `{other}`", Rank(0), Rank(rank))
+        }
+        (None, Some(former)) => {
+            format!("the ranks compute as `{first}`, the job began as `{former}`")
+        }
+        (None, None) => {
+            return Agreement::Reached { fingerprint: first.to_owned(), note: None };
+        }
+    };
+    match job.spec.parallel.determinism {
+        Determinism::Relaxed => Agreement::Reached {
+            fingerprint: first.to_owned(),
+            note: Some(format!("{difference}: the result is no longer bit-identical")),
+        },
+        Determinism::Strict => Agreement::Refused(format!(
+            "{difference}: bit-identical results hold within one numeric fingerprint only; use \
+             hosts of one kind, or set parallel.determinism = \"relaxed\""
+        )),
+    }
+}
