@@ -18,7 +18,8 @@ use crate::store::{Store, with_retries};
 const CHUNK_BYTES: u64 = 8 << 20;
 /// Chunks fetched ahead; with the one before, the memory that reading takes.
 const CHUNKS_AHEAD: usize = 4;
-/// Largest window a shard may make the decompressor allocate, as a power of two; level 1 needs less.
+/// Largest window a shard may make the decompressor allocate, as a power of two; our level needs
+/// less.
 const WINDOW_LOG_MAX: u32 = 24;
 
 /// Takes tensors as they come.
