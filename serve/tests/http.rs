@@ -39,8 +39,10 @@ impl Gate {
 
     fn wait_for_batch(&self) {
         let state = self.state.lock().expect("not poisoned");
-        let waited =
-            self.changed.wait_timeout_while(state, GUARD, |s| s.1.is_empty()).expect("not poisoned");
+        let waited = self
+            .changed
+            .wait_timeout_while(state, GUARD, |s| s.1.is_empty())
+            .expect("not poisoned");
         assert!(!waited.1.timed_out(), "no batch arrived");
     }
 

@@ -121,7 +121,6 @@ impl Trainer {
         while self.state.step.0 < self.last_step {
             let metrics = self.step()?;
             let step = self.state.step;
-            self.metrics.insert("train:loss".into(), metrics.loss);
             self.announce(metrics)?;
             let every = spec.evaluate.every_steps;
             if every > 0 && step.0.is_multiple_of(every) && step.0 < self.last_step {
@@ -181,6 +180,10 @@ impl Trainer {
             let loss = if loss.is_finite() { norm } else { loss };
             return Err(TrainError::Diverged { step: step + 1, loss });
         }
+        self.metrics.insert("train:loss".into(), loss);
+        for (name, sum) in self.problem.model.sums.iter().zip(&sums[COMMON_SUMS..]) {
+            self.metrics.insert(format!("train:{name}"), sum / count);
+        }
         let (scale, state) = (self.optimizer.clip_factor(norm), &mut self.state);
         let optimizer = self.optimizer;
         let values = &mut state.values;
@@ -188,7 +191,7 @@ impl Trainer {
         state.step = Step(step + 1);
         self.gradient = gradient;
 
-        time.checkpoint = self.checkpoint_if_due(loss)?;
+        time.checkpoint = self.checkpoint_if_due()?;
         time.total = begin.elapsed().as_secs_f64();
         time.compute = (time.total - time.data - time.communication - time.checkpoint).max(0.0);
         let samples = f64::from(self.assignment.spec.batch.global.get());
@@ -214,19 +217,20 @@ impl Trainer {
         self.problem.train.microbatch(&indices, Some(key), &device)
     }
 
-    fn checkpoint_if_due(&mut self, loss: f64) -> Result<f64, TrainError> {
+    fn checkpoint_if_due(&mut self) -> Result<f64, TrainError> {
         let every = self.assignment.spec.checkpoint.every_steps;
         let step = self.state.step;
         if every == 0 || !step.0.is_multiple_of(every) || step.0 == self.last_step {
             return Ok(0.0);
         }
         let begin = Instant::now();
-        self.stage(BTreeMap::from([("train:loss".into(), loss)]))?;
+        self.stage()?;
         Ok(begin.elapsed().as_secs_f64())
     }
 
-    fn stage(&mut self, metrics: BTreeMap<String, f64>) -> Result<(), TrainError> {
+    fn stage(&mut self) -> Result<(), TrainError> {
         let communicator = self.communicator.as_mut();
+        let metrics = self.metrics.clone();
         self.checkpoints.stage(communicator, self.state.step, &self.table, &self.state, metrics)
     }
 
@@ -297,8 +301,9 @@ impl Trainer {
         for (name, sum) in self.problem.model.sums.iter().zip(&sums[COMMON_SUMS..]) {
             metrics.insert(format!("validation:{name}"), sum / count);
         }
-        self.metrics.extend(metrics.clone());
+        self.metrics.extend(metrics);
         if self.assignment.rank == Rank(0) {
+            let metrics = self.metrics.clone();
             let listed: Vec<String> =
                 metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
             println!("step {}/{} {}", self.state.step.0, self.last_step, listed.join(" "));
@@ -340,7 +345,7 @@ impl Trainer {
 
     /// A checkpoint of the current step, complete before this returns.
     fn save_and_report(&mut self) -> Result<(), TrainError> {
-        self.stage(self.metrics.clone())?;
+        self.stage()?;
         for fact in self.checkpoints.flush(self.communicator.as_mut())? {
             self.control.report(&RankReport::Checkpoint(fact))?;
         }
