@@ -503,8 +503,13 @@ impl History {
     fn obey(&mut self, session: SessionId, message: CoordinatorMessage) {
         let owner = self.workers.iter().find(|(_, worker)| worker.session == Some(session));
         let Some((&name, _)) = owner else { return };
-        if let CoordinatorMessage::Start { task, .. } = &message {
+        if let CoordinatorMessage::Start { task, assignment } = &message {
             self.check_start(name, task);
+            if let Assignment::Train(train) = assignment.as_ref() {
+                let job = self.shell.job(task.workload.as_str()).expect("a job");
+                assert_eq!(train.restore, job.status.checkpoint, "{task} resumes from the newest");
+                assert_eq!(train.generation, job.status.generation, "{task}");
+            }
         }
         let worker = self.workers.get_mut(name).expect("a worker");
         match message {

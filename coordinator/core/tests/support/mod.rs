@@ -4,8 +4,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use api::ids::{Generation, NodeId};
-use api::records::{EndpointRecord, JobRecord, KIND_ENDPOINT, KIND_JOB, Phase};
+use api::ids::{Generation, NodeId, Step as TrainStep};
+use api::records::{
+    CheckpointRecord, EndpointRecord, JobRecord, KIND_CHECKPOINT, KIND_ENDPOINT, KIND_JOB, Phase,
+};
 use api::units::Span;
 use coordinator_core::{
     Decision, Input, Leader, LeaderOptions, Millis, Outcome, Records, Refusal, Transaction,
@@ -36,6 +38,7 @@ pub struct Shell {
     node: u64,
     requests: u64,
     phases: BTreeMap<(&'static str, String), (Phase, Generation)>,
+    checkpoints: BTreeMap<String, TrainStep>,
 }
 
 fn leader(node: u64, records: &Records, now: Millis) -> Leader {
@@ -52,8 +55,8 @@ impl Shell {
     pub fn new() -> Self {
         let (records, now) = (Records::default(), Millis(1_767_225_600_000));
         let leader = leader(1, &records, now);
-        let (log, phases) = (Vec::new(), BTreeMap::new());
-        Self { records, leader, now, log, node: 1, requests: 0, phases }
+        let (log, phases, checkpoints) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+        Self { records, leader, now, log, node: 1, requests: 0, phases, checkpoints }
     }
 
     /// Another coordinator takes over; all that was volatile is gone.
@@ -140,6 +143,13 @@ impl Shell {
     fn check_phases(&mut self) {
         let jobs = self.jobs();
         let endpoints = self.endpoints();
+        for job in &jobs {
+            let Some(fact) = &job.status.checkpoint else { continue };
+            let id = CheckpointRecord::id(&job.spec.name, fact.step);
+            assert!(self.records.get(KIND_CHECKPOINT, &id).is_some(), "{id} is not recorded");
+            let former = self.checkpoints.insert(job.spec.name.to_string(), fact.step);
+            assert!(former.is_none_or(|former| former <= fact.step), "{id} came after {former:?}");
+        }
         let jobs = jobs
             .iter()
             .map(|j| (KIND_JOB, j.spec.name.to_string(), j.status.phase, j.status.generation));
