@@ -6,7 +6,7 @@
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use api::Secret;
@@ -54,10 +54,61 @@ impl Closing {
     }
 }
 
+/// How far a session's frames have been acted on.
+#[derive(Default)]
+struct Progress {
+    /// The last frame that went to the leader.
+    forwarded: u64,
+    /// The last frame whose facts are committed.
+    committed: u64,
+    /// The last frame of log lines, which are acted on at once.
+    logged: u64,
+}
+
+/// What a session's worker may forget: every frame up to some sequence. Log lines are acted on at
+/// once but acknowledged only when no fact before them still waits for its commit.
+struct Acknowledgements {
+    progress: Mutex<Progress>,
+    acknowledged: watch::Sender<u64>,
+}
+
+impl Acknowledgements {
+    fn new() -> (Arc<Self>, watch::Receiver<u64>) {
+        let (acknowledged, receiver) = watch::channel(0);
+        (Arc::new(Self { progress: Mutex::default(), acknowledged }), receiver)
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Progress)) {
+        // Three numbers that are whole after every statement: a panic elsewhere spoils nothing.
+        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut progress);
+        let is_idle = progress.committed >= progress.forwarded;
+        let logged = if is_idle { progress.logged } else { 0 };
+        let sequence = progress.committed.max(logged);
+        self.acknowledged.send_if_modified(|value| {
+            let is_newer = sequence > *value;
+            *value = sequence.max(*value);
+            is_newer
+        });
+    }
+
+    fn forwarded(&self, sequence: u64) {
+        self.update(|progress| progress.forwarded = sequence);
+    }
+
+    fn committed(&self, sequence: u64) {
+        self.update(|progress| progress.committed = progress.committed.max(sequence));
+    }
+
+    fn logged(&self, sequence: u64) {
+        self.update(|progress| progress.logged = sequence);
+    }
+}
+
 /// The leader's end of a session.
 pub(crate) struct SessionHandle {
     outbox: mpsc::Sender<CoordinatorMessage>,
-    acknowledged: Arc<watch::Sender<u64>>,
+    acknowledgements: Arc<Acknowledgements>,
     closing: Closing,
 }
 
@@ -71,23 +122,15 @@ impl SessionHandle {
         }
     }
 
-    /// Every frame up to `sequence` has been acted on.
+    /// The facts of every frame up to `sequence` are committed.
     pub(crate) fn acknowledge(&self, sequence: u64) {
-        acknowledge(&self.acknowledged, sequence);
+        self.acknowledgements.committed(sequence);
     }
 
     /// Ends the session and says why.
     pub(crate) fn close(&self, status: Status) {
         self.closing.close(status);
     }
-}
-
-fn acknowledge(acknowledged: &watch::Sender<u64>, sequence: u64) {
-    acknowledged.send_if_modified(|value| {
-        let is_newer = sequence > *value;
-        *value = sequence.max(*value);
-        is_newer
-    });
 }
 
 /// The service.
@@ -115,7 +158,7 @@ impl WorkerSession for SessionService {
             return Err(not_leading(self.peers.leader_address()));
         };
         let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
-        let (acknowledged, acknowledgements) = watch::channel(0);
+        let (acknowledgements, acknowledged) = Acknowledgements::new();
         let closing = Closing::new(&leadership.over);
         let reader = Reader {
             session: SessionId(self.next_session.fetch_add(1, Ordering::Relaxed)),
@@ -124,14 +167,13 @@ impl WorkerSession for SessionService {
             window: Arc::clone(&self.window),
             leadership,
             outbox,
-            acknowledged: Arc::new(acknowledged),
+            acknowledgements,
             closing: closing.clone(),
-            forwarded: 0,
         };
         tokio::spawn(reader.run(request.into_inner()));
         let writer = Writer {
             messages,
-            acknowledgements,
+            acknowledged,
             ended: false,
             _guard: closing.token.clone().drop_guard(),
             closing,
@@ -143,7 +185,7 @@ impl WorkerSession for SessionService {
 /// Turns orders and acknowledgements into frames.
 struct Writer {
     messages: mpsc::Receiver<CoordinatorMessage>,
-    acknowledgements: watch::Receiver<u64>,
+    acknowledged: watch::Receiver<u64>,
     closing: Closing,
     ended: bool,
     /// The reader ends when the connection drops the response stream.
@@ -160,12 +202,12 @@ impl Writer {
             // Orders that were queued before the session was closed still go out.
             Some(message) = self.messages.recv() => Some(serde_json::to_vec(&message)),
             () = self.closing.token.cancelled() => None,
-            Ok(()) = self.acknowledgements.changed() => Some(Ok(Vec::new())),
+            Ok(()) = self.acknowledged.changed() => Some(Ok(Vec::new())),
             else => None,
         };
         let frame = match json {
             Some(Ok(json)) => {
-                let acknowledged = *self.acknowledgements.borrow_and_update();
+                let acknowledged = *self.acknowledged.borrow_and_update();
                 Ok(CoordinatorFrame { acknowledged, json })
             }
             Some(Err(error)) => Err(Status::internal(format!("an order is not JSON: {error}"))),
@@ -184,17 +226,15 @@ struct Reader {
     window: Arc<LogWindow>,
     leadership: Leadership,
     outbox: mpsc::Sender<CoordinatorMessage>,
-    acknowledged: Arc<watch::Sender<u64>>,
+    acknowledgements: Arc<Acknowledgements>,
     closing: Closing,
-    /// Sequence of the last frame that went to the leader.
-    forwarded: u64,
 }
 
 impl Reader {
-    async fn run(mut self, mut frames: Streaming<WorkerFrame>) {
+    async fn run(self, mut frames: Streaming<WorkerFrame>) {
         match self.attach(&mut frames).await {
-            Ok(worker) => {
-                let ended = self.read(&mut frames).await;
+            Ok((worker, hello)) => {
+                let ended = self.read(&mut frames, hello).await;
                 let why = ended.as_ref().err().map_or("ended by the worker", Status::message);
                 info!(session = self.session.0, %worker, why, "worker session ended");
                 self.closing.close(ended.err().unwrap_or_else(|| Status::cancelled("closed")));
@@ -209,8 +249,9 @@ impl Reader {
         }
     }
 
-    /// The first frame: a hello with the right cluster id and token. Returns the worker's name.
-    async fn attach(&mut self, frames: &mut Streaming<WorkerFrame>) -> Result<String, Status> {
+    /// The first frame: a hello with the right cluster id and token. Returns the worker's name and
+    /// the frame's sequence.
+    async fn attach(&self, frames: &mut Streaming<WorkerFrame>) -> Result<(String, u64), Status> {
         let first = tokio::select! {
             first = tokio::time::timeout(HELLO_WAIT, frames.message()) => first,
             () = self.closing.token.cancelled() => return Err(self.closing.status()),
@@ -231,13 +272,13 @@ impl Reader {
         info!(session = self.session.0, %worker, tasks, "worker attached");
         let handle = SessionHandle {
             outbox: self.outbox.clone(),
-            acknowledged: Arc::clone(&self.acknowledged),
+            acknowledgements: Arc::clone(&self.acknowledgements),
             closing: self.closing.clone(),
         };
-        self.forwarded = sequence;
+        self.acknowledgements.forwarded(sequence);
         let session = self.session;
         self.hand_over(LeaderInput::Attach { session, hello, sequence, handle }).await?;
-        Ok(worker)
+        Ok((worker, sequence))
     }
 
     fn check(&self, hello: &WorkerHello) -> Result<(), Status> {
@@ -255,8 +296,8 @@ impl Reader {
         Ok(())
     }
 
-    async fn read(&mut self, frames: &mut Streaming<WorkerFrame>) -> Result<(), Status> {
-        let mut last = self.forwarded;
+    async fn read(&self, frames: &mut Streaming<WorkerFrame>, hello: u64) -> Result<(), Status> {
+        let mut last = hello;
         loop {
             let frame = tokio::select! {
                 frame = frames.message() => frame?,
@@ -274,24 +315,19 @@ impl Reader {
         }
     }
 
-    async fn act(&mut self, sequence: u64, message: WorkerMessage) -> Result<(), Status> {
+    async fn act(&self, sequence: u64, message: WorkerMessage) -> Result<(), Status> {
         match message {
             WorkerMessage::Logs { task, lines } => {
                 debug!(%task, lines = lines.len(), "log lines");
                 self.window.push(&task, lines);
-                // Acknowledged at once only when no fact before it still waits for its commit;
-                // else the acknowledgement of the next fact or heartbeat covers it.
-                if *self.acknowledged.borrow() >= self.forwarded {
-                    self.forwarded = sequence;
-                    acknowledge(&self.acknowledged, sequence);
-                }
+                self.acknowledgements.logged(sequence);
                 Ok(())
             }
             WorkerMessage::Hello(_) => {
                 Err(Status::invalid_argument("a second hello in one session: open another session"))
             }
             message => {
-                self.forwarded = sequence;
+                self.acknowledgements.forwarded(sequence);
                 let (session, message) = (self.session, Box::new(message));
                 self.hand_over(LeaderInput::Message { session, sequence, message }).await
             }
@@ -325,15 +361,11 @@ mod tests {
 
     fn session() -> (SessionHandle, Writer) {
         let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
-        let (acknowledged, acknowledgements) = watch::channel(0);
+        let (acknowledgements, acknowledged) = Acknowledgements::new();
         let closing = Closing::new(&CancellationToken::new());
-        let handle = SessionHandle {
-            outbox,
-            acknowledged: Arc::new(acknowledged),
-            closing: closing.clone(),
-        };
+        let handle = SessionHandle { outbox, acknowledgements, closing: closing.clone() };
         let _guard = closing.token.clone().drop_guard();
-        (handle, Writer { messages, acknowledgements, ended: false, _guard, closing })
+        (handle, Writer { messages, acknowledged, ended: false, _guard, closing })
     }
 
     fn order(node: u64) -> CoordinatorMessage {
@@ -365,6 +397,26 @@ mod tests {
         let (frame, writer) = writer.next().await.expect("the reason");
         assert_eq!(frame.expect_err("closed").message(), "superseded");
         assert!(writer.next().await.is_none());
+    }
+
+    #[test]
+    fn log_lines_are_acknowledged_with_the_facts_before_them() {
+        let (acknowledgements, acknowledged) = Acknowledgements::new();
+        let now = || *acknowledged.borrow();
+        acknowledgements.forwarded(1);
+        acknowledgements.logged(2);
+        assert_eq!(now(), 0, "a fact before the lines is not committed yet");
+        acknowledgements.committed(1);
+        assert_eq!(now(), 2, "nothing waits any more");
+        acknowledgements.logged(3);
+        assert_eq!(now(), 3);
+        acknowledgements.forwarded(4);
+        acknowledgements.logged(5);
+        acknowledgements.forwarded(6);
+        acknowledgements.committed(4);
+        assert_eq!(now(), 4, "frame 6 still waits");
+        acknowledgements.committed(6);
+        assert_eq!(now(), 6);
     }
 
     #[tokio::test]
