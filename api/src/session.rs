@@ -257,6 +257,8 @@ pub struct TrainAssignment {
     pub world_size: u32,
     /// Ranks before this one on the same worker.
     pub local_rank: u32,
+    /// Ranks of the gang on the same worker.
+    pub local_world_size: u32,
     /// Where to restore from; absent: begin at step 0.
     pub restore: Option<CheckpointFact>,
     /// What the ranks of this generation prove to one another.

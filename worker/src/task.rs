@@ -41,9 +41,6 @@ const MESSAGE_CHARS_MAX: usize = 1_024;
 /// Credentials of the worker's environment that go to the rank by the socket only.
 const SECRET_VARIABLES: [&str; 2] = ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
 
-/// Left out where it is not known.
-const LOCAL_WORLD_SIZE: &str = "LOCAL_WORLD_SIZE";
-
 /// What all tasks of a worker share.
 pub(crate) struct Surroundings {
     pub(crate) program: PathBuf,
@@ -217,31 +214,32 @@ impl Task {
     }
 
     fn launch(&self) -> Launch {
-        let (role, world_size, local_rank, threads) = match &*self.assignment {
+        let task = &self.id;
+        let alone =
+            TaskPlace { task, world_size: 1, local_rank: 0, local_world_size: 1, threads: 1 };
+        let (role, place) = match &*self.assignment {
             Assignment::Train(train) => {
-                let threads = train.spec.resources.threads_per_rank.get();
-                ("rank", train.world_size, train.local_rank, threads)
+                let place = TaskPlace {
+                    task,
+                    world_size: train.world_size,
+                    local_rank: train.local_rank,
+                    local_world_size: train.local_world_size,
+                    threads: train.spec.resources.threads_per_rank.get(),
+                };
+                ("rank", place)
             }
             Assignment::Serve(_) => match self.shared.serve.threads {
                 0 => {
                     let here = std::thread::available_parallelism();
-                    ("replica", 1, 0, here.map_or(1, |cores| cores.get() as u32))
+                    let threads = here.map_or(1, |cores| cores.get() as u32);
+                    ("replica", TaskPlace { threads, ..alone })
                 }
-                threads => ("replica", 1, 0, threads),
+                threads => ("replica", TaskPlace { threads, ..alone }),
             },
         };
-        let local_world_size = 1;
-        let task = &self.id;
-        let place = TaskPlace { task, world_size, local_rank, local_world_size, threads };
-        let mut environment = task_environment(&place);
-        let mut without: &'static [&'static str] = &SECRET_VARIABLES;
-        if world_size > 1 {
-            // The assignment does not say how many of the gang run here, and a wrong number is
-            // worse than none.
-            environment.remove(LOCAL_WORLD_SIZE);
-            without = &[SECRET_VARIABLES[0], SECRET_VARIABLES[1], LOCAL_WORLD_SIZE];
-        }
-        Launch { program: self.shared.program.clone(), role, environment, without }
+        let environment = task_environment(&place);
+        let program = self.shared.program.clone();
+        Launch { program, role, environment, without: &SECRET_VARIABLES }
     }
 
     fn assignment_order(&self) -> RankOrder {

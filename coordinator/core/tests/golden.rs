@@ -601,8 +601,8 @@ fn trace_message(message: &CoordinatorMessage) -> String {
                 let restore = train.restore.as_ref();
                 let restore = restore.map_or("nothing".into(), |fact| fact.step.to_string());
                 format!(
-                    "start {task} of {} local {} restoring {restore} elapsed {}",
-                    train.world_size, train.local_rank, train.elapsed
+                    "start {task} of {} local {}/{} restoring {restore} elapsed {}",
+                    train.world_size, train.local_rank, train.local_world_size, train.elapsed
                 )
             }
             Assignment::Serve(serve) => format!("start {task} serving {}", serve.model.key),

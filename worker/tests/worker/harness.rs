@@ -249,6 +249,7 @@ pub fn train(task: &TaskId) -> Box<Assignment> {
         rank: task.rank,
         world_size: 2,
         local_rank: task.rank.0,
+        local_world_size: 2,
         restore: None,
         secret: Secret::new(GANG_SECRET),
         elapsed: Span::seconds(0),

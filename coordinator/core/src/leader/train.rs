@@ -155,17 +155,17 @@ impl Leader {
         place: &Placement,
     ) {
         let status = &job.status;
-        let local_rank = status
-            .gang
-            .iter()
-            .filter(|other| other.worker == place.worker && other.rank < place.rank)
-            .count();
+        let here: Vec<_> =
+            status.gang.iter().filter(|other| other.worker == place.worker).collect();
+        let local_rank = here.iter().filter(|other| other.rank < place.rank).count();
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let assignment = Assignment::Train(TrainAssignment {
             spec: job.spec.clone(),
             generation: status.generation,
             rank: place.rank,
             world_size: job.spec.resources.ranks.get(),
-            local_rank: u32::try_from(local_rank).unwrap_or(u32::MAX),
+            local_rank: count(local_rank),
+            local_world_size: count(here.len()),
             restore: status.checkpoint.clone(),
             secret: Secret::new(""),
             elapsed: Span::millis(status.elapsed_ms),
