@@ -98,8 +98,8 @@ pub enum Command {
 /// `cluster up`.
 #[derive(Debug, Args)]
 pub struct Up {
-    /// Workers to run.
-    #[arg(long, default_value_t = 1)]
+    /// Workers to run: 1 to 64.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub workers: u32,
     /// Coordinators to run: 1, 3 or 5.
     #[arg(long, default_value_t = 1)]

@@ -1,6 +1,7 @@
 //! A whole cluster in this process: coordinators, workers, and a folder as object store, with the
 //! very same code and protocols as one spread over hosts. Ranks are processes of their own.
 
+use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use api::config::{ClusterConfig, Member, TlsSection};
 use api::{ExitClass, JobSpec, Name, NodeId};
 use coordinator::{Coordinator, CoordinatorOptions};
+use nix::fcntl::{Flock, FlockArg};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use worker::{Worker, WorkerOptions};
@@ -16,6 +18,9 @@ use worker::{Worker, WorkerOptions};
 use crate::certificates::{Authority, ensure_token, make_private_folder, write_private};
 use crate::context::{Access, CLIENT_FILE};
 use crate::error::{CliError, Result};
+
+/// Held by the process that runs the folder's cluster.
+const LOCK_FILE: &str = "cluster.lock";
 
 /// What to run.
 pub struct EmbeddedOptions {
@@ -43,13 +48,17 @@ pub struct Embedded {
     pub config: ClusterConfig,
     shutdown: CancellationToken,
     parts: JoinSet<Result<()>>,
+    _lock: Flock<File>,
 }
 
 impl Embedded {
-    /// Starts everything and waits until a leader answers.
+    /// Starts everything. Nothing is written before the ports are bound and the folder is locked, so
+    /// that a refused start leaves no trace and disturbs no cluster that runs there.
     pub async fn start(options: EmbeddedOptions) -> Result<Self> {
         let dir = absolute(&options.dir)?;
+        let listeners = bind(options.coordinators, options.port)?;
         make_private_folder(&dir)?;
+        let lock = lock(&dir)?;
         let mut config = options.config;
         config.cluster.dir = dir.clone();
         config.cluster.token_file = dir.join("token");
@@ -59,7 +68,6 @@ impl Embedded {
         config.store.uri = config.store_uri();
         probe_store(&config).await?;
 
-        let listeners = bind(options.coordinators, options.port)?;
         config.coordinator.members = members(&listeners)?;
         let access = Access {
             coordinators: config.coordinator.members.iter().map(|m| m.address).collect(),
@@ -69,8 +77,13 @@ impl Embedded {
             config: options.config_file.as_deref().map(absolute).transpose()?,
             pid: std::process::id(),
         };
-        let mut embedded =
-            Self { access, config, shutdown: CancellationToken::new(), parts: JoinSet::new() };
+        let mut embedded = Self {
+            access,
+            config,
+            shutdown: CancellationToken::new(),
+            parts: JoinSet::new(),
+            _lock: lock,
+        };
         embedded.start_coordinators(listeners)?;
         embedded.start_workers(options.workers, options.slots)?;
         let document = serde_json::to_vec_pretty(&embedded.access)
@@ -147,6 +160,23 @@ impl Embedded {
     }
 }
 
+/// Holds a cluster's folder for this process; the kernel lets go of it whatever ends the process.
+fn lock(dir: &Path) -> Result<Flock<File>> {
+    let path = dir.join(LOCK_FILE);
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file =
+        file.map_err(|e| CliError::usage(format!("cannot open `{}`: {e}", path.display())))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
+        if error != nix::errno::Errno::EWOULDBLOCK {
+            return CliError::internal(format!("cannot lock `{}`: {error}", path.display()));
+        }
+        let holder = Access::read(dir).map_or(String::new(), |a| format!(" (process {})", a.pid));
+        let text = format!("a cluster runs in `{}` already{holder}", dir.display());
+        CliError::new(ExitClass::Conflict, text)
+            .with_hint("talk to it without --local, or choose another folder with --dir")
+    })
+}
+
 /// Checks a job against its algorithm's schema, for the coordinator, which knows no tensors.
 pub fn validate_job(spec: &JobSpec) -> std::result::Result<(), String> {
     let schema = algorithms::algorithm(&spec.algorithm).map_err(|e| e.to_string())?.schema();
@@ -179,7 +209,13 @@ fn bind(coordinators: u32, port: u16) -> Result<Vec<TcpListener>> {
     }
     (0..coordinators)
         .map(|index| {
-            let wanted = if port == 0 { 0 } else { port.saturating_add(index as u16) };
+            let wanted = if port == 0 { Some(0) } else { port.checked_add(index as u16) };
+            let wanted = wanted.ok_or_else(|| {
+                CliError::usage(format!(
+                    "--port {port} leaves no room for {coordinators} coordinators: ports end at \
+                     65535"
+                ))
+            })?;
             let address = SocketAddr::from((Ipv4Addr::LOCALHOST, wanted));
             let listener = TcpListener::bind(address).map_err(|error| {
                 let text = format!("cannot listen on {address}: {error}");

@@ -55,6 +55,11 @@ impl CliError {
         self.in_result
     }
 
+    /// What happened, without the hint.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
     /// The class that decides the exit code.
     pub fn class(&self) -> ExitClass {
         self.class

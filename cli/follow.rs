@@ -67,7 +67,7 @@ pub fn outcome(job: &Name, status: &JobStatus) -> Result<()> {
 enum View {
     Json,
     Bar(ProgressBar, Rate),
-    Lines { last: Option<Instant>, phase: Option<Phase> },
+    Lines { last: Option<Instant>, said: Option<(Phase, String)> },
 }
 
 /// Steps per second over the steps seen by this process.
@@ -99,14 +99,14 @@ impl View {
             bar.enable_steady_tick(Duration::from_millis(200));
             return Self::Bar(bar, Rate::default());
         }
-        Self::Lines { last: None, phase: None }
+        Self::Lines { last: None, said: None }
     }
 
     fn show(&mut self, event: &JobEvent) {
         match self {
             Self::Json => output::json(event),
             Self::Bar(bar, rate) => show_bar(bar, rate, event),
-            Self::Lines { last, phase } => show_lines(last, phase, event),
+            Self::Lines { last, said } => show_lines(last, said, event),
         }
     }
 
@@ -140,12 +140,13 @@ fn show_bar(bar: &ProgressBar, rate: &mut Rate, event: &JobEvent) {
     }
 }
 
-fn show_lines(last: &mut Option<Instant>, phase: &mut Option<Phase>, event: &JobEvent) {
+fn show_lines(last: &mut Option<Instant>, said: &mut Option<(Phase, String)>, event: &JobEvent) {
     match event {
         JobEvent::Status(status) => {
-            if *phase != Some(status.phase) {
-                *phase = Some(status.phase);
-                eprintln!("{}: {}", status.phase, status.reason);
+            let now = (status.phase, status.reason.clone());
+            if said.as_ref() != Some(&now) {
+                eprintln!("{}: {}", now.0, now.1);
+                *said = Some(now);
             }
         }
         JobEvent::Step(metrics) => {

@@ -12,6 +12,7 @@ mod follow;
 mod output;
 mod signals;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use api::ExitClass;
@@ -61,5 +62,9 @@ fn start_logging(global: &Global) {
         _ => "trace",
     };
     let filter = EnvFilter::try_from_env("COHORT_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
 }

@@ -8,6 +8,9 @@ use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use serde::Serialize;
 
+/// Exit code when the reader of standard output is gone: that of a process ended by SIGPIPE.
+const EXIT_CLOSED_PIPE: i32 = 141;
+
 /// Prints one JSON document as one line. A closed pipe ends the process quietly, as `head` expects.
 pub fn json(document: &impl Serialize) {
     match serde_json::to_string(document) {
@@ -16,11 +19,16 @@ pub fn json(document: &impl Serialize) {
     }
 }
 
-/// Prints one line. A closed pipe ends the process quietly.
+/// Prints one line. When nobody can read it any more the process ends: quietly, as `head` expects,
+/// with the code of a closed pipe; loudly where the output is a full disk. An embedded cluster ends
+/// with it, and its ranks with that; the job goes on with `resume`.
 pub fn line(text: &str) {
-    if writeln!(std::io::stdout(), "{text}").is_err() {
-        std::process::exit(0);
+    let Err(error) = writeln!(std::io::stdout(), "{text}") else { return };
+    if error.kind() == std::io::ErrorKind::BrokenPipe {
+        std::process::exit(EXIT_CLOSED_PIPE);
     }
+    eprintln!("error: cannot write the result: {error}");
+    std::process::exit(i32::from(api::ExitClass::Internal.code()));
 }
 
 /// Prints rows under a header; just `empty` when there are none.

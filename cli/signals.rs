@@ -4,6 +4,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::error::{CliError, Result};
 
+/// Exit code of a process that a person broke off.
+pub const EXIT_INTERRUPTED: i32 = 130;
+
 /// The two polite requests to stop.
 pub struct Signals {
     interrupt: Signal,
@@ -20,6 +23,14 @@ impl Signals {
             interrupt: listen(SignalKind::interrupt())?,
             terminate: listen(SignalKind::terminate())?,
         })
+    }
+
+    /// Runs `work` to its end; either signal ends the process at once meanwhile.
+    pub async fn or_exit<T>(&mut self, work: impl Future<Output = T>) -> T {
+        tokio::select! {
+            ended = work => ended,
+            () = self.wait() => std::process::exit(EXIT_INTERRUPTED),
+        }
     }
 
     /// Waits for either.

@@ -104,13 +104,22 @@ fn data_of_the_wrong_shape() {
          train = { uri = \"file://bad.csv\" }\n[stop]\nmax_steps = 2\n",
     )
     .expect("written");
-    let finished = run(&mut submit_local(&job, &folder.path().join("run"), &[])).expect_code(7);
-    // The job ran and failed at once: a user's mistake is not tried again.
+    let dir = folder.path().join("run");
+    let finished = run(&mut submit_local(&job, &dir, &[]));
+    assert!(finished.stderr.contains("line 3"), "the line is named: {finished:?}");
+    refused(finished, 2, &["bad.csv"]);
+    assert!(!dir.exists(), "nothing was made");
+
+    // A folder of data is read by the ranks only: the job fails at once, a user's mistake is not
+    // tried again, and the message is the same.
+    let classes = folder.path().join("classes/a");
+    std::fs::create_dir_all(&classes).expect("made");
+    std::fs::write(classes.join("bad.png"), "not a picture").expect("written");
+    let finished = run(&mut submit_local(&job, &dir, &["channels.train.uri=\"file://classes\""]));
+    let finished = finished.expect_code(7);
     let last = finished.last_json();
-    let text = finished.stderr.clone() + &finished.stdout;
-    assert!(text.contains("bad.csv"), "the file is named: {finished:?}");
-    assert!(text.contains("line 3") || text.contains("row 2"), "and the line: {finished:?}");
-    assert!(!last.to_string().contains("panicked"), "{last}");
+    assert_eq!((&last["state"], &last["restarts"]), (&"failed".into(), &0.into()), "{last}");
+    assert!(last["reason"].as_str().expect("a reason").contains("bad.png"), "{last}");
 }
 
 #[test]
@@ -196,6 +205,42 @@ fn newest(folder: &Path, part: &str) -> std::path::PathBuf {
         }
     }
     panic!("no {part} in {}", folder.display());
+}
+
+#[test]
+fn a_folder_in_use() {
+    let folder = folder();
+    let dir = folder.path().join("c");
+    let mut up = cluster();
+    let mut up = Running::start(up.args(["up", "--port", "0", "--json", "--dir"]).arg(&dir));
+    up.wait_for("up", |event| event["event"] == "up");
+    let job = small_job(folder.path(), "");
+    refused(run(&mut submit_local(&job, &dir, &[])), 4, &["a cluster runs in", "--dir"]);
+    let mut second = cluster();
+    second.args(["up", "--port", "0", "--dir"]).arg(&dir);
+    refused(run(&mut second), 4, &["a cluster runs in"]);
+    // The one that runs is as well as before.
+    let mut workers = cluster();
+    workers.args(["workers", "--json", "--dir"]).arg(&dir);
+    assert_eq!(run(&mut workers).expect_code(0).last_json()["name"], "w1");
+    up.signal(Signal::SIGTERM);
+    up.finish().expect_code(0);
+}
+
+#[test]
+fn a_finished_job_is_told_again_and_a_full_disk_is_not_success() {
+    let folder = folder();
+    train_small(folder.path());
+    let mut resume = cluster();
+    resume.args(["resume", "small", "--local", "--json", "--dir"]).arg(folder.path().join("run"));
+    let told = run(&mut resume).expect_code(0).last_json();
+    assert_eq!(told["state"], "succeeded", "{told}");
+    assert!(told["sha256"].is_string(), "{told}");
+
+    let full = std::fs::File::options().write(true).open("/dev/full").expect("a full disk");
+    let mut algorithms = cluster();
+    let ended = algorithms.arg("algorithms").stdout(full).output().expect("runs");
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
 }
 
 #[test]

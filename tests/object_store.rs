@@ -93,6 +93,16 @@ fn a_run_on_s3_survives_a_kill_and_gives_the_same_weights() {
     up.signal(Signal::SIGTERM);
     up.finish().expect_code(0);
 
+    // Other data under the same key are seen: nothing of the former run is used for them.
+    let changed = [text.as_slice(), b"fn the_end() {}\n".repeat(50).as_slice()].concat();
+    std::fs::write(folder.path().join("text.txt"), &changed).expect("written");
+    let other = run(&mut submit_local(&job, &folder.path().join("other"), &[])).expect_code(0);
+    assert_ne!(weights_digest(&other), expected, "other data, other weights");
+    assert_eq!(http(&address, "PUT", &format!("/{bucket}/data/text.txt"), &changed).0, 200);
+    let again = submit_local(&job, &dir, &[&channel, "name=\"again\""]);
+    let again = run({ again }.arg("--config").arg(&config)).expect_code(0);
+    assert_eq!(again.last_json()["sha256"], weights_digest(&other).as_str());
+
     // The secret is in none of the cluster's files.
     let mut found = Vec::new();
     grep(&dir, b"test-secret", &mut found);

@@ -61,6 +61,9 @@ fn digits_are_trained_served_and_told_apart() {
         .arg(repository("examples/digits/sample.json"));
     let here = run(&mut predict).expect_code(0).last_json();
     assert_eq!(here["label"], answer["label"], "the same answer without a server");
+    let huge = format!("{{\"pixels\":[{}]}}", ["1e38"; 64].join(","));
+    let (status, body) = post(address, "application/json", &huge);
+    assert!(status == 400 && body.contains("overflows"), "no number is no answer: {status} {body}");
     let (status, body) = post(address, "text/csv", "1,2,3\n");
     assert!(status == 400 && body.contains("64"), "{status} {body}");
     serving.signal(Signal::SIGTERM);

@@ -2,6 +2,7 @@
 //!
 //! Every struct it reads refuses unknown keys; the message then names the nearest valid key.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -21,12 +22,10 @@ pub enum DocumentError {
         source: std::io::Error,
     },
     /// The file is too large to be a document.
-    #[error("`{}` has {bytes} bytes, expected at most {FILE_BYTES_MAX}: is it the right file?", path.display())]
+    #[error("`{}` has more than {FILE_BYTES_MAX} bytes: is it the right file?", path.display())]
     TooLarge {
         /// Which file.
         path: PathBuf,
-        /// Its size.
-        bytes: u64,
     },
     /// The text is not the document: syntax, an unknown key, or a value of the wrong type.
     #[error("`{origin}`: {message}")]
@@ -41,11 +40,14 @@ pub enum DocumentError {
 /// Reads `path` as text, bounded.
 pub fn read_text(path: &Path) -> Result<String, DocumentError> {
     let unreadable = |source| DocumentError::Unreadable { path: path.to_owned(), source };
-    let bytes = std::fs::metadata(path).map_err(unreadable)?.len();
-    if bytes > FILE_BYTES_MAX {
-        return Err(DocumentError::TooLarge { path: path.to_owned(), bytes });
+    // What is read is bounded, not what the file says of itself: a device says nothing.
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(unreadable)?;
+    file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(unreadable)?;
+    if text.len() as u64 > FILE_BYTES_MAX {
+        return Err(DocumentError::TooLarge { path: path.to_owned() });
     }
-    std::fs::read_to_string(path).map_err(unreadable)
+    Ok(text)
 }
 
 /// Parses TOML text; `origin` names it in errors.

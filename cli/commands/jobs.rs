@@ -2,15 +2,15 @@
 
 use std::time::Duration;
 
-use api::Name;
 use api::pb::LogLine;
 use api::records::JobRecord;
+use api::{ExitClass, Name};
 use coordinator::ClusterClient;
 use tokio_stream::StreamExt;
 
 use crate::args::{Global, Logs, Stop};
 use crate::context::Access;
-use crate::error::Result;
+use crate::error::{CliError, Result};
 use crate::follow::{follow, outcome};
 use crate::output;
 
@@ -156,12 +156,29 @@ pub async fn stop(global: &Global, args: &Stop) -> Result<()> {
     let phase = if args.endpoint {
         client.stop_endpoint(&name).await?.status.phase
     } else {
+        refuse_ambiguous(&client, &name).await?;
         client.stop_job(&name).await?.status.phase
     };
     if global.json {
         output::json(&serde_json::json!({ "name": name, "state": phase }));
     } else {
         output::line(&format!("`{name}` is {phase}"));
+    }
+    Ok(())
+}
+
+/// A job that has ended and a running endpoint may share a name: then the endpoint is meant, or
+/// nothing, and the person should say so.
+async fn refuse_ambiguous(client: &ClusterClient, name: &Name) -> Result<()> {
+    let ended = match client.job(name).await {
+        Ok((_, job)) => job.status.phase.is_terminal(),
+        Err(_) => true,
+    };
+    let running = client.endpoint(name).await.is_ok_and(|(_, e)| !e.status.phase.is_terminal());
+    if ended && running {
+        let text = format!("`{name}` is a running endpoint, and no running job");
+        return Err(CliError::new(ExitClass::Conflict, text)
+            .with_hint(format!("stop the endpoint with `cluster stop {name} --endpoint`")));
     }
     Ok(())
 }

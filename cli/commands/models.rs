@@ -16,7 +16,7 @@ use crate::args::{Deploy, Global, Predict, Serve};
 use crate::context::Access;
 use crate::error::{CliError, Result};
 use crate::output;
-use crate::signals::Signals;
+use crate::signals::{EXIT_INTERRUPTED, Signals};
 
 /// A request on the command line is small; more is a mistake.
 const INPUT_BYTES_MAX: u64 = 64 << 20;
@@ -133,7 +133,7 @@ pub async fn serve(global: &Global, args: &Serve) -> Result<()> {
     }
     tokio::select! {
         ended = &mut running => Ok(ended?),
-        () = signals.wait() => std::process::exit(130),
+        () = signals.wait() => std::process::exit(EXIT_INTERRUPTED),
     }
 }
 
@@ -148,8 +148,8 @@ async fn load(global: &Global, model: &str) -> Result<LoadedModel> {
         )
     };
     let name: Name = model.parse().map_err(|_| not_found("there is no such path".into()))?;
-    let (access, section) =
-        Access::find(global).map_err(|e| not_found(format!("no such path, and {e}")))?;
+    let (access, section) = Access::find(global)
+        .map_err(|e| not_found(format!("no such path, and {}", e.message())))?;
     let models = access.connect().await?.models().await?;
     let Some((_, record)) = models.into_iter().find(|(_, record)| record.name == name) else {
         return Err(not_found("neither a path nor a registered model".into()));
@@ -166,7 +166,7 @@ fn open_store(section: &StoreSection, access: &Access) -> Result<Store> {
 pub async fn predict(global: &Global, args: &Predict) -> Result<()> {
     let (content_type, body) = request_body(args)?;
     if let Some(url) = endpoint_url(global, &args.model).await? {
-        return predict_remote(global, &url, &content_type, body).await;
+        return predict_remote(global, args, &url, &content_type, body).await;
     }
     let mut model = load(global, &args.model).await?;
     let bad = |e: algorithms::RequestError| CliError::usage(e.to_string());
@@ -259,6 +259,7 @@ async fn endpoint_url(global: &Global, name: &str) -> Result<Option<String>> {
 
 async fn predict_remote(
     global: &Global,
+    args: &Predict,
     url: &str,
     content_type: &str,
     body: Vec<u8>,
@@ -280,7 +281,9 @@ async fn predict_remote(
             if status.is_client_error() { ExitClass::Usage } else { ExitClass::Unavailable };
         return Err(CliError::new(class, format!("{url} answered {status}: {}", text.trim())));
     }
-    let _ = global;
-    output::line(text.trim_end());
+    match serde_json::from_str::<Response>(&text) {
+        Ok(answer) if !global.json => print_answer(args, &answer),
+        _ => output::line(text.trim_end()),
+    }
     Ok(())
 }

@@ -16,7 +16,7 @@ use crate::args::{Global, WorkerArgs};
 use crate::certificates::make_private_folder;
 use crate::embedded::{probe_store, validate_job};
 use crate::error::{CliError, Result};
-use crate::signals::Signals;
+use crate::signals::{EXIT_INTERRUPTED, Signals};
 
 /// The configuration that `--config` names, or the defaults.
 pub fn load_config(global: &Global) -> Result<ClusterConfig> {
@@ -95,7 +95,7 @@ fn stop_on_signal() -> Result<CancellationToken> {
         signals.wait().await;
         cancel.cancel();
         signals.wait().await;
-        std::process::exit(130);
+        std::process::exit(EXIT_INTERRUPTED);
     });
     Ok(shutdown)
 }

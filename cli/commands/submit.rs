@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use api::config::ClusterConfig;
 use api::events::ModelFact;
-use api::records::JobStatus;
+use api::records::{JobStatus, Phase};
 use api::{JobSpec, Name};
 use coordinator::ClusterClient;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -15,7 +15,10 @@ use crate::embedded::{Embedded, EmbeddedOptions};
 use crate::error::{CliError, Result};
 use crate::follow::{follow, outcome};
 use crate::output;
-use crate::signals::Signals;
+use crate::signals::{EXIT_INTERRUPTED, Signals};
+
+/// Data up to this size are read once before a job is sent; it takes well under a second.
+const CHECKED_BYTES_MAX: u64 = 64 << 20;
 
 /// Reads a job file and checks all that can be checked before anything runs.
 pub fn load_job(path: &Path, overrides: &[String]) -> Result<JobSpec> {
@@ -35,7 +38,26 @@ pub fn load_job(path: &Path, overrides: &[String]) -> Result<JobSpec> {
         ))
         .with_hint("relative paths are taken from the job file's folder"));
     }
+    check_data(&spec)?;
     Ok(spec)
+}
+
+/// Reads small local data as the ranks will, so that a malformed file is found before anything runs.
+fn check_data(spec: &JobSpec) -> Result<()> {
+    let mut local = algorithms::LocalChannels::new();
+    let mut bytes = 0;
+    for (name, channel) in &spec.channels {
+        // Data elsewhere are found out about by the ranks.
+        let Some(path) = channel.uri.strip_prefix("file://") else { return Ok(()) };
+        let metadata = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file);
+        let Some(metadata) = metadata else { return Ok(()) };
+        bytes += metadata.len();
+        local.insert(name.clone(), path.into());
+    }
+    if bytes <= CHECKED_BYTES_MAX {
+        algorithms::algorithm(&spec.algorithm)?.open(spec, &local)?;
+    }
+    Ok(())
 }
 
 /// A bar while a pack is made; nothing when it is quick or nobody looks.
@@ -139,7 +161,7 @@ async fn run_local(
         slots,
         port: 0,
     };
-    let mut embedded = Embedded::start(options).await?;
+    let mut embedded = signals.or_exit(Embedded::start(options)).await?;
     let access = embedded.access.clone();
     let work = async {
         let client = access.connect().await?;
@@ -154,14 +176,16 @@ async fn run_local(
         ended = work => ended,
         error = embedded.failed() => Err(error),
     };
-    let stopped = embedded.stop().await;
-    let (name, status) = ended?;
-    stopped?;
-    let concluded = conclude(global, &name, &status, &access.store_uri);
-    if status.phase == api::records::Phase::Stopped && !global.json {
-        eprintln!("go on with: cluster resume {name} --local --dir {}", dir.display());
-    }
-    concluded
+    // The result first: whatever happens while the cluster stops, it has been told.
+    let concluded = ended.and_then(|(name, status)| {
+        let concluded = conclude(global, &name, &status, &access.store_uri);
+        if status.phase == Phase::Stopped && !global.json {
+            eprintln!("go on with: cluster resume {name} --local --dir {}", dir.display());
+        }
+        concluded
+    });
+    let stopped = signals.or_exit(embedded.stop()).await;
+    concluded.and(stopped)
 }
 
 /// Follows a job; the first Ctrl-C stops it politely, the second ends everything.
@@ -181,7 +205,7 @@ async fn follow_or_stop(
     client.stop_job(name).await?;
     tokio::select! {
         status = &mut watching => status,
-        () = signals.wait() => std::process::exit(130),
+        () = signals.wait() => std::process::exit(EXIT_INTERRUPTED),
     }
 }
 
@@ -193,8 +217,9 @@ async fn begin(client: &ClusterClient, start: Start) -> Result<Name> {
         }
         Start::Resume(name) => {
             let (_, record) = client.job(&name).await?;
-            // A job that was cut off with its cluster goes on by itself.
-            if record.status.phase.is_terminal() {
+            // A job that was cut off with its cluster goes on by itself; one that had succeeded
+            // before the result could be printed has nothing left but that.
+            if record.status.phase.is_terminal() && record.status.phase != Phase::Succeeded {
                 client.resume(&name).await?;
             }
             Ok(name)

@@ -5,18 +5,15 @@ use crate::context::DIR_DEFAULT;
 use crate::embedded::{Embedded, EmbeddedOptions};
 use crate::error::{CliError, Result};
 use crate::output;
-use crate::signals::Signals;
+use crate::signals::{EXIT_INTERRUPTED, Signals};
 
 /// Runs until a signal, or until a part fails.
 pub async fn up(global: &Global, args: &Up) -> Result<()> {
-    if args.workers == 0 {
-        return Err(CliError::usage("--workers 0: expected at least 1"));
-    }
     let config = super::roles::load_config(global)?;
     let dir = global.dir.clone().unwrap_or_else(|| DIR_DEFAULT.into());
     let slots = if args.slots > 0 { args.slots } else { share_of_cores(args.workers) };
     let mut signals = Signals::new()?;
-    let mut embedded = Embedded::start(EmbeddedOptions {
+    let starting = Embedded::start(EmbeddedOptions {
         dir: dir.clone(),
         config,
         config_file: global.config.clone(),
@@ -24,8 +21,8 @@ pub async fn up(global: &Global, args: &Up) -> Result<()> {
         workers: args.workers,
         slots,
         port: args.port,
-    })
-    .await?;
+    });
+    let mut embedded = signals.or_exit(starting).await?;
     let access = embedded.access.clone();
     // A leader answers: only now is the cluster of use to anyone.
     tokio::select! {
@@ -63,7 +60,7 @@ pub async fn up(global: &Global, args: &Up) -> Result<()> {
     }
     tokio::select! {
         ended = embedded.stop() => ended,
-        () = signals.wait() => std::process::exit(130),
+        () = signals.wait() => std::process::exit(EXIT_INTERRUPTED),
     }
 }
 

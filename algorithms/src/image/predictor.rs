@@ -64,17 +64,22 @@ impl ImagePredictor {
         logits
     }
 
-    fn response(&self, probabilities: &[f32]) -> Response {
+    fn response(&self, probabilities: &[f32]) -> Result<Response, RequestError> {
+        if !probabilities.iter().all(|probability| probability.is_finite()) {
+            let text = "the pixel values are so large that the model's arithmetic overflows: give \
+                        them in the scale of the training data";
+            return Err(RequestError(text.into()));
+        }
         let likelier = |best: usize, i: usize| {
             if probabilities[i] > probabilities[best] { i } else { best }
         };
         let best = (0..probabilities.len()).fold(0, likelier);
         let labels = self.geometry.labels.iter().cloned();
-        Response::Class {
+        Ok(Response::Class {
             label: self.geometry.labels[best].clone(),
             probability: probabilities[best],
             probabilities: labels.zip(probabilities.iter().copied()).collect(),
-        }
+        })
     }
 }
 
@@ -97,7 +102,7 @@ impl Predictor for ImagePredictor {
             let rows = probabilities.chunks_exact(self.geometry.labels.len());
             answers.extend(rows.map(|row| self.response(row)));
         }
-        places.into_iter().map(|place| place.map(|index| answers[index].clone())).collect()
+        places.into_iter().map(|place| place.and_then(|index| answers[index].clone())).collect()
     }
 
     fn generate(

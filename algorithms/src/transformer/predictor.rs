@@ -117,6 +117,9 @@ impl Predictor for TextPredictor {
         let (mut stream, mut text) = (tokenizer.stream(), String::new());
         let (mut tokens, mut stopped) = (0, false);
         while tokens < input.max_tokens && !stopped {
+            if !logits.iter().all(|logit| logit.is_finite()) {
+                return Err(RequestError("the model's arithmetic overflows on this text".into()));
+            }
             let token = next_token(&logits[..self.known], input, u64::from(tokens));
             tokens += 1;
             let piece = stream.push(token);
