@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 
 use crate::ids::TaskId;
 
+/// Names the folder in which ranks keep data they fetched; the worker's own.
+pub const SCRATCH_VARIABLE: &str = "COHORT_SCRATCH";
+
 /// What the environment depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TaskPlace<'a> {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use api::config::StoreSection;
 use bytes::Bytes;
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{
     Error, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
@@ -221,6 +221,31 @@ impl Store {
         found.map(|meta| meta.size).map_err(|error| attempt.failed(error))
     }
 
+    /// What an object, or all objects below a folder, are now: a digest over keys, sizes and the
+    /// store's own marks of change (entity tag, version, time). It changes when the content does.
+    pub async fn revision(&self, prefix_or_key: &str) -> Result<String, StoreError> {
+        let attempt = self.attempt("look up", prefix_or_key);
+        let path = self.path(prefix_or_key)?;
+        let mut found = match self.inner.head(&path).await {
+            Ok(meta) => vec![meta],
+            Err(Error::NotFound { .. }) => self
+                .inner
+                .list(Some(&path))
+                .take(LIST_MAX)
+                .try_collect()
+                .await
+                .map_err(|error| attempt.failed(error))?,
+            Err(error) => return Err(attempt.failed(error)),
+        };
+        found.sort_by(|a, b| a.location.cmp(&b.location));
+        let mut hasher = blake3::Hasher::new();
+        for meta in found {
+            let marks = (meta.location.as_ref(), meta.size, meta.e_tag, meta.version);
+            hasher.update(format!("{marks:?} {}\n", meta.last_modified).as_bytes());
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
     /// Every object below a folder, sorted by key. A prefix is whole path segments: `a/b` does not
     /// list `a/bc`. A folder that does not exist is empty.
     pub async fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>, StoreError> {
@@ -257,8 +282,7 @@ impl Store {
             self.delete(&object.key).await?;
         }
         if let Some(folder) = self.folder() {
-            // Only an empty one goes; what somebody is just writing into it stays.
-            let _ = std::fs::remove_dir(folder.join(prefix));
+            local::remove_leftovers(&folder.join(prefix));
         }
         Ok(())
     }

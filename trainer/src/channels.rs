@@ -1,17 +1,16 @@
 //! A job's data channels as local paths: `file://` ones are used where they lie, `s3://` ones are
-//! fetched once per host.
+//! fetched once per host and revision: an object that has changed is fetched again.
 
 use std::path::PathBuf;
 
 use algorithms::LocalChannels;
 use api::JobSpec;
 use api::config::StoreSection;
+use api::control::ControlError;
+use api::environment::SCRATCH_VARIABLE;
 use checkpoint::Store;
 
 use crate::error::TrainError;
-
-/// Names the folder for fetched data; set by the worker.
-pub const SCRATCH_VARIABLE: &str = "COHORT_SCRATCH";
 
 /// Every channel's local path, fetched where needed.
 pub fn localize(spec: &JobSpec, section: &StoreSection) -> Result<LocalChannels, TrainError> {
@@ -44,13 +43,24 @@ fn fetch(
         .filter(|(_, key)| !key.is_empty())
         .ok_or_else(|| fail(format!("`s3://{bucket_and_key}` names no object")))?;
     let store = Store::open(section, &format!("s3://{bucket}")).map_err(|e| fail(e.to_string()))?;
-    let digest = blake3::hash(format!("{}/{bucket_and_key}", section.s3.endpoint).as_bytes());
-    let folder = scratch().join(&digest.to_hex()[..16]);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|e| fail(e.to_string()))?;
-    runtime.block_on(store.download(key, &folder)).map_err(|e| fail(e.to_string()))
+    runtime.block_on(async {
+        let revision = store.revision(key).await.map_err(|e| fail(e.to_string()))?;
+        let name = format!("{} {bucket_and_key} {revision}", section.s3.endpoint);
+        let digest = blake3::hash(name.as_bytes()).to_hex();
+        let path = store.download(key, &scratch().join(&digest[..32])).await;
+        let path = path.map_err(|e| fail(e.to_string()))?;
+        let now = store.revision(key).await.map_err(|e| fail(e.to_string()))?;
+        if now != revision {
+            let text =
+                format!("channels.{channel}: s3://{bucket_and_key} changed while it was read");
+            return Err(ControlError(text).into());
+        }
+        Ok(path)
+    })
 }
 
 fn scratch() -> PathBuf {

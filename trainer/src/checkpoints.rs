@@ -26,6 +26,8 @@ pub struct Checkpoints {
     pending: Option<Pending>,
     /// The newest step that is saved or being saved.
     newest: Option<Step>,
+    /// The newest step whose manifest is written, as far as rank 0 knows.
+    committed_step: Option<Step>,
 }
 
 /// A staged checkpoint whose shards are not all written yet. The same on every rank.
@@ -57,6 +59,7 @@ impl Checkpoints {
             info,
             pending: None,
             newest: assignment.restore.as_ref().map(|fact| fact.step),
+            committed_step: assignment.restore.as_ref().map(|fact| fact.step),
         })
     }
 
@@ -131,7 +134,9 @@ impl Checkpoints {
 
     /// Checkpoints whose manifest has been written since the last call (rank 0).
     pub fn committed(&mut self) -> Result<Vec<CheckpointFact>, TrainError> {
-        Ok(self.saver.poll_committed()?)
+        let facts = self.saver.poll_committed()?;
+        self.committed_step = self.committed_step.max(facts.iter().map(|fact| fact.step).max());
+        Ok(facts)
     }
 
     /// Completes the pending checkpoint and waits until its manifest is written (rank 0).
@@ -139,23 +144,16 @@ impl Checkpoints {
         &mut self,
         communicator: &mut dyn Communicator,
     ) -> Result<Vec<CheckpointFact>, TrainError> {
-        let step = self.pending.as_ref().map(|p| p.step);
         self.complete(communicator)?;
-        let mut facts = self.saver.poll_committed()?;
-        if let Some(step) = step
+        let mut facts = self.committed()?;
+        // Begun in `agree` or just now: the manifest may still be under way.
+        if let Some(step) = self.newest.filter(|step| self.committed_step < Some(*step))
             && self.rank == Rank(0)
-            && facts.iter().all(|fact| fact.step != step)
         {
             facts.push(self.saver.wait_committed(step)?);
+            self.committed_step = Some(step);
         }
         Ok(facts)
-    }
-
-    /// Deletes checkpoints, by order of the leader.
-    pub fn delete(&mut self, manifest_keys: Vec<String>) {
-        if !manifest_keys.is_empty() {
-            self.saver.delete(manifest_keys);
-        }
     }
 
     /// The saver, for the model's files at the end.

@@ -179,7 +179,7 @@ impl AdamUpdate {
         keep: f32,
         scale: f32,
     ) -> Self {
-        let power = |beta: f32| 1.0 - f64::from(beta).powf((step + 1) as f64);
+        let power = |beta: f32| 1.0 - libm::pow(f64::from(beta), (step + 1) as f64);
         Self {
             beta1,
             beta2,

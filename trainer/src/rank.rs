@@ -12,6 +12,7 @@ use api::{ExitClass, JobSpec, Step};
 use checkpoint::{ManifestInfo, Restore};
 use collective::{GroupOptions, Listener};
 
+use crate::agreement::agree;
 use crate::checkpoints::Checkpoints;
 use crate::error::TrainError;
 use crate::optimizer::Optimizer;
@@ -103,7 +104,17 @@ fn run(control: &Control, orders: &Orders) -> Result<(), TrainError> {
         secret: assignment.secret.clone(),
         connect_timeout: CONNECT_TIMEOUT,
     };
-    let communicator = listener.connect(group, &addresses)?;
+    let mut communicator = listener.connect(group, &addresses)?;
+    let validation = problem.validation.as_ref().map_or("none", |data| data.digest());
+    agree(
+        &mut communicator,
+        &[
+            ("training data", &info.data_digest),
+            ("validation data", validation),
+            ("settings", &info.spec_digest),
+            ("number of steps", &total.to_string()),
+        ],
+    )?;
 
     let state = initial_state(&assignment, &table, &optimizer, &info, &store)?;
     let checkpoints = Checkpoints::start(&assignment, store, info)?;

@@ -1,5 +1,6 @@
 //! The learning rate of a step: linear warm-up, then constant, linear or cosine decay. A pure
-//! function of the step, so that a resumed job continues exactly.
+//! function of the step, so that a resumed job continues exactly. Its cosine is computed in Rust: the
+//! host's own could differ in the last bit from host to host.
 
 use std::f64::consts::PI;
 
@@ -40,7 +41,7 @@ impl Schedule {
         let left = match self.shape {
             Shape::Constant => return self.peak,
             Shape::Linear => 1.0 - progress,
-            Shape::Cosine => 0.5 * (1.0 + (PI * progress).cos()),
+            Shape::Cosine => 0.5 * (1.0 + libm::cos(PI * progress)),
         };
         self.peak * (self.min_ratio + (1.0 - self.min_ratio) * left)
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use api::TaskId;
 use api::config::{ServeSection, StoreSection};
-use api::environment::{TaskPlace, task_environment};
+use api::environment::{SCRATCH_VARIABLE, TaskPlace, task_environment};
 use api::session::{Assignment, ExitCause, MESSAGE_BYTES_MAX, RankOrder, RankReport};
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -44,6 +44,8 @@ const SECRET_VARIABLES: [&str; 2] = ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN
 /// What all tasks of a worker share.
 pub(crate) struct Surroundings {
     pub(crate) program: PathBuf,
+    /// Folder for data that ranks fetch.
+    pub(crate) scratch: PathBuf,
     pub(crate) data_address: std::net::IpAddr,
     pub(crate) store: StoreSection,
     pub(crate) serve: ServeSection,
@@ -237,7 +239,9 @@ impl Task {
                 threads => ("replica", TaskPlace { threads, ..alone }),
             },
         };
-        let environment = task_environment(&place);
+        let mut environment = task_environment(&place);
+        let scratch = self.shared.scratch.to_string_lossy().into_owned();
+        environment.insert(SCRATCH_VARIABLE, scratch);
         let program = self.shared.program.clone();
         Launch { program, role, environment, without: &SECRET_VARIABLES }
     }

@@ -90,6 +90,7 @@ impl Worker {
         let archive = Archive::start(store, folder.logs(), spooler.grown.clone());
         let ledger = Arc::new(Ledger::new());
         let shared = Arc::new(Surroundings {
+            scratch: options.dir.join("scratch"),
             program: options.program.clone(),
             data_address: config.worker.data_address,
             store: store_for_ranks(config.store.clone(), uri),
@@ -177,6 +178,8 @@ impl Running {
                 () = self.agent.task_ended() => {}
                 () = shutdown.cancelled(), if deadline.is_none() => {
                     info!("worker stops");
+                    // First of all: what follows is then nobody's failure.
+                    self.ledger.leave();
                     self.agent.stop(STOP_REASON);
                     deadline = Some(Instant::now() + self.stop_timeout);
                 }
@@ -218,12 +221,12 @@ impl Running {
         result
     }
 
-    /// Returns when the leader has acknowledged every fact, or time is up. What it still orders is
-    /// answered.
+    /// Returns when the leader has acknowledged every fact and the leave, or time is up. What it
+    /// still orders is answered.
     async fn last_facts(&mut self) {
         let mut changes = self.ledger.subscribe();
         let deadline = Instant::now() + FACTS_TIMEOUT;
-        while self.ledger.facts_left() > 0 {
+        while self.ledger.facts_left() > 0 || self.ledger.leave_is_unknown() {
             tokio::select! {
                 changed = changes.changed() => if changed.is_err() {
                     return;
