@@ -176,7 +176,7 @@ def main():
         print(json.dumps({
             "step_median": median, "steps_per_second": 1 / median, "samples_per_second": samples,
             "tokens_per_second": samples * 128 if args.model == "gpt" else 0,
-            "submit_to_first_step": first, "memory_bytes": peak.item(),
+            "start_to_first_step": first, "memory_bytes": peak.item(),
             "parameters": sum(p.numel() for p in net.parameters()),
         }), flush=True)
     if world > 1:

@@ -116,8 +116,8 @@ def main():
             print(f"| {name} | {ranks} × {threads} | {middle(a, rate):.0f} | {middle(b, rate):.0f} "
                   f"| **{statistics.median(ratios):.2f}** ({min(ratios):.2f}–{max(ratios):.2f}) "
                   f"| {middle(a, 'memory_bytes') / 1e6:.0f} / {middle(b, 'memory_bytes') / 1e6:.0f} "
-                  f"| {middle(a, 'submit_to_first_step'):.2f} / "
-                  f"{middle(b, 'submit_to_first_step'):.2f} |", flush=True)
+                  f"| {middle(a, 'start_to_first_step'):.2f} / "
+                  f"{middle(b, 'start_to_first_step'):.2f} |", flush=True)
 
 
 if __name__ == "__main__":
