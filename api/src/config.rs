@@ -110,7 +110,7 @@ pub struct WorkerSection {
     pub plaintext_data: bool,
     /// Log bytes kept per rank on the worker's disk; older lines are dropped with a note.
     pub log_bytes: ByteSize,
-    /// Time a rank gets between a polite stop and a kill.
+    /// Time a rank gets between a polite stop, with its last checkpoint, and a kill.
     pub stop_timeout: Span,
 }
 
@@ -122,7 +122,7 @@ impl Default for WorkerSection {
             data_address: IpAddr::V4(Ipv4Addr::LOCALHOST),
             plaintext_data: false,
             log_bytes: ByteSize(16 << 20),
-            stop_timeout: Span::seconds(30),
+            stop_timeout: Span::seconds(60),
         }
     }
 }
@@ -190,6 +190,8 @@ pub struct ServeSection {
     pub queue_max: u32,
     /// Largest request body.
     pub body_max: ByteSize,
+    /// Bytes of request bodies held at once; one more body is answered 503.
+    pub queue_bytes: ByteSize,
     /// Time running requests get to finish when the server stops.
     pub drain_timeout: Span,
     /// Threads that compute; 0: one per core.
@@ -204,6 +206,7 @@ impl Default for ServeSection {
             batch_wait: Span::millis(2),
             queue_max: 256,
             body_max: ByteSize(8 << 20),
+            queue_bytes: ByteSize(256 << 20),
             drain_timeout: Span::seconds(10),
             threads: 0,
         }
@@ -258,6 +261,13 @@ impl ClusterConfig {
                 "coordinator.heartbeat_interval = {} must be at most a quarter of \
                  coordinator.election_timeout = {}",
                 coordinator.heartbeat_interval, coordinator.election_timeout
+            ));
+        }
+        if self.serve.body_max > self.serve.queue_bytes {
+            return fail(format!(
+                "serve.body_max = {} is more than serve.queue_bytes = {}: the largest body would \
+                 never fit",
+                self.serve.body_max, self.serve.queue_bytes
             ));
         }
         for member in &coordinator.members {
@@ -337,5 +347,9 @@ mod tests {
         config.coordinator.heartbeat_interval = Span::seconds(1);
         let text = config.validate().expect_err("too slow").to_string();
         assert!(text.contains("1s") && text.contains("a quarter"), "{text}");
+        let mut config = ClusterConfig::default();
+        config.serve.body_max = ByteSize(512 << 20);
+        let text = config.validate().expect_err("too large").to_string();
+        assert!(text.contains("512MiB") && text.contains("256MiB"), "{text}");
     }
 }

@@ -38,6 +38,9 @@ pub enum ServeError {
         /// Why.
         source: std::io::Error,
     },
+    /// The model failed on a request; its process must be started anew.
+    #[error("the model failed on a request: it {0}")]
+    Model(String),
     /// The server broke.
     #[error("the server broke: {0}")]
     Server(String),
@@ -50,7 +53,7 @@ impl ServeError {
             Self::Unreadable { .. } => ExitClass::NotFound,
             Self::Store(_) | Self::Listen { .. } => ExitClass::Unavailable,
             Self::Malformed { .. } | Self::Algorithm(_) => ExitClass::Corrupt,
-            Self::Server(_) => ExitClass::Internal,
+            Self::Model(_) | Self::Server(_) => ExitClass::Internal,
         }
     }
 }

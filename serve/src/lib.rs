@@ -5,6 +5,9 @@
 
 #![forbid(unsafe_code)]
 
+mod body;
+mod compute;
+mod connection;
 mod error;
 mod metrics;
 mod model;

@@ -23,6 +23,16 @@ struct Counters {
     latency_count: u64,
     batches: u64,
     batched: u64,
+    abandoned: u64,
+}
+
+/// What is waiting now.
+#[derive(Clone, Copy, Debug)]
+pub struct Waiting {
+    /// Bodies that wait for the model.
+    pub depth: usize,
+    /// Bytes of bodies that are held.
+    pub bytes: u64,
 }
 
 impl Metrics {
@@ -45,8 +55,13 @@ impl Metrics {
         counters.batched += size as u64;
     }
 
+    /// A caller left before its answer.
+    pub fn abandoned(&self) {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).abandoned += 1;
+    }
+
     /// The text that a scraper reads.
-    pub fn render(&self, queue_depth: usize) -> String {
+    pub fn render(&self, waiting: Waiting) -> String {
         let counters = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let mut text = String::new();
         let mut family = |name: &str, kind: &str, help: &str, lines: Vec<String>| {
@@ -74,8 +89,13 @@ impl Metrics {
         family("cohort_serve_batches_total", "counter", "Computed batches.", batches);
         let batched = vec![format!(" {}", counters.batched)];
         family("cohort_serve_batched_requests_total", "counter", "Requests in them.", batched);
-        let depth = vec![format!(" {queue_depth}")];
+        let abandoned = vec![format!(" {}", counters.abandoned)];
+        let help = "Callers who left before their answer.";
+        family("cohort_serve_abandoned_total", "counter", help, abandoned);
+        let depth = vec![format!(" {}", waiting.depth)];
         family("cohort_serve_queue_depth", "gauge", "Requests waiting now.", depth);
+        let bytes = vec![format!(" {}", waiting.bytes)];
+        family("cohort_serve_queue_bytes", "gauge", "Bytes of request bodies held now.", bytes);
         text
     }
 }

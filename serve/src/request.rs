@@ -5,33 +5,70 @@
 //! line. PNG, JPEG and plain text: the body is the image or the prompt.
 
 use algorithms::{GenerateInput, ImageInput, Request, RequestError, Response};
-use serde::{Deserialize, Serialize};
+use serde::de::{Error, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 /// Most requests in one body: more should be several bodies, or a batch job.
 pub const REQUESTS_MAX: usize = 1024;
 /// Generated tokens unless the request says otherwise.
 const MAX_TOKENS_DEFAULT: u32 = 64;
+/// Most tokens that the requests of one body may ask for together: they hold the model for minutes.
+const BODY_TOKENS_MAX: u64 = 64 << 10;
+// A full body that leaves the number of tokens to us is never too much.
+const _: () = assert!(REQUESTS_MAX as u64 * MAX_TOKENS_DEFAULT as u64 <= BODY_TOKENS_MAX);
 
-/// JSON form of one request.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// JSON form of one request, or of several. Read without an intermediate value: a tree of JSON
+/// values takes sixteen times the memory of the text.
+#[derive(Debug, Default, PartialEq, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    expecting = "an object with `pixels`, `image`, `prompt` or `instances`"
+)]
 struct RequestDocument {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pixels: Option<Vec<f32>>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     image: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     prompt: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     max_tokens: Option<u32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     temperature: Option<f32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     top_k: Option<u32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     seed: Option<u64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     stream: Option<bool>,
+    instances: Option<Instances>,
+}
+
+/// Several requests; a mistake says in which.
+#[derive(Debug, PartialEq)]
+struct Instances(Vec<RequestDocument>);
+
+impl<'de> Deserialize<'de> for Instances {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct List;
+        impl<'de> Visitor<'de> for List {
+            type Value = Instances;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a list of requests")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Instances, A::Error> {
+                let mut documents = Vec::new();
+                loop {
+                    let at = documents.len();
+                    match list.next_element::<RequestDocument>() {
+                        Ok(None) => return Ok(Instances(documents)),
+                        Ok(Some(document)) => documents.push(document),
+                        Err(error) => {
+                            let text = api::document::with_suggestion(&error.to_string());
+                            return Err(A::Error::custom(format!("instances[{at}]: {text}")));
+                        }
+                    }
+                    check_count(documents.len(), "instances").map_err(A::Error::custom)?;
+                }
+            }
+        }
+        deserializer.deserialize_seq(List)
+    }
 }
 
 /// A parsed body.
@@ -115,27 +152,38 @@ fn utf8(body: &[u8]) -> Result<&str, RequestError> {
 }
 
 fn parse_json(body: &[u8]) -> Result<Body, RequestError> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Instances {
-        instances: Vec<serde_json::Value>,
+    let mut parsed = read_document(body).map_err(|error| match error {
+        Unreadable::NotJson(text) => RequestError(format!("the body is not JSON: {text}")),
+        Unreadable::Mistake(text) => RequestError(text),
+    })?;
+    let Some(Instances(documents)) = parsed.instances.take() else {
+        let (request, stream) = document(parsed, "")?;
+        return Ok(Body { requests: vec![request], form: BodyForm::Single, stream });
+    };
+    check_count(documents.len(), "instances")?;
+    if parsed != RequestDocument::default() {
+        return Err(RequestError("expected nothing beside `instances`".into()));
     }
-    let value: serde_json::Value = serde_json::from_slice(body)
-        .map_err(|e| RequestError(format!("the body is not JSON: {e}")))?;
-    if value.get("instances").is_some() {
-        let several: Instances =
-            serde_json::from_value(value).map_err(|e| RequestError(e.to_string()))?;
-        check_count(several.instances.len(), "instances")?;
-        let requests: Result<Vec<Request>, RequestError> = several
-            .instances
-            .into_iter()
-            .enumerate()
-            .map(|(at, value)| document(value, &format!("instances[{at}]: ")).map(|(r, _)| r))
-            .collect();
-        return Ok(Body { requests: requests?, form: BodyForm::Instances, stream: false });
-    }
-    let (request, stream) = document(value, "")?;
-    Ok(Body { requests: vec![request], form: BodyForm::Single, stream })
+    let requests: Result<Vec<Request>, RequestError> = documents
+        .into_iter()
+        .enumerate()
+        .map(|(at, parsed)| document(parsed, &format!("instances[{at}]: ")).map(|(r, _)| r))
+        .collect();
+    Ok(Body { requests: requests?, form: BodyForm::Instances, stream: false })
+}
+
+enum Unreadable {
+    NotJson(String),
+    Mistake(String),
+}
+
+fn read_document(text: &[u8]) -> Result<RequestDocument, Unreadable> {
+    serde_json::from_slice(text).map_err(|error| match error.classify() {
+        serde_json::error::Category::Data => {
+            Unreadable::Mistake(api::document::with_suggestion(&error.to_string()))
+        }
+        _ => Unreadable::NotJson(error.to_string()),
+    })
 }
 
 fn parse_lines(body: &[u8]) -> Result<Body, RequestError> {
@@ -145,9 +193,12 @@ fn parse_lines(body: &[u8]) -> Result<Body, RequestError> {
             continue;
         }
         check_count(requests.len() + 1, "lines")?;
-        let value = serde_json::from_str(line)
-            .map_err(|e| RequestError(format!("line {}: not JSON: {e}", at + 1)))?;
-        requests.push(document(value, &format!("line {}: ", at + 1))?.0);
+        let at = format!("line {}: ", at + 1);
+        let parsed = read_document(line.as_bytes()).map_err(|error| match error {
+            Unreadable::NotJson(text) => RequestError(format!("{at}not JSON: {text}")),
+            Unreadable::Mistake(text) => RequestError(format!("{at}{text}")),
+        })?;
+        requests.push(document(parsed, &at)?.0);
     }
     check_count(requests.len(), "lines")?;
     Ok(Body { requests, form: BodyForm::Lines, stream: false })
@@ -174,7 +225,9 @@ fn parse_csv(body: &[u8]) -> Result<Body, RequestError> {
                 })
             })
             .collect();
-        requests.push(Request::Image(ImageInput::Pixels(pixels?)));
+        let mut pixels = pixels?;
+        pixels.shrink_to_fit();
+        requests.push(Request::Image(ImageInput::Pixels(pixels)));
     }
     check_count(requests.len(), "rows")?;
     Ok(Body { requests, form: BodyForm::Csv, stream: false })
@@ -188,13 +241,33 @@ fn check_count(count: usize, what: &str) -> Result<(), RequestError> {
     }
 }
 
-fn document(value: serde_json::Value, at: &str) -> Result<(Request, bool), RequestError> {
-    let parsed: RequestDocument = serde_json::from_value(value).map_err(|e| {
-        RequestError(format!("{at}{}", api::document::with_suggestion(&e.to_string())))
-    })?;
+/// Refuses a body whose requests ask for more tokens than one body may.
+pub fn check_tokens(requests: &[Request]) -> Result<(), RequestError> {
+    let tokens = |request: &Request| match request {
+        Request::Generate(input) => u64::from(input.max_tokens),
+        Request::Image(_) => 0,
+    };
+    let asked: u64 = requests.iter().map(tokens).sum();
+    if asked <= BODY_TOKENS_MAX {
+        return Ok(());
+    }
+    Err(RequestError(format!(
+        "the body asks for {asked} tokens (the sum of `max_tokens`), expected at most \
+         {BODY_TOKENS_MAX}: send several bodies"
+    )))
+}
+
+fn document(parsed: RequestDocument, at: &str) -> Result<(Request, bool), RequestError> {
+    if parsed.instances.is_some() {
+        return Err(RequestError(format!("{at}`instances` must be the whole body")));
+    }
     let stream = parsed.stream.unwrap_or(false);
     let request = match (parsed.pixels, parsed.image, parsed.prompt) {
-        (Some(pixels), None, None) => Request::Image(ImageInput::Pixels(pixels)),
+        (Some(mut pixels), None, None) => {
+            // It grew by doubling, and may wait in the queue for a while.
+            pixels.shrink_to_fit();
+            Request::Image(ImageInput::Pixels(pixels))
+        }
         (None, Some(image), None) => {
             let bytes =
                 base64(&image).ok_or_else(|| RequestError(format!("{at}`image` is not base64")))?;
@@ -351,6 +424,16 @@ mod tests {
             ("application/json", r#"{"pixel":[1]}"#, "did you mean `pixels`?"),
             ("application/json", r#"{"instances":[]}"#, "no instances"),
             ("application/json", r#"{"instances":[{"prompt":1}]}"#, "instances[0]"),
+            ("application/json", r#"{"instances":[{"pixels":[1]},{"pixel":[2]}]}"#, "[1]: unknown"),
+            ("application/json", r#"{"instances":[{"pixel":[1]}]}"#, "did you mean `pixels`?"),
+            ("application/json", r#"{"instances":[{"instances":[]}]}"#, "whole body"),
+            (
+                "application/json",
+                r#"{"instances":[{"prompt":"a"}],"seed":1}"#,
+                "beside `instances`",
+            ),
+            ("application/json", "[1]", "expected"),
+            ("application/jsonlines", "{\"prompt\":\"a\"}\n{\"pixel\":[1]}\n", "line 2: unknown"),
             ("application/json", r#"{"image":"?"}"#, "not base64"),
             ("application/jsonlines", "{\"prompt\":\"a\"}\nx\n", "line 2"),
             ("text/csv", "1,2\n3,x\n", "row 2, column 2: `x`"),
@@ -359,6 +442,21 @@ mod tests {
             let error = parse(content_type, body).expect_err(body);
             assert!(error.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn one_body_asks_for_a_bounded_number_of_requests_and_tokens() {
+        let several = |count: usize, document: &str| {
+            let documents = vec![document; count].join(",");
+            parse("application/json", &format!(r#"{{"instances":[{documents}]}}"#))
+        };
+        let full = several(REQUESTS_MAX, r#"{"prompt":"a"}"#).expect("as many as there may be");
+        assert_eq!(check_tokens(&full.requests), Ok(()));
+        let error = several(REQUESTS_MAX + 1, r#"{"prompt":"a"}"#).expect_err("one more");
+        assert!(error.contains("more than 1024 instances"), "{error}");
+        let greedy = several(1024, r#"{"prompt":"a","max_tokens":8192}"#).expect("well-formed");
+        let error = check_tokens(&greedy.requests).expect_err("too many tokens").0;
+        assert!(error.contains("8388608") && error.contains("at most 65536"), "{error}");
     }
 
     #[test]

@@ -1,34 +1,39 @@
 //! The HTTP face of one model: `GET /ping`, `POST /invocations`, `GET /metrics`.
 //!
 //! What a caller did wrong is answered 4xx with a JSON body that says what was found and expected;
-//! a full queue is 503 with Retry-After; while stopping, running requests finish.
+//! a full queue is 503 with Retry-After; while stopping, running requests finish. A model that
+//! fails on a request answers it 500, and then the server ends: `/ping` is 500 until it has.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use algorithms::{GenerateInput, Request, Response as Answer};
 use api::config::ServeSection;
 use axum::Router;
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use futures::StreamExt;
+use futures::{StreamExt, stream};
 use tokio::net::TcpListener;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
+use crate::body::{HeldBody, Intake, Unread};
+use crate::connection::{self, ConnectionLimits, Ending};
 use crate::error::ServeError;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Waiting};
 use crate::model::LoadedModel;
-use crate::queue::{Piece, Queue, QueueOptions, Refused};
-use crate::request::{accepts, parse_body, write_answers};
+use crate::queue::{Piece, Queue, QueueOptions, Refusal, Refused};
+use crate::request::{accepts, check_tokens, parse_body, write_answers};
+
+/// Connections besides those whose requests wait or are computed: uploads, health checks, scrapes,
+/// and idle ones. With the default queue it makes about a thousand.
+const CONNECTIONS_SPARE: usize = 768;
 
 /// How a server runs.
 #[derive(Clone, Debug)]
@@ -43,17 +48,17 @@ pub struct ServerOptions {
 pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
-    drain_timeout: Duration,
-    body_max: usize,
+    limits: ConnectionLimits,
     state: Arc<ServerState>,
 }
 
 struct ServerState {
     queue: Queue,
+    intake: Intake,
     metrics: Arc<Metrics>,
     types: Vec<String>,
     description: serde_json::Value,
-    draining: AtomicBool,
+    stopping: CancellationToken,
 }
 
 impl Server {
@@ -81,15 +86,12 @@ impl Server {
         };
         let queue = Queue::start(model.predictor, queue_options, Arc::clone(&metrics))
             .map_err(|e| ServeError::Server(format!("cannot start the computing thread: {e}")))?;
-        let draining = AtomicBool::new(false);
-        let state = Arc::new(ServerState { queue, metrics, types, description, draining });
-        Ok(Self {
-            listener,
-            address,
-            drain_timeout: section.drain_timeout.0,
-            body_max: section.body_max.0 as usize,
-            state,
-        })
+        let intake = Intake::new(section.body_max.0, section.queue_bytes.0);
+        let stopping = CancellationToken::new();
+        let state = ServerState { queue, intake, metrics, types, description, stopping };
+        let connections_max = queue_options.queue_max + queue_options.batch_max + CONNECTIONS_SPARE;
+        let limits = ConnectionLimits::new(connections_max, section.drain_timeout.0);
+        Ok(Self { listener, address, limits, state: Arc::new(state) })
     }
 
     /// Where it listens.
@@ -97,116 +99,135 @@ impl Server {
         self.address
     }
 
-    /// Answers until `shutdown`; then running requests get the drain time to finish.
+    /// Answers until `shutdown`, or until the model fails, which is an error; then running requests
+    /// get the drain time to finish.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), ServeError> {
-        let state = Arc::clone(&self.state);
         let router = Router::new()
             .route("/ping", get(ping))
             .route("/invocations", post(invoke))
             .route("/metrics", get(render_metrics))
-            .layer(DefaultBodyLimit::max(self.body_max))
-            .with_state(self.state);
-        let stop = shutdown.clone();
-        let begun = async move {
-            stop.cancelled().await;
-            state.draining.store(true, Ordering::Relaxed);
-        };
-        let serving = axum::serve(self.listener, router).with_graceful_shutdown(begun);
-        let limit = async {
-            shutdown.cancelled().await;
-            tokio::time::sleep(self.drain_timeout).await;
-        };
+            .with_state(Arc::clone(&self.state));
+        let broken = self.state.queue.broken().clone();
+        let end = Ending { shutdown: self.state.stopping.clone(), broken };
+        let serving = connection::serve(self.listener, router, self.limits, end);
+        let mut serving = std::pin::pin!(serving);
         tokio::select! {
-            ended = serving.into_future() => {
-                ended.map_err(|e| ServeError::Server(e.to_string()))
+            () = &mut serving => {}
+            () = shutdown.cancelled() => {
+                self.state.stopping.cancel();
+                serving.await;
             }
-            () = limit => {
-                tracing::warn!("requests were still running after the drain time");
-                Ok(())
-            }
+        }
+        match self.state.queue.broken_reason() {
+            Some(reason) => Err(ServeError::Model(reason.to_owned())),
+            None => Ok(()),
         }
     }
 }
 
 async fn ping(State(state): State<Arc<ServerState>>) -> Response {
-    if state.draining.load(Ordering::Relaxed) {
+    if let Some(reason) = state.queue.broken_reason() {
+        let text = format!("the model failed on a request and the server ends: it {reason}");
+        return refuse(StatusCode::INTERNAL_SERVER_ERROR, &text);
+    }
+    if state.stopping.is_cancelled() {
         return refuse(StatusCode::SERVICE_UNAVAILABLE, "the server is stopping");
     }
     axum::Json(&state.description).into_response()
 }
 
 async fn render_metrics(State(state): State<Arc<ServerState>>) -> Response {
-    let text = state.metrics.render(state.queue.depth());
+    let waiting = Waiting { depth: state.queue.depth(), bytes: state.intake.held_bytes() };
+    let text = state.metrics.render(waiting);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+}
+
+/// Counts a caller who leaves: its handler is dropped where it waits.
+struct Attended<'a> {
+    metrics: &'a Metrics,
+    answered: bool,
+}
+
+impl Drop for Attended<'_> {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.metrics.abandoned();
+        }
+    }
 }
 
 async fn invoke(
     State(state): State<Arc<ServerState>>,
-    headers: HeaderMap,
-    body: Result<Bytes, BytesRejection>,
+    request: axum::extract::Request,
 ) -> Response {
+    let mut attended = Attended { metrics: &state.metrics, answered: false };
+    let (head, body) = request.into_parts();
+    let read = state.intake.read(&head.headers, body).await;
     let begin = Instant::now();
-    let response = answer(&state, &headers, body).await;
+    let response = match read {
+        Ok(body) => answer(&state, &head.headers, body).await,
+        Err(unread) => refuse_unread(&unread),
+    };
+    attended.answered = true;
     state.metrics.answered(response.status().as_u16(), begin.elapsed());
     response
 }
 
-async fn answer(
-    state: &ServerState,
-    headers: &HeaderMap,
-    body: Result<Bytes, BytesRejection>,
-) -> Response {
-    let body = match body {
-        Ok(body) => body,
-        Err(rejection) => return refuse(rejection.status(), &rejection.body_text()),
-    };
+async fn answer(state: &ServerState, headers: &HeaderMap, body: HeldBody) -> Response {
     let content_type = headers
         .get(header::CONTENT_TYPE)
         .and_then(|value| value.to_str().ok())
         .unwrap_or("application/json");
-    let parsed = match parse_body(content_type, &body, &state.types) {
+    let HeldBody { bytes, share } = body;
+    let parsed = match parse_body(content_type, &bytes, &state.types) {
         Ok(parsed) => parsed,
         Err(error) if !accepts(content_type, &state.types) => {
             return refuse(StatusCode::UNSUPPORTED_MEDIA_TYPE, &error.0);
         }
         Err(error) => return refuse(StatusCode::BAD_REQUEST, &error.0),
     };
+    // From here on the requests are what the share pays for.
+    drop(bytes);
+    if let Err(error) = check_tokens(&parsed.requests) {
+        return refuse(StatusCode::BAD_REQUEST, &error.0);
+    }
     if parsed.stream
         && let [Request::Generate(input)] = parsed.requests.as_slice()
     {
-        return stream(state, input.clone());
+        return stream_text(state, input.clone(), share).await;
     }
-    let form = parsed.form;
-    let answers = match state.queue.ask(parsed.requests) {
+    let (form, several) = (parsed.form, parsed.requests.len() > 1);
+    let answers = match state.queue.ask(parsed.requests, share) {
         Ok(answers) => answers,
         Err(refused) => return refuse_queue(refused),
     };
-    let Ok(answers) = answers.await else {
-        return refuse(StatusCode::INTERNAL_SERVER_ERROR, "the model failed on this request");
-    };
-    let several = answers.len() > 1;
-    let mut good: Vec<Answer> = Vec::with_capacity(answers.len());
-    for (at, answer) in answers.into_iter().enumerate() {
-        match answer {
-            Ok(answer) => good.push(answer),
-            Err(error) if several => {
-                let text = format!("request {}: {}", at + 1, error.0);
-                return refuse(StatusCode::BAD_REQUEST, &text);
-            }
-            Err(error) => return refuse(StatusCode::BAD_REQUEST, &error.0),
+    match answers.await.unwrap_or(Err(Refusal::Broken)) {
+        Ok(answers) => {
+            let (content_type, body) = write_answers(form, &answers);
+            ([(header::CONTENT_TYPE, content_type)], body).into_response()
         }
+        Err(refusal) => refuse_job(&refusal, several),
     }
-    let (content_type, body) = write_answers(form, &good);
-    ([(header::CONTENT_TYPE, content_type)], body).into_response()
 }
 
 /// Server-sent events: `{"text": …}` a piece, then the finish, then `[DONE]`.
-fn stream(state: &ServerState, input: GenerateInput) -> Response {
-    let pieces = match state.queue.stream(input) {
+async fn stream_text(
+    state: &ServerState,
+    input: GenerateInput,
+    share: OwnedSemaphorePermit,
+) -> Response {
+    let mut pieces = match state.queue.stream(input, share) {
         Ok(pieces) => pieces,
         Err(refused) => return refuse_queue(refused),
     };
-    let events = ReceiverStream::new(pieces).flat_map(|piece| {
+    // The first piece decides between an answer and an error.
+    let first = match pieces.recv().await {
+        Some(Piece::End(Err(refusal))) => return refuse_job(&refusal, false),
+        Some(first) => first,
+        None => return refuse_job(&Refusal::Broken, false),
+    };
+    let pieces = stream::iter([first]).chain(ReceiverStream::new(pieces));
+    let events = pieces.flat_map(|piece| {
         let data = |value: serde_json::Value| Event::default().data(value.to_string());
         let events = match piece {
             Piece::Text(text) => vec![data(serde_json::json!({ "text": text }))],
@@ -215,9 +236,11 @@ fn stream(state: &ServerState, input: GenerateInput) -> Response {
                 vec![data(end), Event::default().data("[DONE]")]
             }
             Piece::End(Ok(Answer::Class { .. })) => vec![Event::default().data("[DONE]")],
-            Piece::End(Err(error)) => vec![data(serde_json::json!({ "error": error.0 }))],
+            Piece::End(Err(refusal)) => {
+                vec![data(serde_json::json!({ "error": describe(&refusal, false) }))]
+            }
         };
-        futures::stream::iter(events.into_iter().map(Ok::<_, Infallible>))
+        stream::iter(events.into_iter().map(Ok::<_, Infallible>))
     });
     Sse::new(events).into_response()
 }
@@ -226,13 +249,40 @@ fn refuse(status: StatusCode, message: &str) -> Response {
     (status, axum::Json(serde_json::json!({ "error": message }))).into_response()
 }
 
-fn refuse_queue(refused: Refused) -> Response {
-    let mut response = match refused {
-        Refused::Full => {
-            refuse(StatusCode::SERVICE_UNAVAILABLE, "the queue is full: try again in a moment")
-        }
-        Refused::Closed => refuse(StatusCode::SERVICE_UNAVAILABLE, "the server is stopping"),
-    };
-    response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
+fn retry_later(mut response: Response) -> Response {
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
     response
+}
+
+fn refuse_unread(unread: &Unread) -> Response {
+    let response = refuse(unread.status(), &unread.to_string());
+    if matches!(unread, Unread::NoRoom) { retry_later(response) } else { response }
+}
+
+fn refuse_queue(refused: Refused) -> Response {
+    let message = match refused {
+        Refused::Full => "the queue is full: try again in a moment",
+        Refused::Closed => "the server is stopping",
+    };
+    retry_later(refuse(StatusCode::SERVICE_UNAVAILABLE, message))
+}
+
+fn refuse_job(refusal: &Refusal, several: bool) -> Response {
+    let message = describe(refusal, several);
+    match refusal {
+        Refusal::Mistake { .. } => refuse(StatusCode::BAD_REQUEST, &message),
+        Refusal::Broken => refuse(StatusCode::INTERNAL_SERVER_ERROR, &message),
+        Refusal::Closed => retry_later(refuse(StatusCode::SERVICE_UNAVAILABLE, &message)),
+    }
+}
+
+fn describe(refusal: &Refusal, several: bool) -> String {
+    match refusal {
+        Refusal::Mistake { at, error } if several => format!("request {}: {error}", at + 1),
+        Refusal::Mistake { error, .. } => error.to_string(),
+        Refusal::Broken => {
+            "the model failed while it computed this request: the server ends".into()
+        }
+        Refusal::Closed => "the server is stopping".into(),
+    }
 }
