@@ -136,8 +136,11 @@ pub struct JobStatus {
     pub started_ms: Option<u64>,
     /// When the current gang began to run; absent while none does.
     pub running_since_ms: Option<u64>,
-    /// Milliseconds that earlier gangs ran, counted towards `stop.max_time`.
+    /// Milliseconds that earlier gangs ran.
     pub elapsed_ms: u64,
+    /// What `elapsed_ms` was when a person last resumed the job: only what came after it counts
+    /// towards `stop.max_time`.
+    pub elapsed_at_resume_ms: u64,
     /// When it reached a terminal phase.
     pub ended_ms: Option<u64>,
 }

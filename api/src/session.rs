@@ -42,6 +42,10 @@ pub enum WorkerMessage {
         /// Lines in order.
         lines: Vec<LogLine>,
     },
+    /// It was told to end: its tasks are being asked to write a checkpoint and leave, and it starts
+    /// nothing more. Said before anything that follows from it, and again in each later session;
+    /// the worker of a new incarnation has come to stay.
+    Leaving,
 }
 
 /// How a worker introduces itself.
@@ -263,7 +267,8 @@ pub struct TrainAssignment {
     pub restore: Option<CheckpointFact>,
     /// What the ranks of this generation prove to one another.
     pub secret: Secret,
-    /// Running time of earlier generations, counted towards `stop.max_time`.
+    /// Running time of earlier generations since the job was submitted or resumed, counted towards
+    /// `stop.max_time`.
     pub elapsed: Span,
 }
 
@@ -346,10 +351,13 @@ pub enum RankReport {
     Checkpoint(CheckpointFact),
     /// The model is written (rank 0 only).
     Finished(ModelFact),
-    /// It left because it was told to stop; its last checkpoint was reported before.
+    /// It leaves before the last step; its last checkpoint was reported before.
     Stopped {
         /// Steps applied.
         step: Step,
+        /// Why.
+        #[serde(default)]
+        why: StopCause,
     },
     /// It cannot go on; it exits with a non-zero code right after.
     Failed {
@@ -360,6 +368,17 @@ pub enum RankReport {
         /// The peer that is to blame, when it is not this rank's own fault.
         blames: Option<Rank>,
     },
+}
+
+/// Why ranks left before the last step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StopCause {
+    /// One of them had a [`RankOrder::Stop`]: of a user, or of a worker that ends.
+    #[default]
+    Order,
+    /// `stop.max_time` is used up.
+    MaxTime,
 }
 
 #[cfg(test)]
@@ -378,8 +397,11 @@ mod tests {
         let message = WorkerMessage::Task { task, event: TaskEvent::Exited { cause } };
         let json = serde_json::to_string(&message).expect("serialises");
         assert_eq!(serde_json::from_str::<WorkerMessage>(&json).expect("parses"), message);
-        let step = RankReport::Stopped { step: Step(7) };
-        let json = serde_json::to_string(&step).expect("serialises");
-        assert_eq!(json, r#"{"report":"stopped","step":7}"#);
+        let stopped = RankReport::Stopped { step: Step(7), why: StopCause::MaxTime };
+        let json = serde_json::to_string(&stopped).expect("serialises");
+        assert_eq!(json, r#"{"report":"stopped","step":7,"why":"max-time"}"#);
+        let older = r#"{"report":"stopped","step":7}"#;
+        let older = serde_json::from_str::<RankReport>(older).expect("parses");
+        assert_eq!(older, RankReport::Stopped { step: Step(7), why: StopCause::Order });
     }
 }

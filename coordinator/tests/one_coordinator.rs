@@ -8,7 +8,8 @@ use api::ids::Step;
 use api::pb;
 use api::records::{EndpointSpec, KIND_CHECKPOINT, KIND_ENDPOINT, KIND_JOB, KIND_MODEL, Phase};
 use api::session::{
-    Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, WorkerMessage,
+    Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, StopCause,
+    WorkerMessage,
 };
 use api::{ExitClass, Rank};
 use coordinator::EventStream;
@@ -252,7 +253,7 @@ async fn stop_resume_and_deploy_reach_the_worker() {
     let record = client.stop_job(&job).await.expect("stops");
     assert_eq!(record.status.phase, Phase::Stopping);
     assert!(matches!(worker.deliver().await.1, RankOrder::Stop { .. }));
-    worker.report(&tasks[0], RankReport::Stopped { step: Step(50) }).await;
+    worker.report(&tasks[0], RankReport::Stopped { step: Step(50), why: StopCause::Order }).await;
     let sequence = worker.exited(&tasks[0], ExitCause::Completed).await;
     worker.acknowledged(sequence).await;
     let (_, record) = client.job(&job).await.expect("exists");

@@ -11,7 +11,7 @@ use std::time::Instant;
 use algorithms::{DataError, Mode, Problem, StepKey};
 use api::control::Control;
 use api::events::{Evaluation, ModelFact, StepMetrics, StepTime};
-use api::session::{RankReport, TrainAssignment};
+use api::session::{RankReport, StopCause, TrainAssignment};
 use api::{JobSpec, Rank, Step};
 use burn::tensor::Device;
 use collective::{Communicator, LaneFold, ReduceOp};
@@ -127,8 +127,8 @@ impl Trainer {
                 self.evaluate()?;
                 evaluated = Some(step);
             }
-            if self.agree_to_stop()? {
-                return self.stop_here();
+            if let Some(why) = self.agree_to_stop()? {
+                return self.stop_here(why);
             }
         }
         if evaluated != Some(self.state.step) {
@@ -259,18 +259,25 @@ impl Trainer {
     }
 
     /// One small all-reduce: does anyone want to stop, and whose shard is written.
-    fn agree_to_stop(&mut self) -> Result<bool, TrainError> {
+    fn agree_to_stop(&mut self) -> Result<Option<StopCause>, TrainError> {
         let time_up = self
             .assignment
             .spec
             .stop
             .max_time
             .is_some_and(|limit| self.started.elapsed() + self.assignment.elapsed.0 >= limit.0);
-        let stop = self.control.stop_requested() || time_up;
-        let mut votes = [i64::from(stop), self.checkpoints.shards_done()?];
+        let ordered = self.control.stop_requested();
+        let shards = self.checkpoints.shards_done()?;
+        let mut votes = [i64::from(ordered), i64::from(time_up), shards];
         self.communicator.all_reduce(votes.as_mut_slice().into(), ReduceOp::Sum)?;
-        self.checkpoints.agree(self.communicator.as_mut(), votes[1])?;
-        Ok(votes[0] > 0 && self.state.step.0 < self.last_step)
+        let [ordered, time_up, shards] = votes;
+        self.checkpoints.agree(self.communicator.as_mut(), shards)?;
+        if self.state.step.0 >= self.last_step {
+            return Ok(None);
+        }
+        // With its time used up a job is over, whoever was asked to leave just then.
+        let by_time = (time_up > 0).then_some(StopCause::MaxTime);
+        Ok(by_time.or((ordered > 0).then_some(StopCause::Order)))
     }
 
     /// Validation over the whole set, dealt to lanes, so its result has the same bits for any
@@ -313,11 +320,11 @@ impl Trainer {
         Ok(())
     }
 
-    fn stop_here(mut self) -> Result<End, TrainError> {
+    fn stop_here(mut self, why: StopCause) -> Result<End, TrainError> {
         self.save_and_report()?;
         if self.assignment.rank == Rank(0) {
             println!("stopped at step {}/{}", self.state.step.0, self.last_step);
-            self.control.report(&RankReport::Stopped { step: self.state.step })?;
+            self.control.report(&RankReport::Stopped { step: self.state.step, why })?;
         }
         self.communicator.barrier()?;
         self.checkpoints.into_saver().finish()?;

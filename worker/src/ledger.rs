@@ -6,6 +6,8 @@
 //! again too, but under pressure the oldest go first, with a note in the log where lines are
 //! missing. A task stays in the inventory until its exit is acknowledged, so that a leader never
 //! takes a task for vanished while its cause of death is still on the way.
+//!
+//! Before both queues, once in each session: that this worker is leaving, when it is.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -93,6 +95,22 @@ struct Inner {
     lost_if_cut: BTreeMap<TaskId, (u64, Gap)>,
     order: u64,
     sequence: u64,
+    leave: Leave,
+    attached: bool,
+}
+
+/// Whether the leader knows that this worker is leaving.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Leave {
+    /// It is not.
+    #[default]
+    No,
+    /// It is, and this session has not said so.
+    Unsaid,
+    /// Said in this session, in this frame.
+    Said(u64),
+    /// Acknowledged: this leader knows.
+    Known,
 }
 
 /// Shared by the tasks that write to it and the session that empties it.
@@ -328,6 +346,12 @@ impl Ledger {
         self.changed();
     }
 
+    /// This worker is leaving: told before everything that is not sent yet.
+    pub(crate) fn leave(&self) {
+        self.lock().leave = Leave::Unsaid;
+        self.changed();
+    }
+
     pub(crate) fn lines(&self, task: &TaskId, lines: Vec<LogLine>) {
         self.lock().push_lines(task, lines);
         self.changed();
@@ -336,6 +360,18 @@ impl Ledger {
     /// Facts that no leader has acknowledged.
     pub(crate) fn facts_left(&self) -> usize {
         self.lock().facts.len()
+    }
+
+    /// Whether a leader is there that has yet to acknowledge that this worker is leaving.
+    pub(crate) fn leave_is_unknown(&self) -> bool {
+        let inner = self.lock();
+        inner.attached && matches!(inner.leave, Leave::Unsaid | Leave::Said(_))
+    }
+
+    /// Whether a leader has welcomed this worker and the session is up.
+    pub(crate) fn attached(&self, is_attached: bool) {
+        self.lock().attached = is_attached;
+        self.changed();
     }
 
     /// A new session: sequences begin again, everything is unsent again. Returns the hello's
@@ -347,6 +383,10 @@ impl Ledger {
         (inner.facts_sent, inner.samples_sent, inner.sequence) = (0, 0, 1);
         for (task, (_, gap)) in std::mem::take(&mut inner.lost_if_cut) {
             inner.note_gap(task, gap);
+        }
+        if inner.leave != Leave::No {
+            // Perhaps another leader, which has not heard of it.
+            inner.leave = Leave::Unsaid;
         }
         (1, inner.tasks.values().map(|task| task.view.clone()).collect())
     }
@@ -362,6 +402,11 @@ impl Ledger {
     /// they came about.
     pub(crate) fn next_frame(&self) -> Option<WorkerFrame> {
         let mut inner = self.lock();
+        if inner.leave == Leave::Unsaid {
+            inner.sequence += 1;
+            inner.leave = Leave::Said(inner.sequence);
+            return Some(frame(inner.sequence, &WorkerMessage::Leaving));
+        }
         let Inner { facts, samples, facts_sent, samples_sent, sequence, .. } = &mut *inner;
         let fact = facts.get_mut(*facts_sent);
         let sample = samples.get_mut(*samples_sent);
@@ -389,7 +434,9 @@ impl Ledger {
     /// Whether `next_frame` would return one.
     pub(crate) fn has_unsent(&self) -> bool {
         let inner = self.lock();
-        inner.facts.len() > inner.facts_sent || inner.samples.len() > inner.samples_sent
+        let has_items =
+            inner.facts.len() > inner.facts_sent || inner.samples.len() > inner.samples_sent;
+        has_items || inner.leave == Leave::Unsaid
     }
 
     /// Whether something sent in this session waits for its acknowledgement.
@@ -401,6 +448,10 @@ impl Ledger {
     pub(crate) fn acknowledge(&self, sequence: u64) {
         let mut inner = self.lock();
         let done = |sent: Option<u64>| sent.is_some_and(|sent| sent <= sequence);
+        let former = inner.leave;
+        if matches!(inner.leave, Leave::Said(said) if said <= sequence) {
+            inner.leave = Leave::Known;
+        }
         let before = inner.facts.len() + inner.samples.len();
         while inner.facts.front().is_some_and(|fact| done(fact.sent)) {
             let Some(fact) = inner.facts.pop_front() else { break };
@@ -418,7 +469,8 @@ impl Ledger {
             inner.sample_bytes -= queued.sample.bytes();
         }
         inner.lost_if_cut.retain(|_, (sent, _)| *sent > sequence);
-        let changed = before != inner.facts.len() + inner.samples.len();
+        let is_fewer = before != inner.facts.len() + inner.samples.len();
+        let changed = is_fewer || former != inner.leave;
         drop(inner);
         if changed {
             self.changed();
@@ -494,6 +546,24 @@ mod tests {
         assert_eq!(ledger.facts_left(), 0);
         assert_eq!(ledger.begin_session().1.len(), 1);
         assert!(ledger.accept(&task(0)), "its exit is acknowledged");
+    }
+
+    #[test]
+    fn a_leave_is_said_first_in_each_session_and_waited_for_while_a_leader_is_there() {
+        let ledger = Ledger::new();
+        ledger.begin_session();
+        ledger.started(&task(0), 7);
+        ledger.leave();
+        assert!(ledger.has_unsent() && !ledger.leave_is_unknown(), "nobody is there to know");
+        ledger.attached(true);
+        assert!(ledger.leave_is_unknown());
+        assert_eq!(summary(&drain(&ledger)), ["2 Leaving", "3 r0 started"]);
+        ledger.acknowledge(1);
+        assert!(ledger.leave_is_unknown());
+        ledger.acknowledge(2);
+        assert!(!ledger.leave_is_unknown() && !ledger.has_unsent());
+        ledger.begin_session();
+        assert_eq!(summary(&drain(&ledger)), ["2 Leaving", "3 r0 started"]);
     }
 
     #[test]

@@ -71,7 +71,6 @@ pub(crate) struct Session {
     orders: mpsc::Sender<CoordinatorMessage>,
     /// Whether any coordinator has ever welcomed this incarnation.
     was_welcome: bool,
-    /// Whether the current outage has been logged.
     /// Since when no coordinator has answered, and whether that was said.
     away: Option<(Instant, bool)>,
 }
@@ -157,7 +156,10 @@ impl Session {
             Err(_) => return late(),
         };
         (*welcomed, self.was_welcome, self.away) = (true, true, None);
-        self.converse(inbound, frames, heartbeat, stop).await
+        self.ledger.attached(true);
+        let ended = self.converse(inbound, frames, heartbeat, stop).await;
+        self.ledger.attached(false);
+        ended
     }
 
     /// Says hello and waits for the welcome.

@@ -5,12 +5,13 @@
 //! difference before you commit it. Commands:
 //!
 //! ```text
-//! submit NAME [ranks=2] [keep=1] [max_failures=0] [relaxed] [request=ID]
-//! stop NAME | stop-endpoint NAME | resume NAME | deploy NAME model=MODEL [request=ID]
+//! submit NAME [ranks=2] [keep=1] [max_failures=0] [max_time=60s] [relaxed] [request=ID]
+//! stop NAME | stop-endpoint NAME | resume NAME
+//! deploy NAME model=MODEL [listen=127.0.0.1:0] [request=ID]
 //! hello WORKER [slots=2] [host=H] [incarnation=1] [cluster=ID] [TASK[@PORT][+peers] …]
-//! detach WORKER | heartbeat WORKER
+//! detach WORKER | heartbeat WORKER | leaving WORKER
 //! listening TASK [on=WORKER] [fingerprint=F]    running TASK    step TASK 7
-//! checkpoint TASK 100 [generation=1] [digest=D] finished TASK 200    stopped TASK 150
+//! checkpoint TASK 100 [generation=1] [digest=D] finished TASK 200    stopped TASK 150 [time]
 //! failed TASK [blames=r1] [fatal] MESSAGE …
 //! exit TASK completed|signal=9|code=1|not-started [fatal] [MESSAGE …]
 //! adopted NAME g1 [200 300 …]
@@ -35,8 +36,8 @@ use api::records::{
     KIND_JOB,
 };
 use api::session::{
-    Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, TaskEvent, TaskView,
-    WorkerHello, WorkerMessage,
+    Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, StopCause, TaskEvent,
+    TaskView, WorkerHello, WorkerMessage,
 };
 use coordinator_core::{Decision, Effect, Input, Outcome, Refusal, SessionId, Write};
 use support::{Shell, Step};
@@ -257,7 +258,8 @@ impl Stage {
             "resume" => Input::Resume { name: name() },
             "deploy" => {
                 let model = words.pairs["model"].parse().expect("a name");
-                let listen = SocketAddr::from(([127, 0, 0, 1], 0));
+                let listen = words.pairs.get("listen").unwrap_or(&"127.0.0.1:0");
+                let listen = listen.parse().expect("an address");
                 Input::Deploy { spec: EndpointSpec { name: name(), model, listen } }
             }
             "adopted" => {
@@ -274,6 +276,10 @@ impl Stage {
             "heartbeat" => {
                 let session = self.attached[words.at(1)];
                 Input::WorkerMessage { session, message: WorkerMessage::Heartbeat }
+            }
+            "leaving" => {
+                let session = self.attached[words.at(1)];
+                Input::WorkerMessage { session, message: WorkerMessage::Leaving }
             }
             _ => self.task_event(words),
         }
@@ -335,7 +341,10 @@ impl Stage {
                 step: step(),
                 metrics: BTreeMap::from([("train:loss".into(), 0.5), ("bad".into(), f64::NAN)]),
             }),
-            "stopped" => RankReport::Stopped { step: step() },
+            "stopped" => {
+                let by_time = words.has("time").then_some(StopCause::MaxTime);
+                RankReport::Stopped { step: step(), why: by_time.unwrap_or_default() }
+            }
             "failed" => RankReport::Failed {
                 message: words.rest(2),
                 retryable: !words.has("fatal"),
@@ -494,6 +503,9 @@ fn spec(words: &Words<'_>) -> JobSpec {
     }
     if let Some(failures) = words.number("max_failures") {
         spec.recovery.max_failures = failures as u32;
+    }
+    if let Some(time) = words.pairs.get("max_time") {
+        spec.stop.max_time = Some(time.parse().expect("a span"));
     }
     if words.has("relaxed") {
         spec.parallel.determinism = Determinism::Relaxed;

@@ -15,8 +15,8 @@ use api::ids::{Generation, Name, Rank, Secret, Step as TrainStep, TaskId};
 use api::job::JobSpec;
 use api::records::{EndpointSpec, KIND_ENDPOINT, KIND_JOB, KIND_MODEL, Phase};
 use api::session::{
-    Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, TaskEvent, TaskView,
-    WorkerHello, WorkerMessage,
+    Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, StopCause, TaskEvent,
+    TaskView, WorkerHello, WorkerMessage,
 };
 use coordinator_core::{Effect, Input, Millis, Records, SessionId, Transaction};
 use rand_chacha::ChaCha8Rng;
@@ -50,6 +50,7 @@ fn random_histories_keep_the_invariants_and_come_to_rest() {
         assert!(seen.succeeded > 0 && seen.failed > 0 && seen.stopped > 0, "{seen:?}");
         assert!(seen.restarts > HISTORIES && seen.checkpoints > HISTORIES, "{seen:?}");
         assert!(seen.leaders > HISTORIES && seen.endpoints > HISTORIES / 4, "{seen:?}");
+        assert!(seen.leaves > HISTORIES, "{seen:?}");
     }
 }
 
@@ -71,6 +72,7 @@ struct Seen {
     restarts: u64,
     checkpoints: u64,
     leaders: u64,
+    leaves: u64,
     endpoints: u64,
 }
 
@@ -87,6 +89,7 @@ impl Seen {
         }
         self.checkpoints += history.checkpoints;
         self.leaders += history.leaders;
+        self.leaves += history.leaves;
         self.endpoints += history.shell.endpoints().len() as u64;
     }
 }
@@ -127,6 +130,8 @@ struct SimWorker {
     slots: u32,
     session: Option<SessionId>,
     is_frozen: bool,
+    /// Told to end: it starts nothing more, and comes back as a new incarnation.
+    is_leaving: bool,
     /// When a leader last had a word of it.
     heard: Option<Millis>,
     tasks: BTreeMap<TaskId, Running>,
@@ -161,6 +166,7 @@ struct History {
     stored: Vec<(Name, Generation, u64)>,
     checkpoints: u64,
     leaders: u64,
+    leaves: u64,
 }
 
 fn play(seed: u64) -> History {
@@ -174,6 +180,7 @@ fn play(seed: u64) -> History {
         stored: Vec::new(),
         checkpoints: 0,
         leaders: 1,
+        leaves: 0,
     };
     for (name, slots) in [("w1", 1), ("w2", 2), ("w3", 3)] {
         history.workers.insert(name, SimWorker { slots, incarnation: 1, ..SimWorker::default() });
@@ -213,7 +220,11 @@ impl History {
                 let worker = self.pick();
                 self.restart(worker);
             }
-            36..38 => {
+            36..37 => {
+                let worker = self.pick();
+                self.leave(worker);
+            }
+            37..38 => {
                 let worker = self.pick();
                 let state = self.workers.get_mut(worker).expect("a worker");
                 state.is_frozen = !state.is_frozen;
@@ -318,6 +329,9 @@ impl History {
             tasks,
         };
         self.feed(Input::WorkerHello { session, hello });
+        if self.workers[name].is_leaving && self.workers[name].session == Some(session) {
+            self.say(name, session, WorkerMessage::Leaving);
+        }
     }
 
     /// What was delivered but perhaps not acknowledged will be said again.
@@ -344,8 +358,27 @@ impl History {
         worker.tasks.clear();
         worker.facts.clear();
         worker.sent.clear();
-        worker.is_frozen = false;
+        (worker.is_frozen, worker.is_leaving) = (false, false);
         self.attach(name);
+    }
+
+    /// The worker is told to end: it says so, and its ranks leave at the next step with all others
+    /// of their gangs.
+    fn leave(&mut self, name: &'static str) {
+        let worker = self.workers.get_mut(name).expect("a worker");
+        if worker.is_frozen || worker.is_leaving {
+            return;
+        }
+        worker.is_leaving = true;
+        self.leaves += 1;
+        let gangs: Vec<(Name, Generation)> =
+            worker.tasks.keys().map(|task| (task.workload.clone(), task.generation)).collect();
+        for (task, running) in self.workers.values_mut().flat_map(|w| &mut w.tasks) {
+            running.is_stopping |= gangs.contains(&(task.workload.clone(), task.generation));
+        }
+        if let Some(session) = self.workers[name].session {
+            self.say(name, session, WorkerMessage::Leaving);
+        }
     }
 
     fn new_leader(&mut self) {
@@ -427,7 +460,8 @@ impl History {
             _ if running.is_stopping => {
                 let step = TrainStep(running.step);
                 if is_train {
-                    worker.report(&task, RankReport::Stopped { step });
+                    let why = StopCause::Order;
+                    worker.report(&task, RankReport::Stopped { step, why });
                 }
                 worker.end(&task, ExitCause::Completed);
             }
@@ -520,6 +554,14 @@ impl History {
                 if is_known {
                     return;
                 }
+                if worker.is_leaving {
+                    let reason = "the worker is shutting down".to_owned();
+                    worker.facts.push_back((
+                        task,
+                        TaskEvent::Exited { cause: ExitCause::NotStarted { reason } },
+                    ));
+                    return;
+                }
                 let step = match assignment.as_ref() {
                     Assignment::Train(train) => train.restore.as_ref().map_or(0, |f| f.step.0),
                     Assignment::Serve(_) => 0,
@@ -589,6 +631,9 @@ impl History {
         }
         for round in 0..2_000 {
             for name in ["w1", "w2", "w3"] {
+                if self.workers[name].is_leaving {
+                    self.restart(name);
+                }
                 if self.workers[name].session.is_none() {
                     self.attach(name);
                 }

@@ -351,6 +351,7 @@ async fn shutting_down_asks_first_and_kills_later() {
     let pid = session.started(&deaf).await;
 
     worker.shut_down();
+    assert_eq!(session.message().await, WorkerMessage::Leaving, "before all that follows from it");
     let (who, event) = session.fact().await;
     assert_eq!(who, polite);
     assert!(matches!(event, TaskEvent::Report { report: RankReport::Stopped { .. } }), "{event:?}");

@@ -212,6 +212,7 @@ impl Leader {
             status.phase = Phase::Queued;
             status.reason = "resumed".into();
             status.failures = 0;
+            status.elapsed_at_resume_ms = status.elapsed_ms;
             status.ended_ms = None;
         });
         Ok(RecordKey::new(KIND_JOB, name.as_str()))
@@ -224,6 +225,14 @@ impl Leader {
         now: Millis,
         spec: EndpointSpec,
     ) -> Reply {
+        // The client checks it too, but a client may be of another version.
+        if !spec.listen.ip().is_loopback() {
+            return Err(Refusal::Invalid(format!(
+                "an endpoint cannot listen on {}: it speaks plain HTTP and so listens on loopback \
+                 only; choose 127.0.0.1 or [::1] and put a proxy with TLS in front of it",
+                spec.listen
+            )));
+        }
         find::<ModelRecord>(records, KIND_MODEL, &spec.model)?;
         let name = spec.name.clone();
         let found = records.read::<EndpointRecord>(KIND_ENDPOINT, name.as_str());

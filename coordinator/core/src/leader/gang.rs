@@ -3,9 +3,11 @@
 //!
 //! Volatile: a new leader begins with an empty one and asks the workers' inventories instead.
 
+use std::collections::BTreeMap;
+
 use api::ids::{Generation, Name, Rank};
 use api::records::Failure;
-use api::session::ExitCause;
+use api::session::{ExitCause, StopCause};
 
 use super::decision::Millis;
 
@@ -95,6 +97,10 @@ pub(super) struct Gang {
     pub(super) adopt_asked: Option<Millis>,
     /// Since when this leader has known it to run.
     pub(super) running_since: Option<Millis>,
+    /// Ranks on workers that said they are leaving.
+    departing: BTreeMap<Rank, Name>,
+    /// Rank 0's word that its state is saved and all ranks leave before the last step.
+    pub(super) stopped: Option<StopCause>,
 }
 
 impl Gang {
@@ -108,7 +114,33 @@ impl Gang {
             clearing_since: None,
             adopt_asked: None,
             running_since: None,
+            departing: BTreeMap::new(),
+            stopped: None,
         }
+    }
+
+    /// The rank's worker is leaving: however the rank ends, it is nobody's failure. True when that
+    /// is new.
+    pub(super) fn departs(&mut self, rank: Rank, worker: &Name) -> bool {
+        self.departing.insert(rank, worker.clone()).is_none()
+    }
+
+    /// A worker that is leaving, or has left since.
+    pub(super) fn leaver(&self) -> Option<&Name> {
+        self.departing.values().next()
+    }
+
+    /// Whether an end is the consequence of a leave: of a rank on a worker that leaves, of one that
+    /// blames such a rank, or of any rank once all had been asked to leave and the state was saved.
+    fn is_excused(&self, end: &End) -> bool {
+        self.departing.contains_key(&end.rank)
+            || end.blames().is_some_and(|blamed| self.departing.contains_key(&blamed))
+            || self.stopped == Some(StopCause::Order)
+    }
+
+    /// Whether some rank ended badly, so that the others cannot go on.
+    pub(super) fn is_broken(&self) -> bool {
+        self.ends.iter().any(End::is_failure)
     }
 
     /// Whether this leader placed it.
@@ -159,14 +191,15 @@ impl Gang {
 
     /// What failed first. A rank that blames another is its victim: the blamed one's own end is
     /// waited for, up to `patience_ms` (a vanished worker's lease has run out by then). So is the
-    /// exit of a rank that announced its own failure.
+    /// exit of a rank that announced its own failure. What follows from a worker's leave is none.
     pub(super) fn verdict(
         &self,
         is_present: impl Fn(Rank) -> bool,
         now: Millis,
         patience_ms: u64,
     ) -> Verdict {
-        let failures: Vec<&End> = self.ends.iter().filter(|end| end.is_failure()).collect();
+        let counts = |end: &&End| end.is_failure() && !self.is_excused(end);
+        let failures: Vec<&End> = self.ends.iter().filter(counts).collect();
         let Some(first) = failures.first() else { return Verdict::Fine };
         let is_over = |end: &End| now.since(end.at) >= patience_ms;
         if let Some(own) = failures.iter().find(|end| end.blames().is_none()) {

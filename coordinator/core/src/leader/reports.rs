@@ -11,7 +11,9 @@ use api::ids::{Generation, Name, Rank, TaskId};
 use api::records::{
     CheckpointRecord, JobRecord, KIND_CHECKPOINT, KIND_JOB, KIND_MODEL, ModelRecord, Phase,
 };
-use api::session::{CoordinatorMessage, RankOrder, RankReport, TaskEvent, WorkerMessage};
+use api::session::{
+    CoordinatorMessage, RankOrder, RankReport, StopCause, TaskEvent, WorkerMessage,
+};
 
 use super::Leader;
 use super::decision::Millis;
@@ -43,6 +45,10 @@ impl Leader {
         match message {
             WorkerMessage::Task { task, event } => {
                 self.task_event(draft, records, now, worker, &task, event)
+            }
+            WorkerMessage::Leaving => {
+                self.leaving(draft, worker);
+                true
             }
             // The lease was renewed already; logs stay with the shell; a second hello is a mistake.
             WorkerMessage::Heartbeat | WorkerMessage::Logs { .. } => false,
@@ -144,8 +150,15 @@ impl Leader {
             RankReport::Running { .. } => {
                 self.reached(worker, task, Stage::Running);
             }
-            RankReport::Stopped { step } => {
-                let text = format!("{task} left at step {}", step.0);
+            RankReport::Stopped { step, why } => {
+                if let Some(gang) = self.gangs.get_mut(&task.workload) {
+                    gang.stopped.get_or_insert(why);
+                }
+                let why = match why {
+                    StopCause::Order => "as ordered",
+                    StopCause::MaxTime => "its time is up",
+                };
+                let text = format!("{task} leaves at step {}: {why}", step.0);
                 draft.because(Reason::Remark(text));
             }
             RankReport::Failed { message, retryable, blames } => {

@@ -15,6 +15,7 @@ use super::decision::Millis;
 use super::draft::Draft;
 use super::index::{Entry, Workload};
 use super::reason::Reason;
+use super::workers::Worker;
 
 /// How long the former tasks of a restarting workload may keep the queue behind it waiting. They
 /// are killed, so seconds suffice; a process that the kernel cannot end must not stop the cluster.
@@ -168,7 +169,8 @@ impl Leader {
             return wait(true, Reason::NoWorker);
         }
         // Detached workers count: they are expected back within their lease.
-        let total = self.workers.values().filter(|w| !w.is_lost).map(|w| w.slots).sum();
+        let expected = self.workers.values().filter(|w| !w.is_lost && !w.is_leaving);
+        let total = expected.map(|w| w.slots).sum();
         if needs > total {
             // Right after an election the cluster only looks small.
             return wait(!self.is_past_grace(now), Reason::TooLarge { name, needs, total });
@@ -180,8 +182,9 @@ impl Leader {
     /// Free slots of every worker that can be told to start something.
     fn free_slots(&self) -> BTreeMap<Name, u32> {
         let used = self.occupancy();
-        let attached = self.workers.iter().filter(|(_, worker)| worker.session.is_some());
-        let free = attached.map(|(name, worker)| {
+        let takes_tasks = |worker: &Worker| worker.session.is_some() && !worker.is_leaving;
+        let taking = self.workers.iter().filter(|(_, worker)| takes_tasks(worker));
+        let free = taking.map(|(name, worker)| {
             let used = used.get(name).copied().unwrap_or(0);
             (name.clone(), worker.slots.saturating_sub(used))
         });

@@ -195,6 +195,7 @@ impl Leader {
             gang.is_condemned |= now.since(since) >= STOP_WAIT_MS;
             return self.tell_to_stop(draft, name, endpoint.status.generation);
         }
+        let leaver = gang.leaver().filter(|_| ended).cloned();
         match gang.verdict(|_| false, now, self.options.lease_ms) {
             Verdict::Cause(failure) => {
                 return self.fail_endpoint(draft, version, endpoint, failure);
@@ -203,6 +204,13 @@ impl Leader {
                 return draft.because(Reason::Waiting { name: name.clone(), text });
             }
             Verdict::Fine if ended => {
+                if let Some(worker) = leaver {
+                    return self.change_endpoint(draft, version, endpoint, |status| {
+                        status.phase = Phase::Queued;
+                        status.reason = format!("its worker `{worker}` left: starting again");
+                        status.address = None;
+                    });
+                }
                 let worker = endpoint.status.gang.first().map(|place| place.worker.clone());
                 let failure = Failure {
                     generation: endpoint.status.generation,

@@ -8,13 +8,16 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::events::JobEvent;
 use api::ids::{Generation, Name, Rank, Secret};
 use api::records::{
     EndpointRecord, Failure, JobRecord, JobStatus, KIND_ENDPOINT, Phase, Placement,
 };
-use api::session::{Assignment, CoordinatorMessage, ExitCause, RankOrder, TrainAssignment};
+use api::session::{
+    Assignment, CoordinatorMessage, ExitCause, RankOrder, StopCause, TrainAssignment,
+};
 use api::units::Span;
 
 use super::Leader;
@@ -168,7 +171,7 @@ impl Leader {
             local_world_size: count(here.len()),
             restore: status.checkpoint.clone(),
             secret: Secret::new(""),
-            elapsed: Span::millis(status.elapsed_ms),
+            elapsed: Span::millis(budget_used(status)),
         });
         self.start_task(draft, &Workload::Job(Arc::clone(job)), place, assignment);
     }
@@ -218,19 +221,16 @@ impl Leader {
             }
             Verdict::Cause(failure) => return self.fail_job(draft, now, version, job, failure),
         }
+        // No failure counts: what is broken was broken by a worker that leaves. A gang that only
+        // starts holds nothing worth a checkpoint, so that it is not waited for.
+        if gang.is_broken() || (is_starting && gang.leaver().is_some()) {
+            return self.requeue_job(draft, now, version, job);
+        }
         if is_inherited {
             return self.take_over(draft, now, version, job, &standing);
         }
-        let all_ended = standing.is_empty();
-        if all_ended {
-            let at = reached(&job.status);
-            self.change_job(draft, version, job, |status| {
-                stop_clock(status, now);
-                status.phase = Phase::Stopped;
-                status.reason = format!("its ranks reached a stop condition {at}");
-                status.ended_ms = Some(now.0);
-            });
-            return self.forget(draft, job);
+        if standing.is_empty() {
+            return self.end_without_model(draft, now, version, job);
         }
         if is_starting {
             return self.advance_start(draft, now, version, job, &standing);
@@ -248,6 +248,64 @@ impl Leader {
     }
 
     // ---- ends -------------------------------------------------------------------------------
+
+    /// Every rank has left in good order before the last step, and no user asked for it.
+    fn end_without_model(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+    ) {
+        let Some(gang) = self.gangs.get(&job.spec.name) else { return };
+        if gang.stopped == Some(StopCause::MaxTime) || is_time_up(job, now) {
+            let at = reached(&job.status);
+            self.change_job(draft, version, job, |status| {
+                stop_clock(status, now);
+                status.phase = Phase::Stopped;
+                status.reason = format!("its ranks reached a stop condition {at}");
+                status.completed.clear();
+                status.ended_ms = Some(now.0);
+            });
+            return self.forget(draft, job);
+        }
+        // What an earlier leader was told of it is not known; that it was in good order is.
+        let was_asked = gang.stopped.is_some() || gang.leaver().is_some() || !gang.is_mine();
+        if was_asked {
+            return self.requeue_job(draft, now, version, job);
+        }
+        // Counted, or it would begin again and again.
+        let place = job.status.gang.first().map(|place| (place.rank, place.worker.clone()));
+        let Some((rank, worker)) = place else { return };
+        let message = "it left before the last step although nobody had asked it to".to_owned();
+        let failure = Failure {
+            generation: job.status.generation,
+            rank: Some(rank),
+            worker,
+            cause: ExitCause::Code { code: 0, message, retryable: true },
+            time_ms: now.0,
+        };
+        self.fail_job(draft, now, version, job, failure);
+    }
+
+    /// Ends a generation because a worker leaves: nobody's failure, and the job goes on elsewhere.
+    fn requeue_job(&mut self, draft: &mut Draft, now: Millis, version: u64, job: &Arc<JobRecord>) {
+        let name = job.spec.name.clone();
+        let leaver = self.gangs.get(&name).and_then(Gang::leaver);
+        let who = match leaver {
+            Some(worker) => format!("its worker `{worker}` left"),
+            None => "its ranks were asked to leave".to_owned(),
+        };
+        let text = format!("{who}: going on {}", begins_at(&job.status));
+        self.change_job(draft, version, job, |status| {
+            stop_clock(status, now);
+            status.phase = Phase::Queued;
+            status.reason = text.clone();
+            status.completed.clear();
+        });
+        draft.note(&name, job.status.generation, None, text);
+        self.forget(draft, job);
+    }
 
     fn fail_job(
         &mut self,
@@ -392,6 +450,18 @@ fn reached(status: &JobStatus) -> String {
         Some(fact) => format!("with a checkpoint at step {}", fact.step.0),
         None => "without a checkpoint".into(),
     }
+}
+
+/// Milliseconds of `stop.max_time` that earlier generations used up.
+fn budget_used(status: &JobStatus) -> u64 {
+    status.elapsed_ms.saturating_sub(status.elapsed_at_resume_ms)
+}
+
+/// Whether the job has run for as long as it may, by this leader's clock.
+fn is_time_up(job: &JobRecord, now: Millis) -> bool {
+    let running = job.status.running_since_ms.map_or(0, |since| now.since(Millis(since)));
+    let used = Duration::from_millis(budget_used(&job.status).saturating_add(running));
+    job.spec.stop.max_time.is_some_and(|limit| used >= limit.0)
 }
 
 /// Adds the time the gang ran to the job's.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use api::ids::{Name, TaskId};
-use api::records::WorkerView;
+use api::records::{KIND_JOB, WorkerView};
 use api::session::{CoordinatorMessage, ExitCause, RankOrder, TaskView, WorkerHello};
 
 use super::Leader;
@@ -19,6 +19,8 @@ use super::reason::{Reason, count};
 
 /// Workers known at once; each keeps a stream open. More is a mistake or an attack.
 const WORKERS_MAX: usize = 4_096;
+/// Heartbeats within which a worker's word shows that its session lives: one may be late.
+const HEARTBEATS_FRESH: u64 = 2;
 /// How long a lost worker stays in the list, for people who wonder where it went.
 const LOST_SHOWN_MS: u64 = 600_000;
 
@@ -83,8 +85,10 @@ pub(super) struct Worker {
     incarnation: u64,
     pub(super) session: Option<SessionId>,
     heard: Millis,
-    /// Its lease ran out; nothing on it counts any more.
+    /// Its lease ran out, or it left with nothing on it; nothing on it counts any more.
     pub(super) is_lost: bool,
+    /// It said that it is leaving: nothing is placed on it.
+    pub(super) is_leaving: bool,
     pub(super) tasks: BTreeMap<TaskId, Task>,
 }
 
@@ -108,8 +112,10 @@ impl Leader {
             draft.effect(Effect::CloseSession { session: replaced, reason });
         }
         let mut known = BTreeMap::new();
+        let mut is_leaving = false;
         if let Some(former) = former {
             if former.incarnation == incarnation {
+                is_leaving = former.is_leaving;
                 known = former.tasks;
             } else {
                 let reason = format!("`{name}` was started anew");
@@ -136,9 +142,16 @@ impl Leader {
         let tail = format!("{}, {}", count(slots as usize, "slot"), count(tasks.len(), "task"));
         draft.because(Reason::Remark(format!("worker `{name}` attached: {tail}")));
         self.sessions.insert(session, name.clone());
-        let session = Some(session);
-        let worker =
-            Worker { host, slots, incarnation, session, heard: now, is_lost: false, tasks };
+        let worker = Worker {
+            host,
+            slots,
+            incarnation,
+            session: Some(session),
+            heard: now,
+            is_lost: false,
+            is_leaving,
+            tasks,
+        };
         self.workers.insert(name, worker);
     }
 
@@ -157,14 +170,49 @@ impl Leader {
             }
             return Ok(());
         };
-        let is_here = former.session.is_some() && now.since(former.heard) <= self.options.lease_ms;
+        let silence = now.since(former.heard);
+        let is_here = former.session.is_some() && silence <= self.options.lease_ms;
         if is_here && former.host != hello.host {
             return Err(format!(
                 "a worker named `{}` is attached from host `{}`: give each its own worker.name",
                 hello.name, former.host
             ));
         }
+        // One that was restarted has lost its former session with its former process: who is heard
+        // on one still is another. Taken in, each would end the other's tasks, in turn, for ever.
+        let heartbeat = u64::try_from(self.options.heartbeat.0.as_millis()).unwrap_or(u64::MAX);
+        let is_fresh = silence <= heartbeat.saturating_mul(HEARTBEATS_FRESH);
+        if is_here && is_fresh && former.incarnation != hello.incarnation {
+            return Err(format!(
+                "two workers are named `{}` on host `{}`: incarnation {:016x} is attached and was \
+                 heard of {silence} ms ago, incarnation {:016x} asks to attach: give each its own \
+                 worker.name, or end one; a restarted worker gets in as soon as the former session \
+                 ends",
+                hello.name, hello.host, former.incarnation, hello.incarnation
+            ));
+        }
         Ok(())
+    }
+
+    /// A worker says that it is leaving: its ranks' ends are nobody's failure from here on.
+    pub(super) fn leaving(&mut self, draft: &mut Draft, worker: &Name) {
+        let Some(state) = self.workers.get_mut(worker) else { return };
+        if !state.is_leaving {
+            state.is_leaving = true;
+            let tasks = count(state.tasks.len(), "task");
+            let text = format!("worker `{worker}` is leaving with {tasks}");
+            draft.because(Reason::Remark(text));
+        }
+        for (name, entry) in self.index.live().filter(|(_, e)| e.workload.phase().is_active()) {
+            let Some(gang) = self.gangs.get_mut(name) else { continue };
+            let ranks = entry.workload.gang().iter().filter(|place| place.worker == *worker);
+            for place in ranks {
+                let text = format!("{} is asked to leave: `{worker}` is leaving", place.rank);
+                if gang.departs(place.rank, worker) && entry.workload.kind() == KIND_JOB {
+                    draft.note(name, gang.generation, Some(place.rank), text);
+                }
+            }
+        }
     }
 
     /// What the leader has recorded may not have reached the ranks before the session broke.
@@ -194,7 +242,12 @@ impl Leader {
         {
             worker.session = None;
             let lease = self.options.lease_ms;
-            let text = format!("worker `{name}` detached: its lease of {lease} ms runs");
+            // With nothing left on it there is nothing to wait for.
+            worker.is_lost = worker.is_leaving && worker.tasks.is_empty();
+            let text = match worker.is_lost {
+                true => format!("worker `{name}` has left"),
+                false => format!("worker `{name}` detached: its lease of {lease} ms runs"),
+            };
             draft.because(Reason::Remark(text));
         }
     }
