@@ -22,6 +22,10 @@ use crate::error::{CliError, Result};
 /// Held by the process that runs the folder's cluster.
 const LOCK_FILE: &str = "cluster.lock";
 
+/// Time to stop beyond what ranks may take to leave: to kill those that do not, and to pass on the
+/// last facts and lines.
+const STOP_MARGIN: Duration = Duration::from_secs(30);
+
 /// What to run.
 pub struct EmbeddedOptions {
     /// The cluster's folder: raft logs, certificates, token, store.
@@ -46,9 +50,50 @@ pub struct Embedded {
     pub access: Access,
     /// Its settings.
     pub config: ClusterConfig,
-    shutdown: CancellationToken,
-    parts: JoinSet<Result<()>>,
+    workers: Parts,
+    coordinators: Parts,
     _lock: Flock<File>,
+}
+
+/// Parts of one kind, which stop together.
+struct Parts {
+    running: JoinSet<Result<()>>,
+    shutdown: CancellationToken,
+}
+
+impl Parts {
+    fn new() -> Self {
+        Self { running: JoinSet::new(), shutdown: CancellationToken::new() }
+    }
+
+    /// Waits until one fails; one that ends well is no failure.
+    async fn failed(&mut self) -> CliError {
+        loop {
+            match self.running.join_next().await {
+                Some(Ok(Ok(()))) => {}
+                Some(Ok(Err(error))) => return error,
+                Some(Err(panic)) => return CliError::internal(format!("a part failed: {panic}")),
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Tells all to stop and waits for them; gives the first error.
+    async fn stop(mut self, what: &str, limit: Duration) -> Result<()> {
+        self.shutdown.cancel();
+        let mut first = Ok(());
+        let drained = tokio::time::timeout(limit, async {
+            while let Some(ended) = self.running.join_next().await {
+                if let (Ok(Err(error)), true) = (ended, first.is_ok()) {
+                    first = Err(error);
+                }
+            }
+        });
+        if drained.await.is_err() {
+            return Err(CliError::internal(format!("{what} did not stop within {limit:?}")));
+        }
+        first
+    }
 }
 
 impl Embedded {
@@ -77,13 +122,8 @@ impl Embedded {
             config: options.config_file.as_deref().map(absolute).transpose()?,
             pid: std::process::id(),
         };
-        let mut embedded = Self {
-            access,
-            config,
-            shutdown: CancellationToken::new(),
-            parts: JoinSet::new(),
-            _lock: lock,
-        };
+        let mut embedded =
+            Self { access, config, workers: Parts::new(), coordinators: Parts::new(), _lock: lock };
         embedded.start_coordinators(listeners)?;
         embedded.start_workers(options.workers, options.slots)?;
         let document = serde_json::to_vec_pretty(&embedded.access)
@@ -103,8 +143,9 @@ impl Embedded {
                 validate: Arc::new(validate_job),
                 listener: Some(listener),
             };
-            let shutdown = self.shutdown.clone();
-            self.parts.spawn(async move { Ok(Coordinator::run(options, shutdown).await?) });
+            let shutdown = self.coordinators.shutdown.clone();
+            let run = async move { Ok(Coordinator::run(options, shutdown).await?) };
+            self.coordinators.running.spawn(run);
         }
         Ok(())
     }
@@ -123,40 +164,28 @@ impl Embedded {
                 token: self.access.token()?,
                 program: program.clone(),
             };
-            let shutdown = self.shutdown.clone();
-            self.parts.spawn(async move { Ok(Worker::run(options, shutdown).await?) });
+            let shutdown = self.workers.shutdown.clone();
+            let run = async move { Ok(Worker::run(options, shutdown).await?) };
+            self.workers.running.spawn(run);
         }
         Ok(())
     }
 
     /// Waits until a part of it fails; only errors end it by themselves.
     pub async fn failed(&mut self) -> CliError {
-        loop {
-            match self.parts.join_next().await {
-                Some(Ok(Ok(()))) => {}
-                Some(Ok(Err(error))) => return error,
-                Some(Err(panic)) => return CliError::internal(format!("a part failed: {panic}")),
-                None => std::future::pending().await,
-            }
+        tokio::select! {
+            error = self.workers.failed() => error,
+            error = self.coordinators.failed() => error,
         }
     }
 
-    /// Stops workers and coordinators, politely; gives the first error.
-    pub async fn stop(mut self) -> Result<()> {
-        self.shutdown.cancel();
-        let limit = self.config.worker.stop_timeout.0 + Duration::from_secs(30);
-        let mut first = Ok(());
-        let drained = tokio::time::timeout(limit, async {
-            while let Some(ended) = self.parts.join_next().await {
-                if let (Ok(Err(error)), true) = (ended, first.is_ok()) {
-                    first = Err(error);
-                }
-            }
-        });
-        if drained.await.is_err() {
-            return Err(CliError::internal(format!("the cluster did not stop within {limit:?}")));
-        }
-        first
+    /// Stops it politely; gives the first error. Workers first, while a coordinator takes what they
+    /// and their ranks have to say: a job then goes on from there when the cluster comes back.
+    pub async fn stop(self) -> Result<()> {
+        let limit = self.config.worker.stop_timeout.0 + STOP_MARGIN;
+        let workers = self.workers.stop("the workers", limit).await;
+        let coordinators = self.coordinators.stop("the coordinators", STOP_MARGIN).await;
+        workers.and(coordinators)
     }
 }
 

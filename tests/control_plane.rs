@@ -1,12 +1,13 @@
-//! Three coordinators and two workers as processes of their own: the leader is killed during
-//! training, another one answers, and not one step fails or repeats.
+//! Coordinators and workers as processes of their own, and what a job loses when one of them ends:
+//! nothing when it is the leader, the steps since the last checkpoint at most when it is a worker,
+//! and not even those, nor a failure, when it was asked to end.
 
 mod common;
 
 use std::net::TcpListener;
 use std::path::Path;
 
-use common::{Running, cluster, eventually, run, small_job};
+use common::{Running, cluster, eventually, run, small_job, submit_local, weights_digest};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -38,6 +39,135 @@ fn write_config(folder: &Path, name: &str, node: usize, ports: &[u16]) -> std::p
     path
 }
 
+/// A worker with one slot.
+fn start_worker(folder: &Path, name: &str, ports: &[u16]) -> Running {
+    let config = write_config(folder, name, 1, ports);
+    let mut command = cluster();
+    command.args(["worker", "--slots", "1", "--name", name]).arg("--config").arg(config);
+    Running::start(&mut command)
+}
+
+/// The job goes on from a checkpoint of the moment in which it was interrupted, which the leader
+/// counts as no failure: it allows none.
+const INTERRUPTED: [&str; 2] = ["stop.max_steps=300", "checkpoint.every_steps=1000"];
+
+fn interrupted_job(folder: &Path) -> std::path::PathBuf {
+    small_job(folder, "[resources]\nranks = 2\n[recovery]\nmax_failures = 0\n")
+}
+
+/// The weights of [`interrupted_job`] when nothing disturbs it.
+fn undisturbed_digest(folder: &Path) -> String {
+    let job = interrupted_job(folder);
+    let undisturbed = run(&mut submit_local(&job, &folder.join("undisturbed"), &INTERRUPTED));
+    weights_digest(&undisturbed.expect_code(0))
+}
+
+/// Fails unless the one interruption left no trace in what became of [`interrupted_job`].
+fn assert_undisturbed(folder: &Path, status: &Value) {
+    assert_eq!(status["phase"], "succeeded", "{status}");
+    assert_eq!(status["failures"], 0, "{status}");
+    assert_eq!(status["first_cause"], Value::Null, "{status}");
+    assert_eq!(status["restarts"], 1, "{status}");
+    assert_eq!(status["model"]["sha256"], undisturbed_digest(folder).as_str(), "{status}");
+}
+
+#[test]
+fn a_worker_is_stopped_politely_and_its_job_goes_on_when_it_is_back() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let mut certs = cluster();
+    certs.args(["certs", "--output"]).arg(folder.join("tls"));
+    run(&mut certs).expect_code(0);
+    let ports = free_ports(1);
+    let client = write_config(folder, "c1", 1, &ports);
+    let mut command = cluster();
+    let coordinator = Running::start(command.arg("coordinator").arg("--config").arg(&client));
+    let ask = |args: &[&str]| {
+        let mut command = cluster();
+        run(command.args(args).arg("--json").arg("--config").arg(&client))
+    };
+    let first = start_worker(folder, "w1", &ports);
+    let second = start_worker(folder, "w2", &ports);
+    eventually("two workers", || (ask(&["workers"]).stdout.lines().count() == 2).then_some(()));
+
+    let mut submit = cluster();
+    submit.arg("submit").arg(interrupted_job(folder)).args(["--json", "--follow"]);
+    for set in INTERRUPTED {
+        submit.arg("--set").arg(set);
+    }
+    let mut following = Running::start(submit.arg("--config").arg(&client));
+    following.wait_for_step(30);
+    second.signal(Signal::SIGTERM);
+    let left = second.finish().expect_code(0);
+    assert!(!left.stderr.contains("no coordinator took"), "{left:?}");
+    let waiting = following.wait_for("the job waits", |event| {
+        event["event"] == "status" && event["phase"] == "queued" && event["generation"] == 1
+    });
+    let saved = waiting["checkpoint"]["step"].as_u64().expect("the state was saved");
+    assert!(saved >= 30, "{waiting}");
+    assert!(waiting["reason"].as_str().is_some_and(|r| r.contains("`w2` left")), "{waiting}");
+
+    let second = start_worker(folder, "w2", &ports);
+    let next = following.wait_for("a step", |event| event["event"] == "step");
+    assert_eq!(next["step"].as_u64(), Some(saved + 1), "{next}");
+    following.finish().expect_code(0);
+    assert_undisturbed(folder, &ask(&["job", "small"]).expect_code(0).last_json()["status"]);
+
+    for part in [first, second, coordinator] {
+        part.signal(Signal::SIGTERM);
+        part.finish().expect_code(0);
+    }
+}
+
+#[test]
+fn a_cluster_in_one_process_is_interrupted_and_its_job_goes_on_by_itself() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let dir = folder.join("c");
+    let up = || {
+        let mut command = cluster();
+        command.args(["up", "--port", "0", "--slots", "2", "--json", "--dir"]).arg(&dir);
+        let mut up = Running::start(&mut command);
+        up.wait_for("up", |event| event["event"] == "up");
+        up
+    };
+    let ask = |args: &[&str]| {
+        let mut command = cluster();
+        run(command.args(args).arg("--json").arg("--dir").arg(&dir))
+    };
+    let cut = up();
+    let mut submit = cluster();
+    submit.arg("submit").arg(interrupted_job(folder)).args(["--json", "--follow"]);
+    for set in INTERRUPTED {
+        submit.arg("--set").arg(set);
+    }
+    let mut following = Running::start(submit.arg("--dir").arg(&dir));
+    following.wait_for_step(30);
+    cut.signal(Signal::SIGINT);
+    let left = cut.finish().expect_code(0);
+    assert!(!left.stderr.contains("no coordinator took"), "a wait in vain: {left:?}");
+    following.kill();
+
+    let again = up();
+    let mut follow = cluster();
+    let mut following =
+        Running::start(follow.args(["follow", "small", "--json", "--dir"]).arg(&dir));
+    following
+        .wait_for("the end", |event| event["event"] == "status" && event["phase"] == "succeeded");
+    assert_undisturbed(folder, &ask(&["job", "small"]).expect_code(0).last_json()["status"]);
+    // The ranks' own account: the second generation repeats nothing.
+    let logs = ask(&["logs", "small", "--rank", "0"]).expect_code(0);
+    let lines = logs.stdout.lines().map(|l| serde_json::from_str::<Value>(l).expect("JSON"));
+    let later = lines.filter(|line| line["generation"] == 2);
+    let texts = later.map(|line| line["text"].as_str().unwrap_or_default().to_owned());
+    let steps =
+        texts.filter_map(|text| text.strip_prefix("step ")?.split('/').next()?.parse().ok());
+    let steps: Vec<u64> = steps.collect();
+    assert!(steps.len() > 2 && steps.iter().all(|step| *step > 30), "{logs:?}");
+    again.signal(Signal::SIGINT);
+    again.finish().expect_code(0);
+}
+
 #[test]
 fn the_leader_dies_and_training_does_not_notice() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -54,15 +184,7 @@ fn the_leader_dies_and_training_does_not_notice() {
         })
         .collect();
     let client = folder.join("c1.toml");
-    let workers: Vec<Running> = ["w1", "w2"]
-        .iter()
-        .map(|name| {
-            let config = write_config(folder, name, 1, &ports);
-            let mut command = cluster();
-            command.args(["worker", "--slots", "1", "--name", name]).arg("--config").arg(config);
-            Running::start(&mut command)
-        })
-        .collect();
+    let workers = ["w1", "w2"].map(|name| start_worker(folder, name, &ports));
     let ask = |args: &[&str]| {
         let mut command = cluster();
         run(command.args(args).arg("--json").arg("--config").arg(&client))
