@@ -143,3 +143,32 @@ fn a_job_is_stopped_with_its_state_and_resumed() {
     up.signal(Signal::SIGTERM);
     up.finish().expect_code(0);
 }
+
+#[test]
+fn a_frozen_job_can_be_stopped() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("c");
+    let config = folder.path().join("cluster.toml");
+    std::fs::write(&config, "[worker]\nstop_timeout = \"500ms\"\n").expect("written");
+    let mut up = cluster();
+    up.args(["up", "--port", "0", "--slots", "2", "--json", "--config"]).arg(&config);
+    let mut up = Running::start(up.arg("--dir").arg(&dir));
+    up.wait_for("up", |event| event["event"] == "up");
+    let job = small_job(folder.path(), "[resources]\nranks = 2\n");
+    let mut submit = cluster();
+    submit.arg("submit").arg(&job).args(["--json", "--follow", "--set", "stop.max_steps=100000"]);
+    let mut following = Running::start(submit.arg("--dir").arg(&dir));
+    following.wait_for("a checkpoint", |event| event["event"] == "checkpoint");
+    let ranks = up.ranks();
+    assert_eq!(ranks.len(), 2, "{ranks:?}");
+    for (_, rank) in &ranks {
+        nix::sys::signal::kill(*rank, Signal::SIGSTOP).expect("frozen");
+    }
+    let mut stop = cluster();
+    run(stop.args(["stop", "small", "--dir"]).arg(&dir)).expect_code(0);
+    let stopped = following.finish().expect_code(8);
+    assert_eq!(stopped.last_json()["state"], "stopped", "{stopped:?}");
+    assert!(up.ranks().is_empty(), "nothing of it is left");
+    up.signal(Signal::SIGTERM);
+    up.finish().expect_code(0);
+}

@@ -44,6 +44,8 @@ const SECRET_VARIABLES: [&str; 2] = ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN
 /// What all tasks of a worker share.
 pub(crate) struct Surroundings {
     pub(crate) program: PathBuf,
+    /// Time a task gets between being asked to leave and being killed.
+    pub(crate) stop_timeout: Duration,
     /// Folder for data that ranks fetch.
     pub(crate) scratch: PathBuf,
     pub(crate) data_address: std::net::IpAddr,
@@ -59,11 +61,16 @@ pub(crate) struct Surroundings {
 pub(crate) struct TaskHandle {
     orders: mpsc::Sender<RankOrder>,
     kill: watch::Sender<Option<String>>,
+    stop_timeout: Duration,
 }
 
 impl TaskHandle {
-    /// Passes an order on; a rank that does not read its orders is killed.
+    /// Passes an order on; a rank that does not read its orders, or does not leave in time when it
+    /// is asked to, is killed.
     pub(crate) fn deliver(&self, order: RankOrder) {
+        if matches!(order, RankOrder::Stop { .. }) {
+            self.kill_later();
+        }
         if let Err(mpsc::error::TrySendError::Full(_)) = self.orders.try_send(order) {
             self.kill(&format!("it left its last {ORDER_QUEUE} orders unread"));
         }
@@ -71,10 +78,17 @@ impl TaskHandle {
 
     /// Ends it now; the first reason counts.
     pub(crate) fn kill(&self, reason: &str) {
-        self.kill.send_if_modified(|held| {
-            let is_first = held.is_none();
-            held.get_or_insert_with(|| reason.to_owned());
-            is_first
+        kill(&self.kill, reason);
+    }
+
+    /// Ends it when it is still there after the stop time-out.
+    fn kill_later(&self) {
+        let (sender, limit) = (self.kill.clone(), self.stop_timeout);
+        tokio::spawn(async move {
+            if timeout(limit, sender.closed()).await.is_err() {
+                let seconds = limit.as_secs_f64();
+                kill(&sender, &format!("it did not leave within {seconds} s of being asked to"));
+            }
         });
     }
 
@@ -86,6 +100,14 @@ impl TaskHandle {
     pub(crate) fn is_dying(&self) -> bool {
         self.kill.borrow().is_some()
     }
+}
+
+fn kill(sender: &watch::Sender<Option<String>>, reason: &str) {
+    sender.send_if_modified(|held| {
+        let is_first = held.is_none();
+        held.get_or_insert_with(|| reason.to_owned());
+        is_first
+    });
 }
 
 /// A task to be run.
@@ -124,7 +146,8 @@ impl Task {
     ) -> (Self, TaskHandle) {
         let (orders_sender, orders) = mpsc::channel(ORDER_QUEUE);
         let (kill_sender, kill) = watch::channel(None);
-        let handle = TaskHandle { orders: orders_sender, kill: kill_sender };
+        let stop_timeout = shared.stop_timeout;
+        let handle = TaskHandle { orders: orders_sender, kill: kill_sender, stop_timeout };
         (Self { id, assignment, record, shared, orders, kill }, handle)
     }
 

@@ -90,6 +90,7 @@ impl Worker {
         let archive = Archive::start(store, folder.logs(), spooler.grown.clone());
         let ledger = Arc::new(Ledger::new());
         let shared = Arc::new(Surroundings {
+            stop_timeout: config.worker.stop_timeout.0,
             scratch: options.dir.join("scratch"),
             program: options.program.clone(),
             data_address: config.worker.data_address,
