@@ -8,8 +8,7 @@ use api::ids::Step;
 use api::pb;
 use api::records::{EndpointSpec, KIND_CHECKPOINT, KIND_ENDPOINT, KIND_JOB, KIND_MODEL, Phase};
 use api::session::{
-    Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, StopCause,
-    WorkerMessage,
+    Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, StopCause, WorkerMessage,
 };
 use api::{ExitClass, Rank};
 use coordinator::EventStream;
