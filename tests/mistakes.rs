@@ -5,7 +5,7 @@ mod common;
 use std::net::TcpListener;
 use std::path::Path;
 
-use common::{Finished, Running, cluster, run, small_job, submit_local};
+use common::{Finished, Running, cluster, eventually, run, small_job, submit_local};
 use nix::sys::signal::Signal;
 
 /// Fails unless the command ended with `code` and its one message holds all of `expected`.
@@ -220,9 +220,11 @@ fn a_folder_in_use() {
     second.args(["up", "--port", "0", "--dir"]).arg(&dir);
     refused(run(&mut second), 4, &["a cluster runs in"]);
     // The one that runs is as well as before.
-    let mut workers = cluster();
-    workers.args(["workers", "--json", "--dir"]).arg(&dir);
-    assert_eq!(run(&mut workers).expect_code(0).last_json()["name"], "w1");
+    eventually("its worker is there", || {
+        let mut workers = cluster();
+        workers.args(["workers", "--json", "--dir"]).arg(&dir);
+        run(&mut workers).expect_code(0).stdout.contains("\"w1\"").then_some(())
+    });
     up.signal(Signal::SIGTERM);
     up.finish().expect_code(0);
 }

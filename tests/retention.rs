@@ -1,0 +1,68 @@
+//! `checkpoint.keep` is kept: when a command has ended, the store holds the newest checkpoints, all
+//! of them whole, and nothing else; also after a rank was killed.
+
+mod common;
+
+use std::path::Path;
+
+use api::config::StoreSection;
+use api::{Name, Step};
+use checkpoint::{Store, StoredCheckpoint};
+use common::{Running, small_job, submit_local};
+use nix::sys::signal::{Signal, kill};
+
+/// Forty checkpoints are written, two are kept.
+const SETS: [&str; 4] =
+    ["checkpoint.keep=2", "checkpoint.every_steps=5", "resources.ranks=2", "stop.max_steps=200"];
+
+#[test]
+fn a_clean_run_leaves_the_newest_checkpoints() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("run");
+    let running = Running::start(&mut submit_local(&small_job(folder.path(), ""), &dir, &SETS));
+    let last = running.finish().expect_code(0).last_json();
+    assert_eq!((&last["state"], &last["restarts"]), (&"succeeded".into(), &0.into()), "{last}");
+    check_left(&dir, &[(195, 1), (200, 1)]);
+}
+
+#[test]
+fn a_killed_rank_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("run");
+    let mut running = Running::start(&mut submit_local(&small_job(folder.path(), ""), &dir, &SETS));
+    // Twice, a checkpoint may be broken off at any point.
+    for (kills, step) in [(1, 12), (2, 53)] {
+        running.wait_for("the next generation", |event| {
+            event["event"] == "status"
+                && event["phase"] == "running"
+                && event["restarts"] == kills - 1
+        });
+        running.wait_for_step(step);
+        let ranks = running.ranks();
+        assert_eq!(ranks.len(), 2, "{ranks:?}");
+        kill(ranks[kills as usize - 1].1, Signal::SIGKILL).expect("killed");
+    }
+    let last = running.finish().expect_code(0).last_json();
+    assert_eq!((&last["state"], &last["restarts"]), (&"succeeded".into(), &2.into()), "{last}");
+    check_left(&dir, &[(195, 3), (200, 3)]);
+}
+
+/// Steps and generations of the checkpoints that are left; each must verify, and no other folder
+/// may lie among them.
+fn check_left(dir: &Path, expected: &[(u64, u64)]) {
+    let job: Name = "small".parse().expect("a name");
+    let root = dir.join("store");
+    let uri = format!("file://{}", std::fs::canonicalize(&root).expect("a store").display());
+    let store = Store::open(&StoreSection::default(), &uri).expect("opens");
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let found = runtime.block_on(checkpoint::list_checkpoints(&store, &job)).expect("lists");
+    let which = |found: &StoredCheckpoint| (found.step.0, found.generation.0);
+    assert_eq!(found.iter().map(which).collect::<Vec<_>>(), expected);
+    for StoredCheckpoint { step: Step(step), manifest_key, .. } in &found {
+        let report = runtime.block_on(checkpoint::verify(&store, manifest_key, None));
+        let report = report.expect("verifies");
+        assert!(report.ok && report.tensors > 0, "step {step}: {report:?}");
+    }
+    let folders = std::fs::read_dir(root.join(checkpoint::keys::checkpoints(&job)));
+    assert_eq!(folders.expect("a folder").count(), expected.len(), "and nothing else");
+}
