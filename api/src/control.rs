@@ -36,7 +36,6 @@ pub struct Control {
 struct Shared {
     stop: AtomicBool,
     abort: Mutex<Option<AbortHook>>,
-    delete: Mutex<Vec<String>>,
 }
 
 /// A task must not outlive its worker, whatever ends the worker: the kernel kills it then.
@@ -105,11 +104,6 @@ impl Control {
     pub fn on_abort(&self, hook: impl Fn(&str) + Send + 'static) {
         *self.shared.abort.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(hook));
     }
-
-    /// Manifests whose deletion the leader has ordered since the last call.
-    pub fn take_deletions(&self) -> Vec<String> {
-        std::mem::take(&mut self.shared.delete.lock().unwrap_or_else(PoisonError::into_inner))
-    }
 }
 
 impl Orders {
@@ -153,10 +147,6 @@ fn handle(order: RankOrder, shared: &Shared, sender: &Sender<RankOrder>) {
             if let Some(hook) = &*shared.abort.lock().unwrap_or_else(PoisonError::into_inner) {
                 hook(&reason);
             }
-        }
-        RankOrder::Delete { manifest_keys } => {
-            let mut delete = shared.delete.lock().unwrap_or_else(PoisonError::into_inner);
-            delete.extend(manifest_keys);
         }
         RankOrder::Committed { step } => tracing::debug!(%step, "checkpoint committed"),
         order @ (RankOrder::Assignment { .. } | RankOrder::Peers { .. }) => {

@@ -193,7 +193,7 @@ pub enum Compression {
 pub struct CheckpointPolicy {
     /// Steps between checkpoints; 0: only at the end.
     pub every_steps: u64,
-    /// Newest committed checkpoints kept; older ones are deleted by order of the leader.
+    /// Newest committed checkpoints kept; the leader deletes older ones.
     pub keep: NonZeroU32,
     /// Compression of the shards.
     pub compression: Compression,

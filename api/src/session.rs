@@ -310,11 +310,6 @@ pub enum RankOrder {
         /// Its step.
         step: Step,
     },
-    /// Committed checkpoints that the leader orders deleted (rank 0 only).
-    Delete {
-        /// Their manifests' keys.
-        manifest_keys: Vec<String>,
-    },
     /// Finish the current step, write a checkpoint and leave with code 0.
     Stop {
         /// Why.

@@ -37,4 +37,6 @@ pub use plan::share_tensors;
 pub use restore::{Restore, RestoreError, TensorTarget};
 pub use saver::{SaveError, Saver, SaverOptions};
 pub use store::{ObjectInfo, Store};
-pub use tools::{VerifyReport, delete_checkpoint, find_abandoned, find_complete, verify};
+pub use tools::{
+    StoredCheckpoint, VerifyReport, delete_checkpoint, find_complete, list_checkpoints, verify,
+};

@@ -72,6 +72,34 @@ pub(crate) fn clean_superseded(checkpoints: &Path, generation: Generation) {
     });
 }
 
+/// Removes a folder whose objects are gone, with what killed writers left half-written in it. Only
+/// staging files go with it: what is not ours stays, and so does the folder then.
+pub(crate) fn remove_leftovers(folder: &Path) {
+    clean(folder, 1, &|_| true);
+    // Somebody else may have been quicker.
+    let _ = std::fs::remove_dir(folder);
+}
+
+/// The names of the folders in `folder`, sorted; none when it does not exist.
+pub(crate) fn subfolders(folder: &Path) -> Result<Vec<String>, StoreError> {
+    let failed = |error: io::Error| StoreError::host(folder, &error);
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(failed)?;
+        // Gone since it was listed: no folder any more.
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        // A name that is no text is not ours.
+        names.extend(entry.file_name().into_string().ok().filter(|_| is_folder));
+    }
+    names.sort();
+    Ok(names)
+}
+
 /// Best effort: a file that cannot be removed harms nobody, since it is never listed.
 fn clean(folder: &Path, depth: usize, is_stale: &dyn Fn(&Path) -> bool) {
     let Ok(entries) = std::fs::read_dir(folder) else { return };

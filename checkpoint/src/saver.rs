@@ -17,7 +17,6 @@ use bytes::Bytes;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use sha2::{Digest, Sha256};
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::Notify;
 
 use crate::error::StoreError;
 use crate::format::{FormatError, TensorSlice};
@@ -26,11 +25,11 @@ use crate::nonce::nonce;
 use crate::staging::{ARENAS_MAX, Staged};
 use crate::store::Store;
 use crate::upload::write_object;
-use crate::{keys, local, tools};
+use crate::{keys, local};
 
-/// Commits and deletions that may be under way; one more makes the caller wait. Each is small, and
-/// training stages no faster than its two arenas come back.
-const PENDING_MAX: usize = 16;
+/// Commits that may be under way; one more makes the caller wait. Each is small, and training stages
+/// no faster than its two arenas come back.
+const COMMITS_MAX: usize = 16;
 /// Shards looked up at once before a manifest is written.
 const LOOKUPS_AT_ONCE: usize = 16;
 
@@ -133,8 +132,6 @@ pub struct Saver {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
-    /// The same news for tasks of the background.
-    news: Notify,
 }
 
 struct State {
@@ -144,20 +141,9 @@ struct State {
     staging: BTreeSet<Step>,
     /// Steps whose manifest is being written.
     committing: BTreeSet<Step>,
-    /// Deletions under way.
-    deleting: usize,
-    /// This generation's steps among them.
-    doomed: BTreeSet<Step>,
     shards: BTreeMap<Step, ShardEntry>,
     committed: BTreeMap<Step, CheckpointFact>,
     errors: VecDeque<SaveError>,
-}
-
-impl State {
-    fn deletion_ended(&mut self, steps: &[Step]) {
-        self.deleting -= 1;
-        self.doomed.retain(|step| !steps.contains(step));
-    }
 }
 
 impl Shared {
@@ -183,19 +169,6 @@ impl Shared {
     fn update(&self, change: impl FnOnce(&mut State)) {
         change(&mut self.lock());
         self.changed.notify_all();
-        self.news.notify_waiters();
-    }
-
-    /// Waits, in the background, until no manifest of a step is being written.
-    async fn commit_settled(&self, step: Step) {
-        loop {
-            // Made before the look, so that no news between the two is missed.
-            let news = self.news.notified();
-            if !self.lock().committing.contains(&step) {
-                return;
-            }
-            news.await;
-        }
     }
 
     fn next_error(&self) -> Result<(), SaveError> {
@@ -230,8 +203,6 @@ impl Saver {
             arenas: vec![Vec::new(); ARENAS_MAX],
             staging: BTreeSet::new(),
             committing: BTreeSet::new(),
-            deleting: 0,
-            doomed: BTreeSet::new(),
             shards: BTreeMap::new(),
             committed: BTreeMap::new(),
             errors: VecDeque::new(),
@@ -241,11 +212,7 @@ impl Saver {
             store,
             writer: nonce().into(),
             last_staged: None,
-            shared: Arc::new(Shared {
-                state: Mutex::new(state),
-                changed: Condvar::new(),
-                news: Notify::new(),
-            }),
+            shared: Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() }),
             runtime: Some(runtime),
         })
     }
@@ -307,13 +274,8 @@ impl Saver {
     pub fn commit(&mut self, step: Step, shards: Vec<ShardEntry>, info: ManifestInfo) {
         let manifest = self.manifest(step, shards, info);
         let mut state = self.shared.lock();
-        while state.committing.len() + state.deleting >= PENDING_MAX {
+        while state.committing.len() >= COMMITS_MAX {
             state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        if state.doomed.contains(&step) {
-            let problem = "its deletion is under way".to_owned();
-            state.errors.push_back(SaveError::Shards { step: step.0, problem });
-            return;
         }
         state.committing.insert(step);
         drop(state);
@@ -375,40 +337,6 @@ impl Saver {
         })?
     }
 
-    /// Deletes checkpoints behind training, each after a commit of it that is still under way: or
-    /// the manifest could outlive its shards. One that cannot be deleted is reported in the log and
-    /// left: it takes space, nothing else, and training must not end for it.
-    pub fn delete(&mut self, manifest_keys: Vec<String>) {
-        let own = |key: &String| {
-            let key = keys::parse_manifest(key)?;
-            let is_own = key.job == self.options.job && key.generation == self.options.generation;
-            is_own.then_some(key.step)
-        };
-        let steps: Vec<Step> = manifest_keys.iter().filter_map(own).collect();
-        let mut state = self.shared.lock();
-        while state.committing.len() + state.deleting >= PENDING_MAX {
-            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        state.deleting += 1;
-        state.doomed.extend(&steps);
-        drop(state);
-        let work = Some(Work::Delete(steps.clone()));
-        let guard = Guard { shared: self.shared.clone(), work };
-        let (store, shared) = (self.store.clone(), self.shared.clone());
-        self.spawn(async move {
-            for step in &steps {
-                shared.commit_settled(*step).await;
-            }
-            for key in &manifest_keys {
-                if let Err(error) = store.patiently(|| tools::delete_checkpoint(&store, key)).await
-                {
-                    tracing::warn!(key, %error, "a checkpoint cannot be deleted");
-                }
-            }
-            guard.done(move |state| state.deletion_ended(&steps));
-        });
-    }
-
     /// Writes the finished model: `model.safetensors`, then `model.json`, under
     /// [`keys::model`]. Blocks until both are written; returns the folder's key, and SHA-256 (hex)
     /// and size of the weights.
@@ -440,7 +368,7 @@ impl Saver {
     /// Waits for everything under way, and returns the first error that no call has returned yet.
     pub fn finish(self) -> Result<(), SaveError> {
         let mut state = self.shared.lock();
-        while !state.staging.is_empty() || !state.committing.is_empty() || state.deleting > 0 {
+        while !state.staging.is_empty() || !state.committing.is_empty() {
             state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.errors.pop_front().map_or(Ok(()), Err)
@@ -465,7 +393,6 @@ impl Drop for Saver {
 enum Work {
     Stage(Step),
     Commit(Step),
-    Delete(Vec<Step>),
 }
 
 /// Settles a background task's account even when it panics, so that nobody waits for ever.
@@ -494,10 +421,6 @@ impl Drop for Guard {
                 Work::Commit(step) => {
                     state.committing.remove(&step);
                     "writing a manifest"
-                }
-                Work::Delete(steps) => {
-                    state.deletion_ended(&steps);
-                    "deleting a checkpoint"
                 }
             };
             state.errors.push_back(SaveError::Background(format!("{what} was broken off")));

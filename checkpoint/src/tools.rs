@@ -3,15 +3,15 @@
 use std::collections::{BTreeMap, HashMap};
 
 use api::events::CheckpointFact;
-use api::{Generation, Name};
+use api::{Generation, Name, Step};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
 use crate::decode::{Discard, read_shard};
 use crate::error::StoreError;
-use crate::keys;
 use crate::manifest::{self, MANIFEST_BYTES_MAX, Manifest};
 use crate::store::Store;
+use crate::{keys, local};
 
 /// What reading every byte of a checkpoint showed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,26 +80,45 @@ pub async fn find_complete(
     Ok(facts)
 }
 
-/// What killed writers left: checkpoints of generations before `before` that have shards but no
-/// manifest, as the manifest keys that [`delete_checkpoint`] takes. The caller decides on deletion,
-/// and should know that the older gang is gone: one that was only cut off may still write its
-/// manifest, which would then name deleted shards ([`find_complete`] skips such a one).
-pub async fn find_abandoned(
+/// A checkpoint's folder, whole or not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredCheckpoint {
+    /// Steps applied in it.
+    pub step: Step,
+    /// The generation that wrote it, or began to.
+    pub generation: Generation,
+    /// The key of its manifest, which [`delete_checkpoint`] takes.
+    pub manifest_key: String,
+    /// Whether that manifest is there.
+    pub is_complete: bool,
+}
+
+/// Everything that lies among a job's checkpoints, oldest step first: whole ones, and what killed
+/// writers and broken-off deletions left. What is not a checkpoint's folder is left out.
+pub async fn list_checkpoints(
     store: &Store,
     job: &Name,
-    before: Generation,
-) -> Result<Vec<String>, StoreError> {
-    let objects = store.list(&keys::checkpoints(job)).await?;
-    let mut complete = BTreeMap::new();
-    for object in &objects {
+) -> Result<Vec<StoredCheckpoint>, StoreError> {
+    let root = keys::checkpoints(job);
+    let mut folders: BTreeMap<String, bool> = BTreeMap::new();
+    for object in store.list(&root).await? {
         let Some((folder, file)) = object.key.rsplit_once('/') else { continue };
-        let is_complete = complete.entry(format!("{folder}/{}", keys::MANIFEST)).or_insert(false);
-        *is_complete |= file == keys::MANIFEST;
+        *folders.entry(folder.to_owned()).or_default() |= file == keys::MANIFEST;
     }
-    let is_superseded =
-        |key: &str| keys::parse_manifest(key).is_some_and(|key| key.generation < before);
-    let abandoned = complete.into_iter().filter(|(key, done)| !done && is_superseded(key));
-    Ok(abandoned.map(|(key, _)| key).collect())
+    // A writer that was killed at its first object leaves a folder without any.
+    if let Some(folder) = store.folder() {
+        for name in local::subfolders(&folder.join(&root))? {
+            folders.entry(format!("{root}/{name}")).or_default();
+        }
+    }
+    let parse = |(folder, is_complete): (String, bool)| {
+        let manifest_key = format!("{folder}/{}", keys::MANIFEST);
+        let keys::ManifestKey { step, generation, .. } = keys::parse_manifest(&manifest_key)?;
+        Some(StoredCheckpoint { step, generation, manifest_key, is_complete })
+    };
+    let mut found: Vec<StoredCheckpoint> = folders.into_iter().filter_map(parse).collect();
+    found.sort_by_key(|found| (found.step, found.generation));
+    Ok(found)
 }
 
 /// Reads every byte of a checkpoint and reports what is wrong with it. An error means that the
@@ -159,8 +178,7 @@ async fn verify_here(
 
 /// Deletes a checkpoint: its manifest first, so that nobody begins to read what is going away, then
 /// all else in its folder. One that is gone already, wholly or in part, is no error. Nobody may be
-/// committing it meanwhile: delete what has been recorded, or use [`crate::Saver::delete`], which
-/// waits for its own commit.
+/// writing it any more, or its manifest could outlive its shards.
 pub async fn delete_checkpoint(store: &Store, manifest_key: &str) -> Result<(), StoreError> {
     let Some(folder) = keys::folder_of(manifest_key) else {
         return Err(StoreError::Key {

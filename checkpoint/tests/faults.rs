@@ -7,12 +7,11 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use api::job::Compression;
 use async_trait::async_trait;
 use bytes::Bytes;
-use checkpoint::{Saver, Store, StoreError, keys};
+use checkpoint::{Store, StoreError, keys};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use object_store::memory::InMemory;
@@ -22,9 +21,7 @@ use object_store::{
     ObjectStore, ObjectStoreExt, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult,
     Result, UploadPart,
 };
-use support::{State, info, job, options, restore, runtime, save};
-use tokio::sync::Notify;
-use tokio::time::timeout;
+use support::{State, job, restore, runtime, save};
 
 /// What happens at the chosen call.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -41,8 +38,6 @@ enum Fault {
     CreateLooksFirst,
     /// `PutMode::Create` is not known.
     CreateUnsupported,
-    /// `PutMode::Create` takes so long that a deletion ordered meanwhile would overtake it.
-    CreateIsSlow,
 }
 
 #[derive(Debug)]
@@ -51,8 +46,6 @@ struct Faulty {
     fault: Fault,
     at: usize,
     calls: Arc<AtomicUsize>,
-    /// Told when a shard is deleted.
-    deleted: Arc<Notify>,
 }
 
 impl fmt::Display for Faulty {
@@ -80,8 +73,7 @@ fn meet(calls: &AtomicUsize, at: usize, fault: Fault) -> (bool, bool) {
 impl Faulty {
     fn store(inner: &Arc<InMemory>, fault: Fault, at: usize) -> (Store, Arc<AtomicUsize>) {
         let calls = Arc::new(AtomicUsize::new(0));
-        let (inner, deleted) = (inner.clone(), Arc::new(Notify::new()));
-        let faulty = Self { inner, fault, at, calls: calls.clone(), deleted };
+        let faulty = Self { inner: inner.clone(), fault, at, calls: calls.clone() };
         (Store::with_inner(Arc::new(faulty), "the faulty store"), calls)
     }
 
@@ -117,10 +109,6 @@ impl ObjectStore for Faulty {
                     let (operation, implementer) = ("create".into(), "faulty".into());
                     return Err(Error::NotImplemented { operation, implementer });
                 }
-                // Goes on at once when it has been overtaken; else when that had its chance.
-                Fault::CreateIsSlow => {
-                    let _ = timeout(Duration::from_millis(500), self.deleted.notified()).await;
-                }
                 _ => {}
             }
         }
@@ -149,13 +137,20 @@ impl ObjectStore for Faulty {
         &self,
         locations: BoxStream<'static, Result<Path>>,
     ) -> BoxStream<'static, Result<Path>> {
-        let deleted = self.deleted.clone();
-        let seen = locations.inspect(move |location| {
-            if location.as_ref().is_ok_and(|path| path.as_ref().contains("rank-")) {
-                deleted.notify_one();
+        let (inner, at, fault) = (self.inner.clone(), self.at, self.fault);
+        let calls = self.calls.clone();
+        let delete = move |location: Result<Path>| {
+            let (inner, calls) = (inner.clone(), calls.clone());
+            async move {
+                let location = location?;
+                let (runs, answers) = meet(&calls, at, fault);
+                if runs {
+                    inner.delete(&location).await?;
+                }
+                if answers { Ok(location) } else { Err(lost()) }
             }
-        });
-        self.inner.delete_stream(seen.boxed())
+        };
+        locations.then(delete).boxed()
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
@@ -310,19 +305,35 @@ fn a_store_that_lets_two_writers_win_is_refused() {
 }
 
 #[test]
-fn a_deletion_never_overtakes_the_commit_it_undoes() {
-    let inner = Arc::new(InMemory::new());
-    let (slow, _) = Faulty::store(&inner, Fault::CreateIsSlow, usize::MAX);
+fn a_deletion_that_breaks_off_leaves_no_manifest_without_its_shards() {
     let state = State::new(9, 4000);
-    let (step, generation) = (api::Step(1), api::Generation(3));
-    let mut saver = Saver::with_store(slow, options(0, 1, Compression::None)).expect("starts");
-    saver.stage(step, &state.slices()).expect("stages");
-    let shard = saver.wait_shard(step).expect("written");
-    saver.commit(step, vec![shard], info());
-    saver.delete(vec![keys::manifest(&job(), step, generation)]);
-    saver.wait_committed(step).expect("the commit came first");
-    saver.finish().expect("all done");
-    let store = Store::with_inner(inner, "the store beneath");
-    let left = runtime().block_on(store.list(""));
-    assert_eq!(left, Ok(vec![]), "something of a deleted checkpoint is left");
+    let mut broken_off = 0;
+    for fault in [Fault::Before, Fault::After, Fault::Gone] {
+        for at in 0.. {
+            let inner = Arc::new(InMemory::new());
+            let honest = Store::with_inner(inner.clone(), "the store beneath");
+            let fact = save(&honest, &state, 1, 3, Compression::None).expect("saved");
+            let (faulty, calls) = Faulty::store(&inner, fault, at);
+            let deleted =
+                runtime().block_on(checkpoint::delete_checkpoint(&faulty, &fact.manifest_key));
+            let found = runtime().block_on(checkpoint::list_checkpoints(&honest, &job()));
+            let found = found.expect("lists");
+            let whole = runtime().block_on(checkpoint::find_complete(&honest, &job(), None));
+            let whole = whole.expect("lists").len();
+            let has_manifest = found.iter().filter(|found| found.is_complete).count();
+            assert_eq!(has_manifest, whole, "{fault:?} at {at}: a manifest outlived a shard");
+            broken_off += usize::from(found.len() > whole);
+            // What is left shows, and can be deleted.
+            assert!(deleted.is_err() || found.is_empty(), "{fault:?} at {at}: {found:?}");
+            for found in found {
+                let deleted = checkpoint::delete_checkpoint(&honest, &found.manifest_key);
+                runtime().block_on(deleted).expect("deletes");
+            }
+            assert_eq!(runtime().block_on(honest.list("")), Ok(vec![]), "{fault:?} at {at}");
+            if calls.load(Ordering::SeqCst) <= at {
+                break;
+            }
+        }
+    }
+    assert!(broken_off > 0, "no deletion broke off between manifest and shards");
 }

@@ -9,7 +9,8 @@ use api::config::StoreSection;
 use api::job::Compression;
 use api::{Generation, Step};
 use checkpoint::{
-    Manifest, Restore, RestoreError, SaveError, Saver, Store, StoreError, TensorSlice, keys,
+    Manifest, Restore, RestoreError, SaveError, Saver, Store, StoreError, StoredCheckpoint,
+    TensorSlice, keys,
 };
 use support::{State, folder_store, job, options, restore, runtime, save};
 
@@ -320,11 +321,47 @@ fn the_saver_refuses_what_is_out_of_order_and_goes_on() {
     assert!(matches!(late.wait_committed(Step(5)), Err(SaveError::Superseded(_))));
     assert_eq!(restore(&store, &fact, &state), Ok(state.clone()));
 
-    saver.delete(vec![fact.manifest_key.clone(), "not/a/manifest".into()]);
     saver.finish().expect("all done");
-    let left = runtime().block_on(store.list(&keys::checkpoint(&job(), Step(5), Generation(3))));
-    assert_eq!(left, Ok(vec![]));
-    assert!(!folder.path().join(keys::checkpoint(&job(), Step(5), Generation(3))).exists());
+}
+
+#[test]
+fn whatever_lies_among_checkpoints_shows_and_can_be_deleted() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = folder_store(folder.path());
+    let state = State::new(4, 4000);
+    let list = || runtime().block_on(checkpoint::list_checkpoints(&store, &job())).expect("lists");
+    assert_eq!(list(), []);
+    let facts = [3, 5].map(|step| save(&store, &state, step, 2, Compression::None).expect("saved"));
+    // What killed writers leave: a file half-written, a folder without anything. And what is not
+    // ours.
+    let checkpoints = folder.path().join(keys::checkpoints(&job()));
+    let broken_off = keys::manifest(&job(), Step(7), Generation(3));
+    let staged = checkpoints.join("000000000005-g3/rank-00000-ab.safetensors#1");
+    fs::write(staged, "half").expect("written");
+    fs::create_dir(checkpoints.join("000000000007-g3")).expect("made");
+    fs::create_dir(checkpoints.join("notes")).expect("made");
+    let found = |step, manifest_key: &str, is_complete| StoredCheckpoint {
+        step: Step(step),
+        generation: Generation(3),
+        manifest_key: manifest_key.to_owned(),
+        is_complete,
+    };
+    let [first, second] = facts.map(|fact| fact.manifest_key);
+    let all = [found(3, &first, true), found(5, &second, true), found(7, &broken_off, false)];
+    assert_eq!(list(), all);
+
+    let delete = |key: &str| runtime().block_on(checkpoint::delete_checkpoint(&store, key));
+    assert!(matches!(delete("not/a/manifest"), Err(StoreError::Key { .. })));
+    for key in [&second, &broken_off, &broken_off] {
+        delete(key).expect("deleted");
+    }
+    assert_eq!(list(), all[..1]);
+    let mut names: Vec<_> = fs::read_dir(&checkpoints)
+        .expect("a folder")
+        .map(|entry| entry.expect("an entry").file_name())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["000000000003-g3", "notes"]);
 }
 
 #[test]

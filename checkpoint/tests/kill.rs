@@ -31,16 +31,18 @@ fn writer() {
     let mut options = options(0, 1, compression);
     options.generation = Generation(generation);
     let store = folder_store(Path::new(&folder));
-    let mut saver = Saver::with_store(store, options).expect("starts");
+    let mut saver = Saver::with_store(store.clone(), options).expect("starts");
     let state = State::new(generation, 400_000);
+    let runtime = runtime();
     println!("\nsaving");
     for step in 1.. {
         saver.stage(Step(step), &state.slices()).expect("stages");
         let shard = saver.wait_shard(Step(step)).expect("written");
         saver.commit(Step(step), vec![shard], info());
         if step > 2 {
-            let key = keys::manifest(&job(), Step(step - 2), Generation(generation));
-            saver.delete(vec![key]);
+            let old = saver.wait_committed(Step(step - 2)).expect("committed");
+            let deleted = checkpoint::delete_checkpoint(&store, &old.manifest_key);
+            runtime.block_on(deleted).expect("deleted");
         }
     }
 }
@@ -101,21 +103,22 @@ fn a_killed_writer_leaves_only_whole_checkpoints() {
         runtime.block_on(checkpoint::find_complete(&store, &job(), None)).expect("lists")
     };
     let before = complete(&runtime);
-    let abandoned = runtime.block_on(async {
-        let early = checkpoint::find_abandoned(&store, &job(), Generation(1)).await;
-        assert_eq!(early, Ok(vec![]), "generation 1 has not been superseded");
-        let abandoned = checkpoint::find_abandoned(&store, &job(), Generation(KILLS + 1)).await;
-        let abandoned = abandoned.expect("lists");
-        for key in &abandoned {
-            checkpoint::delete_checkpoint(&store, key).await.expect("deletes");
+    let deleted = runtime.block_on(async {
+        let found = checkpoint::list_checkpoints(&store, &job()).await.expect("lists");
+        let broken: Vec<_> = found.iter().filter(|found| !found.is_complete).collect();
+        for found in &broken {
+            checkpoint::delete_checkpoint(&store, &found.manifest_key).await.expect("deletes");
         }
-        let left = checkpoint::find_abandoned(&store, &job(), Generation(KILLS + 1)).await;
-        assert_eq!(left, Ok(vec![]));
-        abandoned.len()
+        let left = checkpoint::list_checkpoints(&store, &job()).await.expect("lists");
+        assert!(left.iter().all(|left| left.is_complete), "{left:?}");
+        assert_eq!(left.len() + broken.len(), found.len());
+        broken.len()
     });
-    assert!(abandoned <= broken_off, "{abandoned} abandoned, {broken_off} broken off");
+    assert_eq!(deleted, broken_off, "folders without a manifest");
     assert_eq!(complete(&runtime), before);
-    // The next generation's start removes what the killed left half-written.
+    // The next generation's start removes what the killed left half-written among whole ones.
+    let staged = folder.path().join(format!("{}#9", before[0].manifest_key));
+    std::fs::write(&staged, "half").expect("written");
     let mut next = options(0, 1, Compression::None);
     next.generation = Generation(KILLS + 1);
     drop(Saver::with_store(store, next).expect("starts"));

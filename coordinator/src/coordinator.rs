@@ -24,12 +24,15 @@ use crate::peers::Peers;
 use crate::raft_node::{RaftHandle, RaftNode, RaftOptions, RaftService, RaftStatus};
 use crate::random::random_u64;
 use crate::server::{ServerTask, Services};
+use crate::sweep::Sweeper;
 use crate::token::TokenCheck;
 
 /// Heartbeats of a worker per lease: two may be lost and the third is in time.
 const HEARTBEATS_PER_LEASE: u32 = 3;
 /// Open connections get this long to end by themselves when the coordinator stops.
 const DRAIN_WAIT: Duration = Duration::from_secs(2);
+/// Deletions of old checkpoints get this long: some requests to the store, or one that hangs.
+const SWEEP_WAIT: Duration = Duration::from_secs(10);
 
 /// Checks a job beyond what this crate knows; the error is for the person who submitted it.
 pub type Validate = Arc<dyn Fn(&JobSpec) -> Result<(), String> + Send + Sync>;
@@ -98,11 +101,16 @@ impl Coordinator {
         let shutdown = CancellationToken::new();
         let (leaderships_sender, leaderships) = watch::channel(None);
         let node = config.coordinator.node;
+        let sweeper = {
+            let raft = raft.clone();
+            Sweeper::new(store.clone(), move || raft.records())
+        };
         let leader_loop = LeaderLoop {
             options: leader_options(&config),
             node,
             raft: raft.clone(),
             store: store.clone(),
+            sweeper: sweeper.clone(),
             leaderships: leaderships_sender,
         };
         let members = config.coordinator.members.clone();
@@ -121,6 +129,7 @@ impl Coordinator {
         info!(%node, %address, "coordinator listens");
         let parts = Parts {
             leading: tokio::spawn(leader_loop.run(shutdown.clone())),
+            sweeper,
             server,
             raft: raft.clone(),
             shutdown: shutdown.clone(),
@@ -226,6 +235,7 @@ async fn joined(main: &mut Option<Main>) -> Result<(), CoordinatorError> {
 /// The running tasks of a coordinator.
 struct Parts {
     leading: JoinHandle<()>,
+    sweeper: Sweeper,
     server: ServerTask,
     raft: RaftHandle,
     shutdown: CancellationToken,
@@ -257,7 +267,8 @@ impl Parts {
         if self.leading.await.is_err() {
             warn!("the leader loop ended with a panic");
         }
-        self.raft.stop().await;
+        // Then raft, so that the others have a leader soon: sweeps only read its last records.
+        tokio::join!(self.raft.stop(), self.sweeper.finish(SWEEP_WAIT));
         if !server_ended && tokio::time::timeout(DRAIN_WAIT, &mut self.server).await.is_err() {
             self.server.abort();
         }

@@ -15,6 +15,7 @@ use tracing::{error, info};
 
 use crate::leadership::{INPUTS_MAX, LeaderInput, Leadership};
 use crate::raft_node::RaftHandle;
+use crate::sweep::Sweeper;
 use crate::term::{Term, TermEnded, TermOptions};
 use crate::watch::Feeds;
 
@@ -29,6 +30,7 @@ pub(crate) struct LeaderLoop {
     pub(crate) node: NodeId,
     pub(crate) raft: RaftHandle,
     pub(crate) store: Store,
+    pub(crate) sweeper: Sweeper,
     pub(crate) leaderships: watch::Sender<Option<Leadership>>,
 }
 
@@ -69,6 +71,7 @@ impl LeaderLoop {
             node: self.node,
             raft: self.raft.clone(),
             store: self.store.clone(),
+            sweeper: self.sweeper.clone(),
             feeds: Arc::clone(&feeds),
             inputs: inputs.downgrade(),
             office,

@@ -25,6 +25,7 @@ mod secrets;
 mod server;
 mod session;
 mod status;
+mod sweep;
 mod term;
 mod token;
 mod watch;

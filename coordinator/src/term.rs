@@ -28,6 +28,7 @@ use crate::random::RandomError;
 use crate::secrets::GangSecrets;
 use crate::session::SessionHandle;
 use crate::status::refused;
+use crate::sweep::Sweeper;
 use crate::watch::Feeds;
 
 /// A commit is waited for this long before it is proposed again under the same request id. Losing
@@ -75,6 +76,7 @@ pub(crate) struct TermOptions {
     pub(crate) node: api::NodeId,
     pub(crate) raft: RaftHandle,
     pub(crate) store: Store,
+    pub(crate) sweeper: Sweeper,
     pub(crate) feeds: Arc<Feeds>,
     /// The term's own queue, for answers of effects. Weak, so that the queue closes with the term.
     pub(crate) inputs: mpsc::WeakSender<LeaderInput>,
@@ -103,6 +105,7 @@ impl Term {
         let leader = Leader::new(options.leader.clone(), options.node, &records, clock.now());
         let status = options.raft.watch_status();
         let raft_term = status.borrow().term;
+        options.sweeper.take_over();
         Self {
             leader,
             clock,
@@ -317,6 +320,7 @@ impl Term {
             Effect::Publish { event: JobEvent::Status(_), .. } => {}
             Effect::Publish { job, event } => self.options.feeds.publish(&job, event, None),
             Effect::Adopt { job, generation, after } => self.adopt(job, generation, after),
+            Effect::Sweep { job, ended } => self.options.sweeper.ask(job, ended),
             Effect::ForgetSecret { job, generation } => self.secrets.forget(&job, generation),
         }
         Ok(())

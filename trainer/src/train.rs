@@ -236,7 +236,6 @@ impl Trainer {
 
     /// Reports the step, and what the savers have finished meanwhile.
     fn announce(&mut self, metrics: StepMetrics) -> Result<(), TrainError> {
-        self.checkpoints.delete(self.control.take_deletions());
         if self.assignment.rank != Rank(0) {
             return Ok(());
         }
@@ -356,7 +355,6 @@ impl Trainer {
         for fact in self.checkpoints.flush(self.communicator.as_mut())? {
             self.control.report(&RankReport::Checkpoint(fact))?;
         }
-        self.checkpoints.delete(self.control.take_deletions());
         Ok(())
     }
 }

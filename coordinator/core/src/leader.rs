@@ -19,6 +19,7 @@ mod gang;
 mod index;
 mod reason;
 mod reports;
+mod retain;
 mod schedule;
 mod serve;
 mod standing;
@@ -29,9 +30,11 @@ mod workers;
 pub use decision::{Decision, Effect, Input, LeaderOptions, Millis, Refusal, SessionId};
 pub use reason::Reason;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 use api::ids::{Name, NodeId};
+use api::records::JobRecord;
 
 use self::draft::Draft;
 use self::gang::Gang;
@@ -52,6 +55,8 @@ pub struct Leader {
     sessions: BTreeMap<SessionId, Name>,
     /// What it has seen of the current generation of every live workload.
     gangs: BTreeMap<Name, Gang>,
+    /// Jobs that are over while ranks of theirs may still run.
+    unswept: VecDeque<Arc<JobRecord>>,
 }
 
 impl Leader {
@@ -65,6 +70,7 @@ impl Leader {
             workers: BTreeMap::new(),
             sessions: BTreeMap::new(),
             gangs: BTreeMap::new(),
+            unswept: VecDeque::new(),
         };
         leader.follow(records);
         leader
@@ -107,7 +113,7 @@ impl Leader {
             }
             Input::WorkerDetached { session } => self.detached(&mut draft, session),
             Input::Adopted { job, generation, facts } => {
-                self.adopted(&mut draft, now, &job, generation, facts);
+                self.adopted(&mut draft, records, now, &job, generation, facts);
             }
             Input::Tick => {}
         }
@@ -150,6 +156,7 @@ impl Leader {
             self.schedule(draft, records, now);
         }
         self.sweep(draft);
+        self.sweep_left(draft);
         if let Some(reason) = self.index.unreadable() {
             draft.because(reason.clone());
         }

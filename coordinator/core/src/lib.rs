@@ -11,10 +11,12 @@
 
 pub mod leader;
 pub mod records;
+pub mod retention;
 pub mod transaction;
 
 pub use leader::{
     Decision, Effect, Input, Leader, LeaderOptions, Millis, Reason, Refusal, SessionId,
 };
 pub use records::{Outcome, RecordError, Records, Versioned};
+pub use retention::Retention;
 pub use transaction::{DecodeError, Precondition, RecordKey, Transaction, Write};

@@ -435,6 +435,10 @@ impl Stage {
                 let after = after.map_or("the beginning".into(), |step| step.to_string());
                 format!("search the store for checkpoints of {job} {generation} after {after}")
             }
+            Effect::Sweep { job, ended } => {
+                let ended = ended.map(|ended| format!(", {ended} has ended")).unwrap_or_default();
+                format!("sweep the store of {job}{ended}")
+            }
             Effect::ForgetSecret { job, generation } => format!("forget secret {job} {generation}"),
         };
         Some(format!("  {text}"))
@@ -626,9 +630,6 @@ fn trace_message(message: &CoordinatorMessage) -> String {
                     format!("peers {}", ports.join(" "))
                 }
                 RankOrder::Committed { step } => format!("committed {step}"),
-                RankOrder::Delete { manifest_keys } => {
-                    format!("delete {}", manifest_keys.join(" "))
-                }
                 RankOrder::Stop { reason } => format!("stop ({reason})"),
                 other => format!("{other:?}"),
             };

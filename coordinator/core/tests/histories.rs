@@ -13,12 +13,14 @@ use std::net::SocketAddr;
 use api::events::{CheckpointFact, ModelFact};
 use api::ids::{Generation, Name, Rank, Secret, Step as TrainStep, TaskId};
 use api::job::JobSpec;
-use api::records::{EndpointSpec, KIND_ENDPOINT, KIND_JOB, KIND_MODEL, Phase};
+use api::records::{
+    CheckpointRecord, EndpointSpec, KIND_CHECKPOINT, KIND_ENDPOINT, KIND_JOB, KIND_MODEL, Phase,
+};
 use api::session::{
     Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, StopCause, TaskEvent,
     TaskView, WorkerHello, WorkerMessage,
 };
-use coordinator_core::{Effect, Input, Millis, Records, SessionId, Transaction};
+use coordinator_core::{Effect, Input, Millis, Records, Retention, SessionId, Transaction};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use support::{LEASE_MS, Shell};
@@ -50,6 +52,7 @@ fn random_histories_keep_the_invariants_and_come_to_rest() {
         assert!(seen.succeeded > 0 && seen.failed > 0 && seen.stopped > 0, "{seen:?}");
         assert!(seen.restarts > HISTORIES && seen.checkpoints > HISTORIES, "{seen:?}");
         assert!(seen.leaders > HISTORIES && seen.endpoints > HISTORIES / 4, "{seen:?}");
+        assert!(seen.swept > HISTORIES, "{seen:?}");
         assert!(seen.leaves > HISTORIES, "{seen:?}");
     }
 }
@@ -74,6 +77,7 @@ struct Seen {
     leaders: u64,
     leaves: u64,
     endpoints: u64,
+    swept: u64,
 }
 
 impl Seen {
@@ -91,6 +95,7 @@ impl Seen {
         self.leaders += history.leaders;
         self.leaves += history.leaves;
         self.endpoints += history.shell.endpoints().len() as u64;
+        self.swept += history.swept;
     }
 }
 
@@ -162,8 +167,11 @@ struct History {
     workers: BTreeMap<&'static str, SimWorker>,
     sessions: u64,
     searches: VecDeque<(Name, Generation, Option<TrainStep>)>,
-    /// Complete in the store: job, generation, step.
-    stored: Vec<(Name, Generation, u64)>,
+    /// Sweeps of the store that were asked for, with the records of that time.
+    sweeps: VecDeque<(Name, Option<Generation>, Records)>,
+    /// In the store: job, generation, step, and whether it is complete.
+    stored: Vec<(Name, Generation, u64, bool)>,
+    swept: u64,
     checkpoints: u64,
     leaders: u64,
     leaves: u64,
@@ -177,7 +185,9 @@ fn play(seed: u64) -> History {
         workers: BTreeMap::new(),
         sessions: 0,
         searches: VecDeque::new(),
+        sweeps: VecDeque::new(),
         stored: Vec::new(),
+        swept: 0,
         checkpoints: 0,
         leaders: 1,
         leaves: 0,
@@ -232,7 +242,8 @@ impl History {
             38..39 => self.new_leader(),
             39..42 => self.accident(),
             42..46 => self.search_answers(),
-            46..70 => self.progress(),
+            46..50 => self.sweep(),
+            50..70 => self.progress(),
             _ => {
                 let worker = self.pick();
                 self.deliver_one(worker);
@@ -398,6 +409,11 @@ impl History {
         let Some((name, task)) = self.some_task() else { return };
         let (kind, other) = (self.below(6), self.below(4) as u32);
         let worker = self.workers.get_mut(name).expect("a worker");
+        let running = &worker.tasks[&task];
+        if running.stage == 2 {
+            let broken_off = running.step + 5;
+            self.stored.push((task.workload.clone(), task.generation, broken_off, false));
+        }
         let words =
             |retryable, blames| RankReport::Failed { message: "oh".into(), retryable, blames };
         let code = |retryable| ExitCause::Code { code: 1, message: String::new(), retryable };
@@ -427,11 +443,34 @@ impl History {
 
     fn search_answers(&mut self) {
         let Some((job, generation, after)) = self.searches.pop_front() else { return };
-        let facts = self.stored.iter().filter(|(name, written, step)| {
-            *name == job && *written == generation && after.is_none_or(|after| *step > after.0)
+        let facts = self.stored.iter().filter(|(name, written, step, is_complete)| {
+            let is_new = after.is_none_or(|after| *step > after.0);
+            *is_complete && *name == job && *written == generation && is_new
         });
-        let facts = facts.map(|(name, written, step)| fact(name, *written, *step)).collect();
+        let facts = facts.map(|(name, written, step, _)| fact(name, *written, *step)).collect();
         self.feed(Input::Adopted { job, generation, facts });
+    }
+
+    /// A sweep of the store, by the records of now or, of a leader that was cut off, by old ones.
+    /// What is recorded must be there whatever was swept.
+    fn sweep(&mut self) {
+        let Some((job, ended, old)) = self.sweeps.pop_front() else { return };
+        let records = if self.below(2) == 0 { &old } else { &self.shell.records };
+        let retention = Retention::of(records, &job).expect("readable").expect("a job");
+        let before = self.stored.len();
+        self.stored.retain(|(name, generation, step, is_complete)| {
+            *name != job || !retention.may_go(TrainStep(*step), *generation, *is_complete, ended)
+        });
+        self.swept += (before - self.stored.len()) as u64;
+        for (key, _) in self.shell.records.list(KIND_CHECKPOINT, "") {
+            let record = self.shell.records.read::<CheckpointRecord>(KIND_CHECKPOINT, &key.id);
+            let CheckpointRecord { job, fact, .. } = record.expect("readable").expect("a record").1;
+            assert!(self.is_stored(&job, &fact), "{key} was swept away");
+        }
+    }
+
+    fn is_stored(&self, job: &Name, fact: &CheckpointFact) -> bool {
+        self.stored.contains(&(job.clone(), fact.generation, fact.step.0, true))
     }
 
     // ---- tasks ------------------------------------------------------------------------------
@@ -471,7 +510,7 @@ impl History {
                 if step < 30 && is_first {
                     let job = task.workload.clone();
                     worker.report(&task, RankReport::Checkpoint(fact(&job, task.generation, step)));
-                    self.stored.push((job, task.generation, step));
+                    self.stored.push((job, task.generation, step, true));
                     self.checkpoints += 1;
                 } else if step >= 30 {
                     if is_first {
@@ -529,6 +568,9 @@ impl History {
                 Effect::Adopt { job, generation, after } => {
                     self.searches.push_back((job, generation, after));
                 }
+                Effect::Sweep { job, ended } => {
+                    self.sweeps.push_back((job, ended, self.shell.records.clone()));
+                }
                 Effect::Publish { .. } | Effect::ForgetSecret { .. } => {}
             }
         }
@@ -543,6 +585,9 @@ impl History {
                 let job = self.shell.job(task.workload.as_str()).expect("a job");
                 assert_eq!(train.restore, job.status.checkpoint, "{task} resumes from the newest");
                 assert_eq!(train.generation, job.status.generation, "{task}");
+                if let Some(fact) = &train.restore {
+                    assert!(self.is_stored(&task.workload, fact), "{task}: its state is gone");
+                }
             }
         }
         let worker = self.workers.get_mut(name).expect("a worker");
@@ -583,11 +628,6 @@ impl History {
                         running.has_peers = true;
                     }
                     RankOrder::Stop { .. } => running.is_stopping = true,
-                    RankOrder::Delete { manifest_keys } => {
-                        let newest = self.shell.job(task.workload.as_str()).expect("a job");
-                        let newest = newest.status.checkpoint.expect("a checkpoint").manifest_key;
-                        assert!(!manifest_keys.contains(&newest), "the newest is never deleted");
-                    }
                     _ => {}
                 }
             }
@@ -642,6 +682,7 @@ impl History {
                 }
             }
             self.search_answers();
+            self.sweep();
             for _ in 0..10 {
                 self.progress();
             }

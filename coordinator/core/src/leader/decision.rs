@@ -173,6 +173,14 @@ pub enum Effect {
         /// Only those after this step are of interest.
         after: Option<Step>,
     },
+    /// List the job's checkpoints in the store and delete those that may go by
+    /// [`crate::Retention`], read after the commit. May be done late, twice, or in part.
+    Sweep {
+        /// The job.
+        job: Name,
+        /// A generation of which no rank runs any more: what it broke off may go.
+        ended: Option<Generation>,
+    },
     /// The generation is over; its secret is of no more use.
     ForgetSecret {
         /// The job.

@@ -3,7 +3,6 @@
 //!
 //! Workers repeat what was not acknowledged, so every fact may come twice.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use api::events::{CheckpointFact, JobEvent, ModelFact};
@@ -21,13 +20,14 @@ use super::draft::{Draft, Expect};
 use super::gang::LastWords;
 use super::index::Workload;
 use super::reason::{Reason, count};
+use super::retain::{surplus_checkpoints, sweep_store};
 use super::workers::{Stage, Task};
 use crate::records::Records;
 use crate::transaction::RecordKey;
 
 /// Longest key of a manifest or model taken from a rank, in bytes: S3's own limit for keys.
 const KEY_BYTES_MAX: usize = 1_024;
-/// Checkpoints adopted at once, the newest: with a policy that keeps three, more are only garbage.
+/// Checkpoints adopted at once, the newest, however many the policy keeps: they are one transaction.
 const ADOPTED_MAX: usize = 64;
 /// Metrics in a model's record; an algorithm reports a handful.
 const METRICS_MAX: usize = 256;
@@ -220,11 +220,10 @@ impl Leader {
         record_checkpoint(draft, &name, &fact, now);
         draft.publish(&name, JobEvent::Checkpoint(fact));
         self.deliver_to_gang(draft, &job, &RankOrder::Committed { step });
-        let surplus = surplus_checkpoints(records, &job, step.0);
+        let surplus = surplus_checkpoints(records, &job, [step]);
         if !surplus.is_empty() {
-            surplus.iter().for_each(|(key, _)| draft.delete(key.clone()));
-            let manifest_keys = surplus.into_iter().map(|(_, manifest)| manifest).collect();
-            self.deliver(draft, task, RankOrder::Delete { manifest_keys });
+            surplus.into_iter().for_each(|key| draft.delete(key));
+            sweep_store(draft, &name);
         }
     }
 
@@ -260,6 +259,7 @@ impl Leader {
     pub(super) fn adopted(
         &mut self,
         draft: &mut Draft,
+        records: &Records,
         now: Millis,
         name: &Name,
         generation: Generation,
@@ -286,7 +286,9 @@ impl Leader {
         let mut facts: Vec<CheckpointFact> = facts.into_iter().filter(is_new).collect();
         facts.sort_by_key(|fact| fact.step);
         facts.dedup_by_key(|fact| fact.step);
-        let facts = facts.split_off(facts.len().saturating_sub(ADOPTED_MAX));
+        let kept = ADOPTED_MAX.min(job.spec.checkpoint.keep.get() as usize);
+        let facts = facts.split_off(facts.len().saturating_sub(kept));
+        let surplus = surplus_checkpoints(records, &job, facts.iter().map(|fact| fact.step));
         self.change_job(draft, version, &job, |status| {
             status.gang.clear();
             if let Some(newest) = facts.last() {
@@ -309,6 +311,8 @@ impl Leader {
             record_checkpoint(draft, name, &fact, now);
             draft.publish(name, JobEvent::Checkpoint(fact));
         }
+        surplus.into_iter().for_each(|key| draft.delete(key));
+        sweep_store(draft, name);
         if let Some(text) = adopted {
             draft.note(name, generation, None, text);
         }
@@ -350,24 +354,6 @@ fn record_checkpoint(draft: &mut Draft, job: &Name, fact: &CheckpointFact, now: 
     let key = RecordKey::new(KIND_CHECKPOINT, CheckpointRecord::id(job, fact.step));
     let record = CheckpointRecord { job: job.clone(), fact: fact.clone(), committed_ms: now.0 };
     draft.put(key, Expect::Anything, &record);
-}
-
-/// Records beyond the newest `keep`, counting the one at `step` that is about to be written, with
-/// their manifests' keys. Never that one.
-fn surplus_checkpoints(records: &Records, job: &JobRecord, step: u64) -> Vec<(RecordKey, String)> {
-    let kept_before = job.spec.checkpoint.keep.get() as usize - 1;
-    let newest = CheckpointRecord::id(&job.spec.name, api::Step(step));
-    let keys: BTreeSet<&RecordKey> = records
-        .list(KIND_CHECKPOINT, &format!("{}/", job.spec.name))
-        .map(|(key, _)| key)
-        .filter(|key| key.id != newest)
-        .collect();
-    let surplus = keys.len().saturating_sub(kept_before);
-    let of = |key: &RecordKey| {
-        let record = records.read::<CheckpointRecord>(KIND_CHECKPOINT, &key.id).ok()??;
-        Some((key.clone(), record.1.fact.manifest_key))
-    };
-    keys.into_iter().take(surplus).filter_map(of).collect()
 }
 
 /// Without values that JSON cannot hold, which would make the record unreadable.

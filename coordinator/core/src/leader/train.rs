@@ -26,6 +26,7 @@ use super::draft::{Draft, Expect};
 use super::gang::{self, Gang, Verdict};
 use super::index::Workload;
 use super::reason::Reason;
+use super::retain;
 use super::schedule;
 use super::standing::{Standing, ended_unseen, slowest};
 use super::workers::{Stage, Task, task_id};
@@ -46,6 +47,7 @@ impl Leader {
         draft.put(workload.key(), expect, &*job);
         draft.publish(&name, JobEvent::Status(Box::new(job.status.clone())));
         draft.decided(Reason::changed(name, job.status.phase, &job.status.reason));
+        self.sweep_if_over(draft, &job);
         self.index.set(workload);
     }
 
@@ -103,6 +105,7 @@ impl Leader {
                 );
                 draft.note(&name, generation, None, text);
                 self.change_job(draft, version, job, |status| status.gang.clear());
+                retain::sweep_store(draft, &name);
             }
             Some(_) => {}
         }

@@ -1,0 +1,93 @@
+//! When the store is swept of a job's checkpoints that nobody needs: after records were dropped,
+//! after a generation was cleared, when the job is over, and once more when its last rank has gone.
+//!
+//! Only says when; what may go is judged in `retention.rs`, anew for every checkpoint. A sweep that
+//! is lost with its leader is made up by the job's next one.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use api::ids::{Generation, Name, Step};
+use api::records::{CheckpointRecord, JobRecord, KIND_CHECKPOINT};
+
+use super::Leader;
+use super::decision::Effect;
+use super::draft::Draft;
+use super::index::Workload;
+use super::workers::task_id;
+use crate::records::Records;
+use crate::transaction::RecordKey;
+
+/// Jobs whose last ranks are waited for, the newest. One that is forgotten leaves a broken-off
+/// checkpoint in the store until it is resumed.
+const UNSWEPT_MAX: usize = 256;
+
+/// Asks for a sweep while ranks may still write.
+pub(super) fn sweep_store(draft: &mut Draft, job: &Name) {
+    draft.effect(Effect::Sweep { job: job.clone(), ended: None });
+}
+
+impl Leader {
+    /// The job is about to be recorded as it is. One that is over is swept, again when its last
+    /// ranks have left.
+    pub(super) fn sweep_if_over(&mut self, draft: &mut Draft, job: &Arc<JobRecord>) {
+        let name = &job.spec.name;
+        self.unswept.retain(|other| other.spec.name != *name);
+        // Nothing was ever written for one that was never placed.
+        if !job.status.phase.is_terminal() || job.status.generation == Generation(0) {
+            return;
+        }
+        if self.has_left(job) {
+            let ended = Some(job.status.generation);
+            return draft.effect(Effect::Sweep { job: name.clone(), ended });
+        }
+        sweep_store(draft, name);
+        if self.unswept.len() == UNSWEPT_MAX {
+            self.unswept.pop_front();
+        }
+        self.unswept.push_back(Arc::clone(job));
+    }
+
+    /// Sweeps jobs that were over before their last rank had left.
+    pub(super) fn sweep_left(&mut self, draft: &mut Draft) {
+        let mut unswept = std::mem::take(&mut self.unswept);
+        unswept.retain(|job| {
+            let has_left = self.has_left(job);
+            if has_left {
+                let ended = Some(job.status.generation);
+                draft.effect(Effect::Sweep { job: job.spec.name.clone(), ended });
+            }
+            !has_left
+        });
+        self.unswept = unswept;
+    }
+
+    /// Whether no rank of the job's generation runs any more. Never true while one of its workers
+    /// is out of sight: a gang that was cut off there may still be writing.
+    fn has_left(&self, job: &Arc<JobRecord>) -> bool {
+        let workload = Workload::Job(Arc::clone(job));
+        job.status.gang.iter().all(|place| {
+            let worker = self.workers.get(&place.worker).filter(|worker| !worker.is_lost);
+            worker.is_some_and(|w| !w.tasks.contains_key(&task_id(&workload, place.rank)))
+        })
+    }
+}
+
+/// Records beyond the newest `checkpoint.keep`, counting those at `written` that are about to be
+/// recorded. Never those.
+pub(super) fn surplus_checkpoints(
+    records: &Records,
+    job: &JobRecord,
+    written: impl IntoIterator<Item = Step>,
+) -> Vec<RecordKey> {
+    let id = |step| CheckpointRecord::id(&job.spec.name, step);
+    let written: BTreeSet<String> = written.into_iter().map(id).collect();
+    let former: Vec<&RecordKey> = records
+        .list(KIND_CHECKPOINT, &format!("{}/", job.spec.name))
+        .map(|(key, _)| key)
+        .filter(|key| !written.contains(&key.id))
+        .collect();
+    let kept = (job.spec.checkpoint.keep.get() as usize).saturating_sub(written.len());
+    let surplus = former.len().saturating_sub(kept);
+    former.into_iter().take(surplus).cloned().collect()
+}

@@ -1,0 +1,74 @@
+//! Which checkpoints in the store nobody needs: not recorded, not being written, and never to be
+//! recorded.
+//!
+//! A judgement over records; who looks into the store and deletes is the shell. Invariant: what may
+//! go once may go for ever, whatever is committed later. So nothing of worth is lost when somebody
+//! acts on a judgement that has aged, not even a leader that has been deposed.
+
+use std::collections::BTreeSet;
+
+use api::ids::{Generation, Name, Step};
+use api::records::{CheckpointRecord, JobRecord, KIND_CHECKPOINT, KIND_JOB};
+
+use crate::records::{RecordError, Records};
+
+/// What one job needs of its checkpoints.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Retention {
+    /// Recorded: may be resumed from, verified and exported.
+    recorded: BTreeSet<(Step, Generation)>,
+    /// Nothing of this generation and those before it will be recorded any more.
+    cleared: Generation,
+}
+
+impl Retention {
+    /// What `job` needs according to `records`; `None` when there is no such job.
+    ///
+    /// # Errors
+    /// When one of its records cannot be read: then nothing is known to be of no use.
+    pub fn of(records: &Records, job: &Name) -> Result<Option<Self>, RecordError> {
+        let Some((_, JobRecord { status, .. })) = records.read(KIND_JOB, job.as_str())? else {
+            return Ok(None);
+        };
+        let mut recorded = BTreeSet::new();
+        for (key, _) in records.list(KIND_CHECKPOINT, &format!("{job}/")) {
+            if let Some((_, CheckpointRecord { fact, .. })) =
+                records.read(KIND_CHECKPOINT, &key.id)?
+            {
+                recorded.insert((fact.step, fact.generation));
+            }
+        }
+        recorded.extend(status.checkpoint.map(|fact| (fact.step, fact.generation)));
+        // A generation is placed when the former one is cleared; the gang of a cleared one is
+        // forgotten.
+        let cleared = match status.gang.is_empty() {
+            true => status.generation,
+            false => Generation(status.generation.0.saturating_sub(1)),
+        };
+        Ok(Some(Self { recorded, cleared }))
+    }
+
+    /// Whether a checkpoint of the store may go. `is_complete`: it has a manifest. `ended`: a
+    /// generation of which no rank runs any more (see [`crate::Effect::Sweep`]).
+    pub fn may_go(
+        &self,
+        step: Step,
+        generation: Generation,
+        is_complete: bool,
+        ended: Option<Generation>,
+    ) -> bool {
+        if self.recorded.contains(&(step, generation)) {
+            return false;
+        }
+        let is_before = |recorded: Option<&(Step, Generation)>| {
+            recorded.is_some_and(|(recorded, _)| step < *recorded)
+        };
+        // Nobody writes or records at steps before the newest recorded one; before the oldest one
+        // lie those that were recorded once.
+        let is_dropped = is_before(self.recorded.first());
+        // Its own ranks have said all they had to say: only what is newer and whole may be adopted.
+        let is_left_over = ended.is_some_and(|ended| generation <= ended)
+            && (!is_complete || is_before(self.recorded.last()));
+        generation <= self.cleared || is_dropped || is_left_over
+    }
+}

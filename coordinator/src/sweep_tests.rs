@@ -1,0 +1,225 @@
+//! What a sweep leaves in a real folder, and when it runs.
+
+use std::path::Path;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+
+use api::config::StoreSection;
+use api::events::CheckpointFact;
+use api::records::{CheckpointRecord, JobStatus, KIND_CHECKPOINT, Phase, Placement};
+use api::{JobSpec, Rank, Step};
+use checkpoint::keys;
+use coordinator_core::{RecordKey, Transaction, Write};
+
+use super::*;
+
+/// Fails a test that would hang; no run comes near it.
+const GUARD: Duration = Duration::from_secs(60);
+
+fn job() -> Name {
+    "digits".parse().expect("a name")
+}
+
+fn store(folder: &Path) -> Store {
+    let uri = format!("file://{}", folder.display());
+    Store::open(&StoreSection::default(), &uri).expect("opens")
+}
+
+/// Makes a checkpoint's folder, with a manifest if it is complete.
+fn place(root: &Path, job: &Name, step: u64, generation: u64, is_complete: bool) {
+    let folder = root.join(keys::checkpoint(job, Step(step), Generation(generation)));
+    std::fs::create_dir_all(&folder).expect("made");
+    std::fs::write(folder.join("rank-00000-ab.safetensors"), "shard").expect("written");
+    if is_complete {
+        std::fs::write(folder.join(keys::MANIFEST), "manifest").expect("written");
+    }
+}
+
+/// Steps and generations of the folders that are there.
+fn left(root: &Path, job: &Name) -> Vec<(u64, u64)> {
+    let parse = |entry: std::io::Result<std::fs::DirEntry>| {
+        let name = entry.expect("an entry").file_name().into_string().expect("text");
+        let (step, generation) = name.split_once("-g").expect("a checkpoint's folder");
+        (step.parse().expect("a step"), generation.parse().expect("a generation"))
+    };
+    let entries = std::fs::read_dir(root.join(keys::checkpoints(job))).expect("a folder");
+    let mut found: Vec<(u64, u64)> = entries.map(parse).collect();
+    found.sort();
+    found
+}
+
+/// The records of one job: its phase, generation, gang, and checkpoints by step and generation.
+fn records(
+    job: &Name,
+    phase: Phase,
+    generation: u64,
+    has_gang: bool,
+    recorded: &[(u64, u64)],
+) -> Records {
+    let fact = |(step, generation): (u64, u64)| {
+        let (step, generation) = (Step(step), Generation(generation));
+        let manifest_key = keys::manifest(job, step, generation);
+        CheckpointFact { step, generation, manifest_key, manifest_digest: "ab".into(), bytes: 1 }
+    };
+    let text = format!("name = \"{job}\"\nalgorithm = \"transformer\"\n[stop]\nmax_steps = 9\n");
+    let spec = JobSpec::parse(&text, "job.toml", Path::new("/"), &[]).expect("a job");
+    let worker = "w1".parse().expect("a name");
+    let status = JobStatus {
+        phase,
+        generation: Generation(generation),
+        gang: has_gang.then_some(Placement { rank: Rank(0), worker }).into_iter().collect(),
+        checkpoint: recorded.last().copied().map(fact),
+        ended_ms: phase.is_terminal().then_some(1),
+        ..JobStatus::default()
+    };
+    let put = |key, json: serde_json::Result<Vec<u8>>| {
+        let json = json.expect("serialises");
+        Write::Put { key, json }
+    };
+    let key = RecordKey::new(KIND_JOB, job.as_str());
+    let mut writes = vec![put(key, serde_json::to_vec(&JobRecord { spec, status }))];
+    for fact in recorded.iter().copied().map(fact) {
+        let key = RecordKey::new(KIND_CHECKPOINT, CheckpointRecord::id(job, fact.step));
+        let record = CheckpointRecord { job: job.clone(), fact, committed_ms: 1 };
+        writes.push(put(key, serde_json::to_vec(&record)));
+    }
+    let mut records = Records::default();
+    records.apply(1, &Transaction { writes, ..Transaction::default() });
+    records
+}
+
+async fn sweep(folder: &Path, records: Records, ended: Option<u64>) {
+    let records = Arc::new(records);
+    let sweeper = Sweeper::new(store(folder), move || Arc::clone(&records));
+    sweeper.ask(job(), ended.map(Generation));
+    sweeper.finish(GUARD).await;
+}
+
+/// Step, generation, whether it has a manifest. Recorded are 20 of g2 and 30 of g3, the current
+/// generation. The letters are the situations below in which it stays.
+const FOLDERS: [(u64, u64, bool, &str); 14] = [
+    // Of former generations: only what is recorded.
+    (5, 1, false, ""),
+    (10, 1, true, ""),
+    (20, 1, true, ""),
+    (20, 2, true, "abcde"),
+    (25, 2, true, ""),
+    (26, 2, false, ""),
+    (60, 2, true, ""),
+    // Recorded once, and below what is kept.
+    (15, 3, true, ""),
+    // Its report came after that of a newer one.
+    (25, 3, true, "ab"),
+    (30, 3, true, "abcde"),
+    // Being written, or just written and not recorded yet.
+    (35, 3, false, "ab"),
+    (40, 3, true, "abd"),
+    // Of a generation that these records do not know yet.
+    (45, 4, false, "abcde"),
+    (50, 4, true, "abcde"),
+];
+
+#[tokio::test]
+async fn only_what_nobody_needs_is_deleted() {
+    for (letter, phase, has_gang, ended) in [
+        ('a', Phase::Running, true, None),
+        // Its former gang is being cleared, then the store is asked what it completed.
+        ('b', Phase::Queued, true, None),
+        // That is done.
+        ('c', Phase::Queued, false, None),
+        // Over, its ranks have left, and it may be resumed.
+        ('d', Phase::Failed, true, Some(3)),
+        // Over for good.
+        ('e', Phase::Succeeded, false, Some(3)),
+    ] {
+        let folder = tempfile::tempdir().expect("a folder");
+        for (step, generation, is_complete, _) in FOLDERS {
+            place(folder.path(), &job(), step, generation, is_complete);
+        }
+        let records = records(&job(), phase, 3, has_gang, &[(20, 2), (30, 3)]);
+        sweep(folder.path(), records, ended).await;
+        let stays = FOLDERS.into_iter().filter(|(_, _, _, stays)| stays.contains(letter));
+        let expected: Vec<(u64, u64)> = stays.map(|(step, by, _, _)| (step, by)).collect();
+        assert_eq!(left(folder.path(), &job()), expected, "situation {letter}");
+    }
+}
+
+#[tokio::test]
+async fn without_a_record_that_says_so_nothing_is_deleted() {
+    let unreadable = |kind| {
+        let mut records = records(&job(), Phase::Succeeded, 3, false, &[(30, 3)]);
+        let id = match kind {
+            KIND_JOB => job().to_string(),
+            _ => CheckpointRecord::id(&job(), Step(30)),
+        };
+        let write = Write::Put { key: RecordKey::new(kind, id), json: b"{}".to_vec() };
+        records.apply(2, &Transaction { writes: vec![write], ..Transaction::default() });
+        records
+    };
+    let first = records(&job(), Phase::Running, 1, true, &[]);
+    for (what, records) in [
+        ("no such job", Records::default()),
+        ("its first checkpoint is being written", first),
+        ("the job cannot be read", unreadable(KIND_JOB)),
+        ("a checkpoint's record cannot be read", unreadable(KIND_CHECKPOINT)),
+    ] {
+        let folder = tempfile::tempdir().expect("a folder");
+        place(folder.path(), &job(), 10, 1, true);
+        place(folder.path(), &job(), 20, 1, false);
+        sweep(folder.path(), records, None).await;
+        assert_eq!(left(folder.path(), &job()), [(10, 1), (20, 1)], "{what}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_asked_during_a_sweep_is_done_after_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    place(folder.path(), &job(), 35, 3, false);
+    let records = Arc::new(records(&job(), Phase::Failed, 3, true, &[]));
+    let (asks, looks) = (Arc::new(OnceLock::<Sweeper>::new()), Arc::new(AtomicUsize::new(0)));
+    let sweeper = Sweeper::new(store(folder.path()), {
+        let (asks, looks) = (Arc::clone(&asks), Arc::clone(&looks));
+        move || {
+            // In the middle of the first sweep, which began without knowing it, the last rank ends.
+            if looks.fetch_add(1, Ordering::SeqCst) == 0 {
+                let sweeper: &Sweeper = asks.wait();
+                (0..3).for_each(|_| sweeper.ask(job(), Some(Generation(3))));
+            }
+            Arc::clone(&records)
+        }
+    });
+    assert!(asks.set(sweeper.clone()).is_ok());
+    sweeper.ask(job(), None);
+    sweeper.finish(GUARD).await;
+    assert_eq!(left(folder.path(), &job()), []);
+    assert_eq!(looks.load(Ordering::SeqCst), 2, "one more sweep, however often it was asked for");
+}
+
+#[tokio::test]
+async fn a_new_leader_repeats_the_last_sweeps_of_jobs_that_are_over() {
+    let folder = tempfile::tempdir().expect("a folder");
+    place(folder.path(), &job(), 10, 1, true);
+    place(folder.path(), &job(), 20, 1, true);
+    let records = Arc::new(records(&job(), Phase::Succeeded, 1, false, &[(20, 1)]));
+    let sweeper = Sweeper::new(store(folder.path()), move || Arc::clone(&records));
+    sweeper.take_over();
+    sweeper.finish(GUARD).await;
+    assert_eq!(left(folder.path(), &job()), [(20, 1)]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sweep_that_hangs_holds_up_nobody_for_longer_than_allowed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    place(folder.path(), &job(), 10, 1, true);
+    let (release, released) = mpsc::channel::<()>();
+    let released = Mutex::new(released);
+    let sweeper = Sweeper::new(store(folder.path()), move || {
+        let _ = released.lock().expect("not poisoned").recv();
+        Arc::default()
+    });
+    sweeper.ask(job(), None);
+    sweeper.finish(Duration::from_millis(1)).await;
+    drop(release);
+    assert_eq!(left(folder.path(), &job()), [(10, 1)]);
+}
