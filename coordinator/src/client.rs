@@ -222,7 +222,7 @@ impl ClusterClient {
     /// Waits until an endpoint has an address, or has ended without one.
     ///
     /// # Errors
-    /// `NotFound`, or `Unavailable` when it takes too long: the reason says what it waits for.
+    /// `NotFound`, or `EndpointWaits` when it takes too long: the reason says what it waits for.
     pub async fn wait_for_endpoint(&self, name: &Name) -> Result<EndpointRecord, ClientError> {
         let until = Instant::now() + ENDPOINT_WAIT;
         loop {
@@ -232,8 +232,9 @@ impl ClusterClient {
                 return Ok(endpoint);
             }
             if Instant::now() > until {
-                return Err(ClientError::Unavailable(format!(
-                    "endpoint `{name}` is still {} after {} s: {}",
+                return Err(ClientError::EndpointWaits(format!(
+                    "endpoint `{name}` is still {} after {} s: {}; it goes on waiting: free a slot, or \
+                     give it up with `cluster stop {name} --endpoint`",
                     status.phase,
                     ENDPOINT_WAIT.as_secs(),
                     status.reason

@@ -23,6 +23,9 @@ pub enum ClientError {
     /// Coordinators answer but cannot act, such as without a majority.
     #[error("the cluster does not answer requests now: {0}")]
     Unavailable(String),
+    /// An endpoint does not run yet.
+    #[error("{0}")]
+    EndpointWaits(String),
     /// The cluster token or a certificate was refused.
     #[error("{0}")]
     Denied(String),
@@ -53,7 +56,9 @@ impl ClientError {
     /// The class of exit code that a command ends with.
     pub fn exit_class(&self) -> ExitClass {
         match self {
-            Self::Unreachable { .. } | Self::Unavailable(_) => ExitClass::Unavailable,
+            Self::Unreachable { .. } | Self::Unavailable(_) | Self::EndpointWaits(_) => {
+                ExitClass::Unavailable
+            }
             Self::Denied(_) => ExitClass::Denied,
             Self::NotFound(_) => ExitClass::NotFound,
             Self::Conflict(_) => ExitClass::Conflict,
