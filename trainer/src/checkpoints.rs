@@ -5,7 +5,7 @@
 //! all have, the shard entries are gathered and rank 0 writes the manifest, last. So no rank waits
 //! for another's upload, and the coordinator is not needed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use api::events::CheckpointFact;
 use api::session::TrainAssignment;
@@ -26,8 +26,8 @@ pub struct Checkpoints {
     pending: Option<Pending>,
     /// The newest step that is saved or being saved.
     newest: Option<Step>,
-    /// The newest step whose manifest is written, as far as rank 0 knows.
-    committed_step: Option<Step>,
+    /// Steps whose manifest rank 0 has begun and not heard of since.
+    committing: BTreeSet<Step>,
 }
 
 /// A staged checkpoint whose shards are not all written yet. The same on every rank.
@@ -59,7 +59,7 @@ impl Checkpoints {
             info,
             pending: None,
             newest: assignment.restore.as_ref().map(|fact| fact.step),
-            committed_step: assignment.restore.as_ref().map(|fact| fact.step),
+            committing: BTreeSet::new(),
         })
     }
 
@@ -127,6 +127,7 @@ impl Checkpoints {
             let shards: Result<Vec<ShardEntry>, _> =
                 all.iter().map(|bytes| serde_json::from_slice(bytes)).collect();
             let shards = shards.map_err(unreadable)?;
+            self.committing.insert(pending.step);
             self.saver.commit(pending.step, shards, self.info.clone());
         }
         Ok(())
@@ -135,24 +136,22 @@ impl Checkpoints {
     /// Checkpoints whose manifest has been written since the last call (rank 0).
     pub fn committed(&mut self) -> Result<Vec<CheckpointFact>, TrainError> {
         let facts = self.saver.poll_committed()?;
-        self.committed_step = self.committed_step.max(facts.iter().map(|fact| fact.step).max());
+        self.committing.retain(|step| facts.iter().all(|fact| fact.step != *step));
         Ok(facts)
     }
 
-    /// Completes the pending checkpoint and waits until its manifest is written (rank 0).
+    /// Completes the pending checkpoint and waits until every manifest is written (rank 0), of
+    /// older checkpoints too. Oldest first: once a newer one is recorded, an older one is refused.
     pub fn flush(
         &mut self,
         communicator: &mut dyn Communicator,
     ) -> Result<Vec<CheckpointFact>, TrainError> {
         self.complete(communicator)?;
         let mut facts = self.committed()?;
-        // Begun in `agree` or just now: the manifest may still be under way.
-        if let Some(step) = self.newest.filter(|step| self.committed_step < Some(*step))
-            && self.rank == Rank(0)
-        {
+        for step in std::mem::take(&mut self.committing) {
             facts.push(self.saver.wait_committed(step)?);
-            self.committed_step = Some(step);
         }
+        facts.sort_by_key(|fact| fact.step);
         Ok(facts)
     }
 
