@@ -142,7 +142,7 @@ impl Leader {
             draft.because(Reason::Remark(format!("refused: {refusal}")));
         }
         draft.answer(reply);
-        self.sweep(&mut draft);
+        self.kill_unwanted(&mut draft);
         draft.finish()
     }
 
@@ -155,7 +155,7 @@ impl Leader {
         if !draft.has_writes() {
             self.schedule(draft, records, now);
         }
-        self.sweep(draft);
+        self.kill_unwanted(draft);
         self.sweep_left(draft);
         if let Some(reason) = self.index.unreadable() {
             draft.because(reason.clone());

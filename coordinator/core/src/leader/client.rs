@@ -146,7 +146,7 @@ impl Leader {
                     status.ended_ms = Some(now.0);
                 });
             }
-            // Its ranks hold nothing worth a checkpoint: the next sweep kills them.
+            // Its ranks hold nothing worth a checkpoint: they are killed right after.
             Phase::Starting => {
                 self.change_job(draft, version, job, |status| {
                     status.phase = Phase::Stopped;

@@ -119,7 +119,7 @@ impl Leader {
     }
 
     /// A word of a task that its worker did not tell of: should it exist after all, it must not.
-    /// Tasks of the inventory are left to the sweep.
+    /// Those of the inventory are killed when nobody wants them.
     fn kill_unknown(&self, draft: &mut Draft, worker: &Name, task: &TaskId) {
         let Some(host) = self.workers.get(worker) else { return };
         if let Some(session) = host.session

@@ -307,7 +307,7 @@ impl Leader {
 
     /// Kills every task that nobody wants: of an older generation, of a workload that has ended or
     /// is between generations, or unknown. Told once per session.
-    pub(super) fn sweep(&mut self, draft: &mut Draft) {
+    pub(super) fn kill_unwanted(&mut self, draft: &mut Draft) {
         for (name, worker) in &mut self.workers {
             let Some(session) = worker.session else { continue };
             for (task, state) in worker.tasks.iter_mut().filter(|(_, state)| !state.kill_told) {
