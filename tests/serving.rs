@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Running, cluster, repository, run, small_job, submit_local};
+use common::{Running, cluster, repository, run, small_job, submit_local, up};
 use nix::sys::signal::Signal;
 
 /// Sends one request with nothing but a socket; gives the status and the body.
@@ -74,10 +74,7 @@ fn digits_are_trained_served_and_told_apart() {
 fn a_language_model_is_deployed_on_a_cluster() {
     let folder = tempfile::tempdir().expect("a folder");
     let dir = folder.path().join("c");
-    let mut up = cluster();
-    let mut up =
-        Running::start(up.args(["up", "--port", "0", "--slots", "2", "--json", "--dir"]).arg(&dir));
-    up.wait_for("up", |event| event["event"] == "up");
+    let up = up(&dir, &[]);
     let ask = |args: &[&str]| {
         let mut command = cluster();
         run(command.args(args).arg("--json").arg("--dir").arg(&dir))
@@ -110,10 +107,7 @@ fn a_language_model_is_deployed_on_a_cluster() {
 fn a_job_is_stopped_with_its_state_and_resumed() {
     let folder = tempfile::tempdir().expect("a folder");
     let dir = folder.path().join("c");
-    let mut up = cluster();
-    let mut up =
-        Running::start(up.args(["up", "--port", "0", "--slots", "2", "--json", "--dir"]).arg(&dir));
-    up.wait_for("up", |event| event["event"] == "up");
+    let up = up(&dir, &[]);
     let job = small_job(folder.path(), "[resources]\nranks = 2\n");
     let mut submit = cluster();
     submit.arg("submit").arg(&job).args(["--json", "--follow", "--set", "stop.max_steps=2000"]);
@@ -150,10 +144,7 @@ fn a_frozen_job_can_be_stopped() {
     let dir = folder.path().join("c");
     let config = folder.path().join("cluster.toml");
     std::fs::write(&config, "[worker]\nstop_timeout = \"500ms\"\n").expect("written");
-    let mut up = cluster();
-    up.args(["up", "--port", "0", "--slots", "2", "--json", "--config"]).arg(&config);
-    let mut up = Running::start(up.arg("--dir").arg(&dir));
-    up.wait_for("up", |event| event["event"] == "up");
+    let up = up(&dir, &["--config", config.to_str().expect("UTF-8")]);
     let job = small_job(folder.path(), "[resources]\nranks = 2\n");
     let mut submit = cluster();
     submit.arg("submit").arg(&job).args(["--json", "--follow", "--set", "stop.max_steps=100000"]);

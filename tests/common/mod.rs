@@ -254,6 +254,15 @@ pub fn small_job(folder: &Path, extra: &str) -> PathBuf {
     path
 }
 
+/// A cluster in the folder `dir` with one worker of two slots, once it answers; `extra` goes to `up`.
+pub fn up(dir: &Path, extra: &[&str]) -> Running {
+    let mut command = cluster();
+    command.args(["up", "--port", "0", "--slots", "2", "--json", "--dir"]).arg(dir).args(extra);
+    let mut up = Running::start(&mut command);
+    up.wait_for("up", |event| event["event"] == "up");
+    up
+}
+
 /// `submit --local --json` of a job in its own folder.
 pub fn submit_local(job: &Path, dir: &Path, sets: &[&str]) -> Command {
     let mut command = cluster();

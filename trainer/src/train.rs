@@ -166,9 +166,9 @@ impl Trainer {
 
         let reducing = Instant::now();
         let mut sums = vec![0.0; COMMON_SUMS + self.problem.model.sums.len()];
-        self.lanes.reduce_f64(self.communicator.as_mut(), &mut stats, &mut sums)?;
+        self.lanes.reduce(self.communicator.as_mut(), &mut stats, &mut sums)?;
         let mut gradient = std::mem::take(&mut self.gradient);
-        self.lanes.reduce_f32(self.communicator.as_mut(), &mut self.fold, &mut gradient)?;
+        self.lanes.reduce(self.communicator.as_mut(), &mut self.fold, &mut gradient)?;
         time.communication = reducing.elapsed().as_secs_f64();
 
         let count = sums[1].max(1.0);
@@ -301,7 +301,7 @@ impl Trainer {
             fold.push(lane, sums);
         }
         let mut sums = vec![0.0; COMMON_SUMS + self.problem.model.sums.len()];
-        self.lanes.reduce_f64(self.communicator.as_mut(), &mut fold, &mut sums)?;
+        self.lanes.reduce(self.communicator.as_mut(), &mut fold, &mut sums)?;
         let count = sums[1].max(1.0);
         let mut metrics = BTreeMap::from([("validation:loss".to_owned(), sums[0] / count)]);
         for (name, sum) in self.problem.model.sums.iter().zip(&sums[COMMON_SUMS..]) {

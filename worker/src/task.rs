@@ -41,6 +41,9 @@ const MESSAGE_CHARS_MAX: usize = 1_024;
 /// Credentials of the worker's environment that go to the rank by the socket only.
 const SECRET_VARIABLES: [&str; 2] = ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
 
+/// Why a task is killed that was asked to leave.
+pub(crate) const OVERSTAYED: &str = "it did not leave in time when asked to";
+
 /// What all tasks of a worker share.
 pub(crate) struct Surroundings {
     pub(crate) program: PathBuf,
@@ -86,8 +89,7 @@ impl TaskHandle {
         let (sender, limit) = (self.kill.clone(), self.stop_timeout);
         tokio::spawn(async move {
             if timeout(limit, sender.closed()).await.is_err() {
-                let seconds = limit.as_secs_f64();
-                kill(&sender, &format!("it did not leave within {seconds} s of being asked to"));
+                kill(&sender, OVERSTAYED);
             }
         });
     }

@@ -25,7 +25,7 @@ use crate::process::Spawner;
 use crate::session::{Session, SessionOptions};
 use crate::spool::Spooler;
 use crate::strays;
-use crate::task::{Surroundings, store_for_ranks};
+use crate::task::{OVERSTAYED, Surroundings, store_for_ranks};
 
 /// Orders that wait for the agent, which takes each without waiting for anything.
 const ORDER_QUEUE: usize = 256;
@@ -185,7 +185,7 @@ impl Running {
                     deadline = Some(Instant::now() + self.stop_timeout);
                 }
                 () = sleep_until(killing), if deadline.is_some() => {
-                    self.agent.kill_all("it did not leave in time when the worker shut down");
+                    self.agent.kill_all(OVERSTAYED);
                     kills += 1;
                     deadline = Some(Instant::now() + KILL_INTERVAL);
                 }

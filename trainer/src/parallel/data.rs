@@ -7,7 +7,9 @@
 use std::ops::Range;
 
 use api::job::Batch;
-use collective::{CollectiveError, Communicator, LaneFold, LaneTree, Partial};
+use collective::{
+    Buffer, BufferMut, CollectiveError, Communicator, LaneElement, LaneFold, LaneTree, Partial,
+};
 
 /// The lanes of a job and this rank's share of them.
 #[derive(Debug)]
@@ -55,12 +57,16 @@ impl Lanes {
     }
 
     /// Sums what the ranks folded, in tree order; every rank gets the result.
-    pub fn reduce_f32(
+    pub fn reduce<T: LaneElement>(
         &self,
         communicator: &mut dyn Communicator,
-        fold: &mut LaneFold<f32>,
-        output: &mut [f32],
-    ) -> Result<(), CollectiveError> {
+        fold: &mut LaneFold<T>,
+        output: &mut [T],
+    ) -> Result<(), CollectiveError>
+    where
+        for<'a> &'a [T]: Into<Buffer<'a>>,
+        for<'a> &'a mut [T]: Into<BufferMut<'a>>,
+    {
         let parts = fold.finish();
         let partials: Vec<Partial<'_>> = parts
             .iter()
@@ -74,23 +80,8 @@ impl Lanes {
         Ok(())
     }
 
-    /// [`Lanes::reduce_f32`] for metric sums.
-    pub fn reduce_f64(
-        &self,
-        communicator: &mut dyn Communicator,
-        fold: &mut LaneFold<f64>,
-        output: &mut [f64],
-    ) -> Result<(), CollectiveError> {
-        let parts = fold.finish();
-        let partials: Vec<Partial<'_>> = parts
-            .iter()
-            .map(|(subtree, data)| Partial { subtree: *subtree, data: data.as_slice().into() })
-            .collect();
-        communicator.reduce_lanes(&self.tree, &partials, output.into())
-    }
-
     /// A fold over this job's tree.
-    pub fn fold<T: collective::LaneElement>(&self) -> LaneFold<T> {
+    pub fn fold<T: LaneElement>(&self) -> LaneFold<T> {
         LaneFold::new(self.tree.clone())
     }
 }

@@ -367,7 +367,7 @@ async fn shutting_down_asks_first_and_kills_later() {
     }
     exits.sort();
     let late_text = "could not be started: the worker is shutting down";
-    let deaf_text = "stopped by its worker: it did not leave in time when the worker shut down";
+    let deaf_text = "stopped by its worker: it did not leave in time when asked to";
     assert_eq!(
         exits,
         [
