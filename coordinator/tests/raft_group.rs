@@ -303,10 +303,20 @@ async fn a_snapshot_lost_on_the_way_is_sent_again() {
         loop {
             be_alive().await;
             let next = received.recv().await.expect("the server runs");
-            if next.get_msg_type() == MessageType::MsgSnapshot {
-                let metadata = next.get_snapshot().get_metadata();
-                assert!(metadata.index > 1, "{metadata:?}");
-                break;
+            match next.get_msg_type() {
+                MessageType::MsgSnapshot => {
+                    let metadata = next.get_snapshot().get_metadata();
+                    assert!(metadata.index > 1, "{metadata:?}");
+                    break;
+                }
+                // One of the lost ones had left the leader's hands: it goes on behind it, and a node
+                // without a log says that it lacks what comes before.
+                MessageType::MsgAppend => {
+                    let mut refusal = message(MessageType::MsgAppendResponse, next.term);
+                    (refusal.index, refusal.reject) = (next.index, true);
+                    as_second_node(&group, group.leader().await, vec![refusal]).await;
+                }
+                _ => {}
             }
         }
     })
