@@ -1,7 +1,7 @@
 //! job.toml: what to train, on what data, with which resources, and when to stop.
 //!
-//! [`JobFile`] is the file as written; [`JobSpec`] is the same after `--set`, defaults and path
-//! resolution: immutable, recorded, the only form the rest of the code takes.
+//! [`JobSpec`] is the file after `--set`, defaults and path resolution: immutable, recorded, the only
+//! form the rest of the code takes.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
