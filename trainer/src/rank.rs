@@ -103,6 +103,9 @@ fn run(control: &Control, orders: &Orders) -> Result<(), TrainError> {
         world_size: assignment.world_size,
         secret: assignment.secret.clone(),
         connect_timeout: CONNECT_TIMEOUT,
+        reduction: Default::default(),
+        transport: Default::default(),
+        host: None,
     };
     let mut communicator = listener.connect(group, &addresses)?;
     let validation = problem.validation.as_ref().map_or("none", |data| data.digest());

@@ -10,13 +10,11 @@ use api::{Generation, Rank, Secret};
 
 use super::{HANG, QUICK, error, group, in_parallel, listeners, options};
 use crate::handshake::Identity;
-use crate::{
-    CollectiveError, Communicator, LaneTree, Operation, Partial, ReduceOp, TcpCommunicator,
-};
+use crate::{CollectiveError, Communicator, LaneTree, Operation, Partial, ProcessGroup, ReduceOp};
 
-type Calls = fn(&mut TcpCommunicator) -> Result<(), CollectiveError>;
+type Calls = fn(&mut ProcessGroup) -> Result<(), CollectiveError>;
 
-fn lanes(communicator: &mut TcpCommunicator, lanes: u32) -> Result<(), CollectiveError> {
+fn lanes(communicator: &mut ProcessGroup, lanes: u32) -> Result<(), CollectiveError> {
     let tree = LaneTree::new(lanes);
     let run = tree.lanes_of(communicator.rank().0, communicator.world_size());
     let data = vec![1.0f32; 100];
@@ -29,7 +27,7 @@ fn lanes(communicator: &mut TcpCommunicator, lanes: u32) -> Result<(), Collectiv
 }
 
 fn all_reduce(
-    communicator: &mut TcpCommunicator,
+    communicator: &mut ProcessGroup,
     len: usize,
     op: ReduceOp,
 ) -> Result<(), CollectiveError> {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use api::{Generation, Rank, Secret};
 
-use crate::{CollectiveError, GroupOptions, Listener, TcpCommunicator};
+use crate::{CollectiveError, GroupOptions, Listener, ProcessGroup};
 
 /// Far beyond what any test needs on a loaded machine; a test that reaches it hangs.
 const HANG: Duration = Duration::from_secs(120);
@@ -27,6 +27,9 @@ fn options(rank: u32, world_size: u32) -> GroupOptions {
         world_size,
         secret: Secret::new("correct horse battery staple"),
         connect_timeout: HANG,
+        reduction: Default::default(),
+        transport: Default::default(),
+        host: None,
     }
 }
 
@@ -70,7 +73,7 @@ fn in_parallel<R: Send + 'static>(
 /// Forms a group and runs one thread per rank; the results by rank.
 fn group<R: Send + 'static>(
     world: u32,
-    body: impl Fn(u32, &mut TcpCommunicator) -> R + Clone + Send + 'static,
+    body: impl Fn(u32, &mut ProcessGroup) -> R + Clone + Send + 'static,
 ) -> Vec<R> {
     in_parallel(world, move |rank, listener, peers| {
         let mut communicator = listener.connect(options(rank, world), &peers).unwrap();

@@ -5,8 +5,8 @@ use api::Rank;
 use super::{Random, error, group};
 use crate::element::Element;
 use crate::{
-    Buffer, BufferMut, CollectiveError, Communicator, LaneTree, Partial, ReduceOp, Subtree,
-    TcpCommunicator, chunk_range,
+    Buffer, BufferMut, CollectiveError, Communicator, LaneTree, Partial, ProcessGroup, ReduceOp,
+    Subtree, chunk_range,
 };
 
 const WORLDS: [u32; 7] = [1, 2, 3, 4, 5, 7, 8];
@@ -62,7 +62,7 @@ fn assert_bits<T: Element>(found: &[T], expected: &[T], what: &str) {
     assert!(found == expected, "{what}: the bits differ (seed {SEED})");
 }
 
-fn check_every_operation<T: Element + Send>(rank: u32, communicator: &mut TcpCommunicator)
+fn check_every_operation<T: Element + Send>(rank: u32, communicator: &mut ProcessGroup)
 where
     for<'a> Buffer<'a>: From<&'a Vec<T>>,
     for<'a> BufferMut<'a>: From<&'a mut Vec<T>>,
