@@ -24,7 +24,7 @@ use crate::peers::Peers;
 
 /// How long a rank is blocked before it tells whom it waits for: longer than most steps of a
 /// healthy group differ, short for a person.
-const WAITING_AFTER: Duration = Duration::from_millis(200);
+const WAITING_AFTER: Duration = Duration::from_millis(40);
 /// How long a rank waits for the last words of a peer whose data connection broke. A process that
 /// is killed ends both at once; only a host that vanishes in this moment makes it wait.
 const LAST_WORDS_WAIT: Duration = Duration::from_secs(1);
@@ -49,6 +49,7 @@ pub(crate) struct Transfer<'a> {
     pub receive: Option<Sink<'a>>,
 }
 
+#[derive(Default)]
 struct Pending<'a> {
     sending: Option<Sending<'a>>,
     receive: Option<Sink<'a>>,
@@ -99,6 +100,43 @@ impl<'m, 'a> Exchange<'m, 'a> {
         let mut exchange = Self { peers, site, phase, pending };
         exchange.start()?;
         exchange.finish()
+    }
+
+    /// Looks once at every connection, without waiting, for a call that waits elsewhere: what a peer
+    /// says of its failure, its end, a frame of another call. `waits_for` is the peer it waits for.
+    pub(crate) fn glance(
+        peers: &'m mut Peers,
+        site: CallSite,
+        waits_for: usize,
+        waited: Duration,
+    ) -> Result<(), CollectiveError> {
+        let pending = (0..peers.links.len()).map(|_| Pending::default()).collect();
+        let mut exchange = Self { peers, site, phase: 0, pending };
+        if let Some(aborted) = exchange.peers.abort.raised() {
+            return Err(aborted);
+        }
+        let mut ready = Vec::new();
+        exchange.wait(Duration::ZERO, &mut ready)?;
+        for (peer, ready) in &ready {
+            if ready.words {
+                exchange.hear(*peer)?;
+            }
+        }
+        for (peer, ready) in ready.drain(..) {
+            exchange.serve(peer, ready.data)?;
+        }
+        let Some(link) = exchange.peers.links[waits_for].as_ref() else { return Ok(()) };
+        if link.left {
+            return Err(exchange.left(waits_for));
+        }
+        // A peer that is blocked in a call over its connection waits for a frame that this rank,
+        // which waits in shared memory, will not send.
+        match link.waiting {
+            Some((theirs, number)) if waited >= WAITING_AFTER && number == link.frames_sent => {
+                Err(exchange.mismatch(waits_for, theirs))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Looks at what came early, and sends what the kernel takes.
@@ -347,7 +385,7 @@ impl<'m, 'a> Exchange<'m, 'a> {
                 theirs.call == self.sent_as() && theirs.number == self.site.number
             }
             (_, true) => theirs == self.site,
-            (Operation::Send | Operation::Recv, false) => true,
+            (Operation::Send | Operation::Recv | Operation::Join, false) => true,
             (_, false) => {
                 point
                     || theirs.number > self.site.number

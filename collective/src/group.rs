@@ -62,7 +62,10 @@ macro_rules! with_element {
 /// Hands a call to shared memory if there is any, else to the connections.
 macro_rules! carry {
     ($core:expr, $method:ident($($argument:expr),*)) => {
-        $core.peers.$method($($argument),*)
+        match $core.shared.as_mut() {
+            Some(shared) => shared.$method(&mut $core.peers, $($argument),*),
+            None => $core.peers.$method($($argument),*),
+        }
     };
 }
 
@@ -329,11 +332,11 @@ impl Communicator for ProcessGroup {
             }
             with_element!(input, T => {
                 let input = typed::<T>(site, input)?;
-                let mut output = output.map(|output| typed_mut::<T>(site, output)).transpose()?;
+                let output = output.map(|output| typed_mut::<T>(site, output)).transpose()?;
                 if let Some(output) = &output {
                     check_parts(&core.peers, site, "output", output.len(), input.len())?;
                 }
-                let parts = Parts::gathering(&core.peers, input, output.as_deref_mut(), root.0);
+                let parts = Parts::gathering(&core.peers, input, output, root.0);
                 carry!(core, exchange_parts(site, parts))
             })
         })

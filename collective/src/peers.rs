@@ -7,6 +7,7 @@ use api::{Generation, Rank};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::ops::Range;
+use std::time::Duration;
 
 use crate::abort::AbortHandle;
 use crate::call::CallSite;
@@ -397,6 +398,16 @@ impl Peers {
         }
         Exchange::run(self, site, 0, transfers)?;
         Ok(all)
+    }
+
+    /// Looks once for trouble, while this rank waits for a peer elsewhere.
+    pub(crate) fn glance(
+        &mut self,
+        site: CallSite,
+        waits_for: usize,
+        waited: Duration,
+    ) -> Result<(), CollectiveError> {
+        Exchange::glance(self, site, waits_for, waited)
     }
 
     /// Most bytes of one rank in `gather_bytes`.
