@@ -129,13 +129,16 @@ impl<'m, 'a> Exchange<'m, 'a> {
         if link.left {
             return Err(exchange.left(waits_for));
         }
-        // A peer that is blocked in a call over its connection waits for a frame that this rank,
-        // which waits in shared memory, will not send.
-        match link.waiting {
-            Some((theirs, number)) if waited >= WAITING_AFTER && number == link.frames_sent => {
-                Err(exchange.mismatch(waits_for, theirs))
-            }
-            _ => Ok(()),
+        if waited < WAITING_AFTER {
+            return Ok(());
+        }
+        // What it sends, nobody here receives; and where it is blocked in a call over its connection,
+        // it waits for a frame that this rank, which waits in shared memory, will not send.
+        let sent = link.next_data().map(|header| header.site);
+        let blocked = link.waiting.filter(|(_, number)| *number == link.frames_sent);
+        match sent.or(blocked.map(|(theirs, _)| theirs)) {
+            Some(theirs) => Err(exchange.mismatch(waits_for, theirs)),
+            None => Ok(()),
         }
     }
 

@@ -124,7 +124,15 @@ impl ProcessGroup {
         })
     }
 
-    /// Splits nothing off: the first steps of a subgroup, on every member.
+    /// Ends the connections without a word, as the death of the process would.
+    #[cfg(test)]
+    pub(crate) fn vanish(mut self) {
+        self.core.peers.abort.unwatch();
+        self.core.peers.links.clear();
+        std::mem::forget(self);
+    }
+
+    /// Listens for the members of a subgroup; this rank's place in it.
     fn listen_for(&mut self, group: &Group) -> Outcome<(Listener, u32)> {
         let wrong = |message: String| {
             Err(CollectiveError::InvalidOptions { group: group.name.clone(), message })

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use api::{Generation, Rank, Secret};
 
 use super::{HANG, QUICK, error, group, in_parallel, listeners, options};
-use crate::handshake::Identity;
 use crate::{CollectiveError, Communicator, LaneTree, Operation, Partial, ProcessGroup, ReduceOp};
 
 type Calls = fn(&mut ProcessGroup) -> Result<(), CollectiveError>;
@@ -238,13 +237,15 @@ fn a_peer_that_dies_is_named_at_once_in_whatever_call() {
         |c| c.gather_bytes(&[0; 1000]).map(|_| ()),
     ];
     for (index, calls) in cases.into_iter().enumerate() {
+        let formed = Arc::new(Barrier::new(3));
         let results = in_parallel(3, move |rank, listener, peers| {
+            let mut communicator = listener.connect(options(rank, 3), &peers).unwrap();
+            formed.wait();
             if rank == 2 {
                 // Its connections end with no farewell, as when the process is killed.
-                drop(listener.form(&Identity::new(&options(2, 3)), &peers, HANG).unwrap());
+                communicator.vanish();
                 return None;
             }
-            let mut communicator = listener.connect(options(rank, 3), &peers).unwrap();
             let begun = Instant::now();
             let error = error(calls(&mut communicator));
             assert!(begun.elapsed() < QUICK, "took {:?}", begun.elapsed());

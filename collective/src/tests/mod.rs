@@ -6,7 +6,7 @@ mod results;
 
 use std::cell::Cell;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::mpsc;
+use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -99,8 +99,11 @@ fn group<R: Send + 'static>(
     world: u32,
     body: impl Fn(u32, &mut ProcessGroup) -> R + Clone + Send + 'static,
 ) -> Vec<R> {
+    let formed = Arc::new(Barrier::new(world as usize));
     in_parallel(world, move |rank, listener, peers| {
         let mut communicator = listener.connect(options(rank, world), &peers).unwrap();
+        // A rank that fails in its first call must not fail those that are still forming.
+        formed.wait();
         body(rank, &mut communicator)
     })
 }
