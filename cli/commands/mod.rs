@@ -1,7 +1,7 @@
 //! What each command does, one file per noun.
 
 mod algorithms;
-mod bench;
+pub mod bench;
 mod certs;
 mod checkpoints;
 mod data;
@@ -42,6 +42,6 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Worker(args) => roles::worker(global, &args).await,
         Command::Bench(command) => bench::run(global, command).await,
         // Started before the runtime, see `main`.
-        Command::Rank | Command::Replica => Ok(()),
+        Command::Rank | Command::Replica | Command::BenchRank => Ok(()),
     }
 }
