@@ -29,6 +29,7 @@ mod lane_tree;
 mod link;
 mod listener;
 mod peers;
+mod queue;
 mod shared;
 #[cfg(test)]
 mod tests;
@@ -44,3 +45,4 @@ pub use group::ProcessGroup;
 pub use lane_fold::{LaneElement, LaneFold};
 pub use lane_tree::{LaneTree, Subtree};
 pub use listener::Listener;
+pub use queue::{Queue, Turn, Work};

@@ -132,7 +132,7 @@ fn run(control: &Control, orders: &Orders) -> Result<(), TrainError> {
         communicator: Box::new(communicator),
         checkpoints,
         control: control.clone(),
-    });
+    })?;
     // From inside the pool, so that matrix products need no hand-over to another thread.
     let mut ended = None;
     rayon::scope(|_| ended = Some(trainer.run()));

@@ -2,6 +2,7 @@
 
 mod failures;
 mod hostile;
+mod queue;
 mod results;
 
 use std::cell::Cell;
