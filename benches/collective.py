@@ -43,8 +43,7 @@ def output(command):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}: {done.stderr or done.stdout}")
-    document = json.loads([l for l in done.stdout.splitlines() if l.startswith("{")][-1])
-    return {(row["op"], row["bytes"]): row for row in document["rows"]}
+    return json.loads([l for l in done.stdout.splitlines() if l.startswith("{")][-1])["rows"]
 
 
 def ours(args, ranks, shared):
@@ -111,9 +110,10 @@ def main():
         for _ in range(args.rounds):
             a.append(ours(args, ranks, shared))
             b.append(theirs(args, ranks, shared))
-        for case in a[0]:
-            op, size = case
-            mine, peer = [run[case] for run in a], [run[case] for run in b]
+        # Both measure the same cases in the same order; what does not divide is cut off differently.
+        for mine, peer in zip(zip(*a), zip(*b)):
+            op, size = mine[0]["op"], mine[0]["bytes"]
+            assert all(row["op"] == op for row in peer), f"{op} beside {peer[0]['op']}"
             ratios = [y["median"] / x["median"] for x, y in zip(mine, peer)]
             middle = lambda values: time(statistics.median(values))
             transport = mine[0]["transport"]

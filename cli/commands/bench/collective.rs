@@ -55,13 +55,16 @@ struct Row {
     floor: Option<Floor>,
 }
 
-/// The bare exchange of the same bytes.
+/// The bare exchange of the same bytes, and the copying of as many. Their time over the
+/// collective's is a ratio: 1 is as fast, 2 is in half the time.
 #[derive(Debug, Serialize)]
 struct Floor {
-    /// Seconds.
+    /// Of the exchange, in seconds.
     median: f64,
-    /// Its time over the collective's: 1 is as fast, 2 is in half the time.
     ratio: f64,
+    /// Copying the buffer once, in all processes at the same time, in seconds.
+    copy: f64,
+    copy_ratio: f64,
 }
 
 /// Measures and prints.
@@ -97,8 +100,11 @@ fn measure(plan: &Plan, with_floor: bool) -> Result<Measured> {
             gang.prepare(|_| Work::collective(case.op, case.bytes, plan.element))?;
             let times = timer.time(&mut gang, plan)?.times();
             let floor = if with_floor {
-                let bare = exchange(&mut gang, plan, case, |g, p| timer.time(g, p))?.median();
-                Some(Floor { median: bare, ratio: bare / times.median })
+                let median = exchange(&mut gang, plan, case, |g, p| timer.time(g, p))?.median();
+                let each = copy.last().map_or(f64::INFINITY, CopyLimit::each);
+                let copy = case.bytes as f64 / each;
+                let (ratio, copy_ratio) = (median / times.median, copy / times.median);
+                Some(Floor { median, ratio, copy, copy_ratio })
             } else {
                 None
             };
@@ -189,7 +195,7 @@ fn print(measured: &Measured) {
     ];
     let with_floor = measured.rows.iter().any(|row| row.floor.is_some());
     if with_floor {
-        header.extend(["bare exchange", "bare ÷ median"]);
+        header.extend(["bare exchange", "bare ÷ median", "copy ÷ median"]);
     }
     let rows = measured.rows.iter().map(cells).collect();
     output::table(&header, rows, "nothing measured");
@@ -210,7 +216,11 @@ fn cells(row: &Row) -> Vec<String> {
         or_none(rate(row.bus_bandwidth)),
     ];
     if let Some(floor) = &row.floor {
-        cells.extend([time(floor.median), format!("{:.2}", floor.ratio)]);
+        cells.extend([
+            time(floor.median),
+            format!("{:.2}", floor.ratio),
+            or_none(format!("{:.2}", floor.copy_ratio)),
+        ]);
     }
     cells
 }

@@ -25,6 +25,11 @@ impl CopyLimit {
     pub fn measure(gang: &mut Gang) -> Result<Self> {
         Ok(Self { ranks: gang.world(), one: gang.copy(false)?, together: gang.copy(true)? })
     }
+
+    /// By each process, while all copy.
+    pub fn each(&self) -> f64 {
+        self.together / f64::from(self.ranks)
+    }
 }
 
 /// Times a socket exchange of as many bytes as a case must move.

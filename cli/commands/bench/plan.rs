@@ -176,7 +176,7 @@ impl Plan {
         let worlds = match args.ranks.is_empty() {
             true if args.cost => COST_RANKS.to_vec(),
             true => vec![2, 4],
-            false => each(&args.ranks, |text| ranks(text))?,
+            false => each(&args.ranks, ranks)?,
         };
         Ok(Self {
             ops,
