@@ -28,6 +28,16 @@ impl ElementType {
         }
     }
 
+    /// Such as `f32`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F64 => "f64",
+            Self::I64 => "i64",
+            Self::U8 => "u8",
+        }
+    }
+
     pub(crate) fn from_code(code: u8) -> Option<Self> {
         [Self::F32, Self::F64, Self::I64, Self::U8].into_iter().find(|kind| *kind as u8 == code)
     }
@@ -35,12 +45,7 @@ impl ElementType {
 
 impl fmt::Display for ElementType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::F64 => "f64",
-            Self::I64 => "i64",
-            Self::U8 => "u8",
-        })
+        f.write_str(self.name())
     }
 }
 

@@ -88,7 +88,8 @@ impl Listener {
                 })
                 .collect()
         };
-        Ok(TcpCommunicator::new(Mesh::new(options.rank.0, options.generation, codec, links, abort)))
+        let mesh = Mesh::new(options.rank.0, options.generation, codec, links, abort);
+        Ok(TcpCommunicator::new(mesh, &options.group))
     }
 
     /// Authenticated connections by rank; none at this rank's place.

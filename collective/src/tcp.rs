@@ -3,6 +3,8 @@
 //! Checks the arguments of a call, numbers it, and keeps the first error: a group that failed stays
 //! failed.
 
+use std::sync::Arc;
+
 use api::{Generation, Rank};
 
 use crate::abort::AbortHandle;
@@ -12,6 +14,7 @@ use crate::chunk::chunk_range;
 use crate::communicator::{Communicator, Partial, ReduceOp};
 use crate::element::Element;
 use crate::error::CollectiveError;
+use crate::flight::FlightRecorder;
 use crate::lane_tree::LaneTree;
 use crate::mesh::Mesh;
 
@@ -24,6 +27,8 @@ pub struct TcpCommunicator {
     /// Collectives called so far.
     number: u64,
     failed: Option<CollectiveError>,
+    group: Arc<str>,
+    recorder: FlightRecorder,
 }
 
 type Outcome<R> = Result<R, CollectiveError>;
@@ -53,8 +58,14 @@ macro_rules! with_element {
 }
 
 impl TcpCommunicator {
-    pub(crate) fn new(mesh: Mesh) -> Self {
-        Self { mesh, number: 0, failed: None }
+    pub(crate) fn new(mesh: Mesh, group: &str) -> Self {
+        let recorder = FlightRecorder::new(mesh.generation, Rank(mesh.rank), mesh.world);
+        Self { mesh, number: 0, failed: None, group: group.into(), recorder }
+    }
+
+    /// From now on its calls are recorded there, together with those of the rank's other groups.
+    pub fn set_recorder(&mut self, recorder: FlightRecorder) {
+        self.recorder = recorder;
     }
 
     /// Numbers a collective and runs it.
@@ -78,14 +89,20 @@ impl TcpCommunicator {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
+        let token = self.recorder.begin(&self.group, self.mesh.generation, site);
+        self.recorder.started(token);
         let result = match self.mesh.abort.raised() {
             Some(aborted) => Err(aborted),
             None => body(&mut self.mesh, site),
         };
+        if result.is_ok() {
+            self.recorder.finish(token, Ok(()));
+        }
         result.map_err(|error| {
             // A connection that an abort shut down looks like a dead peer.
             let error = self.mesh.abort.raised().unwrap_or(error);
             tracing::debug!(rank = self.mesh.rank, call = %site, %error, "the group failed");
+            self.recorder.finish(token, Err(&error.to_string()));
             self.mesh.give_up(&error);
             self.failed = Some(error.clone());
             error
