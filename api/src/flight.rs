@@ -246,7 +246,14 @@ mod tests {
 
     fn call(operation: &str, detail: Option<FlightDetail>) -> FlightCall {
         let element = Some("f32".to_owned());
-        FlightCall { operation: operation.into(), element, count: 7, bytes: 28, detail, reduce: None }
+        FlightCall {
+            operation: operation.into(),
+            element,
+            count: 7,
+            bytes: 28,
+            detail,
+            reduce: None,
+        }
     }
 
     #[test]

@@ -321,9 +321,8 @@ impl Ring {
     fn free_slot(&mut self) -> usize {
         let length = self.slots.len();
         let first = self.next;
-        let is_free = |index: &usize| {
-            self.slots[*index].as_ref().is_none_or(|slot| !slot.state.is_pending())
-        };
+        let is_free =
+            |index: &usize| self.slots[*index].as_ref().is_none_or(|slot| !slot.state.is_pending());
         let index = (first..length).chain(0..first).find(is_free).unwrap_or(first);
         self.next = (index + 1) % length;
         index
