@@ -14,7 +14,7 @@ use api::events::{Evaluation, ModelFact, StepMetrics, StepTime};
 use api::session::{RankReport, StopCause, TrainAssignment};
 use api::{JobSpec, Rank, Step};
 use burn::tensor::Device;
-use collective::{Communicator, LaneFold, ReduceOp};
+use collective::{Communicator, FlightRecorder, LaneFold, ReduceOp};
 
 use crate::checkpoints::Checkpoints;
 use crate::engine::{Leaves, MicrobatchSums, evaluate, forward_backward};
@@ -51,6 +51,7 @@ pub struct Trainer {
     communicator: Box<dyn Communicator>,
     checkpoints: Checkpoints,
     control: Control,
+    recorder: FlightRecorder,
     last_step: u64,
     gradient: Vec<f32>,
     fold: LaneFold<f32>,
@@ -78,6 +79,8 @@ pub struct TrainerParts {
     pub checkpoints: Checkpoints,
     /// To the worker.
     pub control: Control,
+    /// Told what this rank is doing.
+    pub recorder: FlightRecorder,
 }
 
 /// The step at which a job ends.
@@ -111,6 +114,7 @@ impl Trainer {
             communicator: parts.communicator,
             checkpoints: parts.checkpoints,
             control: parts.control,
+            recorder: parts.recorder,
         }
     }
 
@@ -144,6 +148,7 @@ impl Trainer {
         let step = self.state.step.0;
         let mut stats: LaneFold<f64> = self.lanes.fold();
 
+        self.recorder.set_tag(format_args!("step {step} forward and backward"));
         let leaves = Leaves::new(&self.table, &self.state.values, &self.device, true);
         for lane in self.lanes.own() {
             let mut gradient = self.fold.take_buffer(self.table.len);
@@ -164,6 +169,7 @@ impl Trainer {
         }
         drop(leaves);
 
+        self.recorder.set_tag(format_args!("step {step} reduce"));
         let reducing = Instant::now();
         let mut sums = vec![0.0; COMMON_SUMS + self.problem.model.sums.len()];
         self.lanes.reduce(self.communicator.as_mut(), &mut stats, &mut sums)?;
@@ -171,6 +177,7 @@ impl Trainer {
         self.lanes.reduce(self.communicator.as_mut(), &mut self.fold, &mut gradient)?;
         time.communication = reducing.elapsed().as_secs_f64();
 
+        self.recorder.set_tag(format_args!("step {step} update"));
         let count = sums[1].max(1.0);
         let loss = sums[0] / count;
         let divisor = (1.0 / count) as f32;
@@ -229,6 +236,7 @@ impl Trainer {
     }
 
     fn stage(&mut self) -> Result<(), TrainError> {
+        self.recorder.set_tag(format_args!("checkpoint at step {}", self.state.step.0));
         let communicator = self.communicator.as_mut();
         let metrics = self.metrics.clone();
         self.checkpoints.stage(communicator, self.state.step, &self.table, &self.state, metrics)
@@ -265,6 +273,7 @@ impl Trainer {
             .stop
             .max_time
             .is_some_and(|limit| self.started.elapsed() + self.assignment.elapsed.0 >= limit.0);
+        self.recorder.set_tag(format_args!("agreement after step {}", self.state.step.0));
         let ordered = self.control.stop_requested();
         let shards = self.checkpoints.shards_done()?;
         let mut votes = [i64::from(ordered), i64::from(time_up), shards];
@@ -283,6 +292,7 @@ impl Trainer {
     /// number of ranks.
     fn evaluate(&mut self) -> Result<(), TrainError> {
         let Some(data) = &self.problem.validation else { return Ok(()) };
+        self.recorder.set_tag(format_args!("validation at step {}", self.state.step.0));
         let size = u64::from(self.assignment.spec.batch.microbatch_size());
         let microbatches = data.len().div_ceil(size);
         let lanes = self.assignment.spec.batch.lanes.get();
@@ -332,6 +342,7 @@ impl Trainer {
 
     fn finish(mut self) -> Result<End, TrainError> {
         self.save_and_report()?;
+        self.recorder.set_tag("writing the model");
         let mut saver = self.checkpoints.into_saver();
         if self.assignment.rank == Rank(0) {
             let descriptor = serde_json::to_vec_pretty(&self.problem.descriptor)
