@@ -96,7 +96,7 @@ fn a_frozen_rank_is_named_and_the_survivors_of_a_killed_one_leave_their_logs() {
 }
 
 #[test]
-fn a_job_without_flight_logs_and_an_endpoint_say_so() {
+fn a_job_that_has_not_run_and_one_that_does_not_exist_say_so() {
     let folder = tempfile::tempdir().expect("a folder");
     let dir = folder.path().join("cluster");
     let _up = up(&dir, &["--workers", "1"]);

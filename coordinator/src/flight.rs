@@ -34,6 +34,9 @@ const ENTRIES_IN_ALL: usize = 64 << 10;
 /// Operations per rank in any case: those it is in and what led there.
 const ENTRIES_MIN: usize = 16;
 
+/// Generations of a job whose logs are kept, the newest.
+const GENERATIONS_KEPT: usize = 8;
+
 /// An answer of a rank; no log: it has none yet.
 type Answer = (Rank, Option<Box<FlightLog>>);
 
@@ -214,15 +217,7 @@ impl FlightDesk {
 
     /// Which logs were kept, by generation.
     async fn list(&self, job: &Name) -> Result<BTreeMap<Generation, Vec<Rank>>, String> {
-        let folder = keys::flights(job);
-        let listed = in_time(self.store.list(&folder)).await?;
-        let mut kept: BTreeMap<Generation, Vec<Rank>> = BTreeMap::new();
-        for (generation, rank) in
-            listed.iter().filter_map(|object| keys::parse_flight(job, &object.key))
-        {
-            kept.entry(generation).or_default().push(rank);
-        }
-        Ok(kept)
+        in_time(list_kept(&self.store, job)).await
     }
 
     /// Reads what was kept of ranks that have not told their log.
@@ -279,6 +274,32 @@ impl FlightDesk {
     }
 }
 
+async fn list_kept(
+    store: &Store,
+    job: &Name,
+) -> Result<BTreeMap<Generation, Vec<Rank>>, StoreError> {
+    let listed = store.list(&keys::flights(job)).await?;
+    let mut kept: BTreeMap<Generation, Vec<Rank>> = BTreeMap::new();
+    for object in listed {
+        if let Some((generation, rank)) = keys::parse_flight(job, &object.key) {
+            kept.entry(generation).or_default().push(rank);
+        }
+    }
+    Ok(kept)
+}
+
+/// Deletes the logs of all but the newest generations that left some. What may go once may go for
+/// ever: newer ones only push it further out.
+pub(crate) async fn drop_old_flights(store: &Store, job: &Name) -> Result<(), StoreError> {
+    for (generation, ranks) in list_kept(store, job).await?.into_iter().rev().skip(GENERATIONS_KEPT)
+    {
+        for rank in ranks {
+            store.delete(&keys::flight(job, generation, rank)).await?;
+        }
+    }
+    Ok(())
+}
+
 async fn in_time<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, String> {
     match timeout(STORE_WAIT, work).await {
         Ok(done) => done.map_err(|error| error.to_string()),
@@ -309,6 +330,26 @@ fn known_end(job: &JobRecord, generation: Generation, rank: Rank) -> Option<Stri
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn the_logs_of_the_newest_generations_are_kept() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let uri = format!("file://{}", folder.path().display());
+        let store = Store::open(&api::config::StoreSection::default(), &uri).expect("opens");
+        let job: Name = "a".parse().expect("a name");
+        let last = GENERATIONS_KEPT as u64 + 3;
+        for generation in 1..=last {
+            for rank in [0, 11] {
+                let key = keys::flight(&job, Generation(generation), Rank(rank));
+                store.put(&key, "{}".into()).await.expect("stored");
+            }
+        }
+        drop_old_flights(&store, &job).await.expect("deletes");
+        let kept = list_kept(&store, &job).await.expect("lists");
+        let generations: Vec<u64> = kept.keys().map(|generation| generation.0).collect();
+        assert_eq!(generations, (4..=last).collect::<Vec<_>>());
+        assert!(kept.values().all(|ranks| *ranks == [Rank(0), Rank(11)]));
+    }
 
     fn task(generation: u64, rank: u32) -> TaskId {
         let workload = "a".parse().expect("a name");
