@@ -93,7 +93,7 @@ impl Log {
         self.entry(name, number, call, FlightState::Completed, ago)
     }
 
-    fn is_in(self, name: &str, number: u64, call: FlightCall, ago: u64) -> Self {
+    fn inside(self, name: &str, number: u64, call: FlightCall, ago: u64) -> Self {
         self.entry(name, number, call, FlightState::Started, ago)
     }
 
@@ -132,7 +132,7 @@ fn verdict(logs: Vec<Result<Log, &str>>) -> Vec<String> {
 fn three_wait(fourth: Result<Log, &'static str>) -> Vec<String> {
     let waits = |rank| {
         let log = log(rank, "step 17 reduce").did("data", 117, all_reduce(1024), 33);
-        Ok(log.is_in("data", 118, all_reduce(1024), 32))
+        Ok(log.inside("data", 118, all_reduce(1024), 32))
     };
     verdict(vec![waits(0), fourth, waits(2), waits(3)])
 }
@@ -184,7 +184,7 @@ fn a_rank_that_has_not_called_anything_yet() {
 #[test]
 fn calls_that_disagree_name_both_from_the_first_on() {
     let other =
-        log(1, "step 17").did("data", 117, all_reduce(1024), 33).is_in("data", 118, barrier(), 31);
+        log(1, "step 17").did("data", 117, all_reduce(1024), 33).inside("data", 118, barrier(), 31);
     assert_eq!(
         three_wait(Ok(other)),
         ["group `data`: the calls #118 disagree: ranks 0, 2, 3 called all-reduce f32 × 1024 \
@@ -197,13 +197,13 @@ fn a_rank_that_waits_in_another_group_is_followed_there() {
     // Ranks 0 and 1 make up one `tensor` group, 2 and 3 another one of the same name.
     let in_data = |rank, members: &[u32]| {
         let log = log(rank, "step 2").joins("tensor", members).did("tensor", 9, barrier(), 50);
-        Ok(log.did("data", 7, barrier(), 41).is_in("data", 8, all_reduce(64), 40))
+        Ok(log.did("data", 7, barrier(), 41).inside("data", 8, all_reduce(64), 40))
     };
     let stuck = log(1, "step 2 layer 3")
         .joins("tensor", &[0, 1])
         .did("tensor", 9, barrier(), 50)
         .did("data", 7, barrier(), 41)
-        .is_in("tensor", 10, all_reduce(8), 39);
+        .inside("tensor", 10, all_reduce(8), 39);
     let logs = vec![in_data(0, &[0, 1]), Ok(stuck), in_data(2, &[2, 3]), in_data(3, &[2, 3])];
     assert_eq!(
         verdict(logs),
@@ -221,8 +221,8 @@ fn a_rank_that_waits_in_another_group_is_followed_there() {
 
 #[test]
 fn ranks_at_two_calls_show_who_is_the_last() {
-    let first = log(0, "").did("data", 4, barrier(), 9).is_in("data", 5, barrier(), 8);
-    let second = log(1, "").did("data", 3, barrier(), 12).is_in("data", 4, barrier(), 11);
+    let first = log(0, "").did("data", 4, barrier(), 9).inside("data", 5, barrier(), 8);
+    let second = log(1, "").did("data", 3, barrier(), 12).inside("data", 4, barrier(), 11);
     assert_eq!(
         verdict(vec![Ok(first), Ok(second)]),
         [
@@ -253,7 +253,7 @@ fn a_gang_that_computes_and_one_that_moves_data() {
 #[test]
 fn a_message_that_was_not_sent_and_one_that_is_on_its_way() {
     let recv = message("recv", 10, FlightDetail::From(0));
-    let waits = log(1, "stage 1").is_in("pipeline", 5, recv.clone(), 30);
+    let waits = log(1, "stage 1").inside("pipeline", 5, recv.clone(), 30);
     let computes =
         log(0, "stage 0 forward").did("pipeline", 4, message("send", 10, FlightDetail::To(1)), 35);
     assert_eq!(
@@ -262,7 +262,7 @@ fn a_message_that_was_not_sent_and_one_that_is_on_its_way() {
           behind: last completed #4, 3.5 s ago, is in no collective (tag: stage 0 forward)"]
     );
     let sent = log(0, "").did("pipeline", 5, message("send", 10, FlightDetail::To(1)), 2);
-    let waits = log(1, "").is_in("pipeline", 5, recv, 30);
+    let waits = log(1, "").inside("pipeline", 5, recv, 30);
     assert_eq!(
         verdict(vec![Ok(sent), Ok(waits)]),
         ["group `pipeline`: rank 1 is in #5 recv f32 × 10 from rank 0 for 3.0 s; rank 0 has \
@@ -273,9 +273,9 @@ fn a_message_that_was_not_sent_and_one_that_is_on_its_way() {
 #[test]
 fn a_message_whose_ends_disagree_between_ranks_numbered_within_their_group() {
     let sends = log(1, "").joins("pipeline", &[1, 3]);
-    let sends = sends.is_in("pipeline", 0, message("send", 10, FlightDetail::To(1)), 3);
+    let sends = sends.inside("pipeline", 0, message("send", 10, FlightDetail::To(1)), 3);
     let takes = log(3, "").joins("pipeline", &[1, 3]);
-    let takes = takes.is_in("pipeline", 0, message("recv", 11, FlightDetail::From(0)), 3);
+    let takes = takes.inside("pipeline", 0, message("recv", 11, FlightDetail::From(0)), 3);
     let idle = |rank| Ok(log(rank, ""));
     assert_eq!(
         verdict(vec![idle(0), Ok(sends), idle(2), Ok(takes)]),
@@ -318,7 +318,7 @@ fn logs_that_make_no_sense_are_no_panic() {
     let odd = log(0, "")
         .joins("data", &[7, 9])
         .entry("data", u64::MAX - 1, barrier(), FlightState::Queued, 0)
-        .is_in("data", 3, message("send", 1, FlightDetail::To(u32::MAX)), 0);
+        .inside("data", 3, message("send", 1, FlightDetail::To(u32::MAX)), 0);
     assert!(!verdict(vec![Ok(odd), Err("gone")]).is_empty());
     assert!(verdict(Vec::new()).is_empty());
 }
