@@ -22,11 +22,13 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tonic::Status;
 
 use crate::leadership::Leadership;
+use crate::status::leadership_lost;
 
 /// A running rank answers within a few milliseconds, or is stopped, swapping or out of reach.
 const ANSWER_WAIT: Duration = Duration::from_secs(2);
-/// A store that takes longer counts as one that has nothing.
-const STORE_WAIT: Duration = Duration::from_secs(5);
+/// A store that takes longer for one request counts as one that has nothing: the caller is told so
+/// before it gives up.
+const STORE_WAIT: Duration = Duration::from_secs(3);
 /// Logs read at once.
 const READS_AT_ONCE: usize = 16;
 /// Operations of all ranks together: at some 350 bytes each the answer stays well below the largest.
@@ -186,7 +188,11 @@ impl FlightDesk {
         let number = question.number;
         let places = leadership.ask_flight(job.clone(), generation, number, entries).await?;
         let reached = places.iter().filter(|place| place.session.is_some()).count();
-        let mut answers = question.answers(reached).await;
+        let mut answers = tokio::select! {
+            answers = question.answers(reached) => answers,
+            // The sessions ended with it: silence would say nothing of the ranks.
+            () = leadership.over.cancelled() => return Err(leadership_lost()),
+        };
         for place in &places {
             let Some(flight) = ranks.iter_mut().find(|flight| flight.rank == place.rank) else {
                 continue;
@@ -242,7 +248,12 @@ impl FlightDesk {
                 flight.absent = format!("{}, and left none", flight.absent);
             }
         }
-        let read = |rank| async move { (rank, self.read(name, generation, rank).await) };
+        let read = |rank| async move {
+            let mut log = self.read(name, generation, rank).await;
+            // At once: whole logs of a large gang would fill the memory.
+            log.iter_mut().for_each(|log| log.keep_last(entries));
+            (rank, log)
+        };
         let reads = stream::iter(wanted).map(read).buffer_unordered(READS_AT_ONCE);
         let read: Vec<(Rank, Result<FlightLog, String>)> = reads.collect().await;
         for (rank, log) in read {
@@ -250,8 +261,7 @@ impl FlightDesk {
                 continue;
             };
             match log {
-                Ok(mut log) => {
-                    log.keep_last(entries);
+                Ok(log) => {
                     flight.absent.clear();
                     flight.source = FlightSource::Kept;
                     flight.host = log.host.clone();
