@@ -50,6 +50,8 @@ pub enum Command {
     Logs(Logs),
     /// Watch a job until it ends.
     Follow(JobName),
+    /// Show what each rank of a job is doing, who waits for whom, and what failed ranks did last.
+    Flight(Flight),
     /// Stop a job or an endpoint; a job's state is saved first.
     Stop(Stop),
     /// Go on with a stopped or failed job from its last committed checkpoint.
@@ -150,6 +152,19 @@ pub struct Logs {
     /// Only this rank.
     #[arg(long)]
     pub rank: Option<u32>,
+}
+
+/// `cluster flight`.
+#[derive(Debug, Args)]
+pub struct Flight {
+    /// The job.
+    pub name: String,
+    /// Only this rank, with its last operations.
+    #[arg(long)]
+    pub rank: Option<u32>,
+    /// What was kept of an earlier generation; absent: the running one, else the newest kept.
+    #[arg(long)]
+    pub generation: Option<u64>,
 }
 
 /// `cluster stop`.

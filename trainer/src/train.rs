@@ -14,7 +14,7 @@ use api::events::{Evaluation, ModelFact, StepMetrics, StepTime};
 use api::session::{RankReport, StopCause, TrainAssignment};
 use api::{JobSpec, Rank, Step};
 use burn::tensor::Device;
-use collective::{Communicator, LaneFold, Queue, ReduceOp};
+use collective::{Communicator, FlightRecorder, LaneFold, Queue, ReduceOp};
 
 use crate::checkpoints::Checkpoints;
 use crate::engine::{GradientSink, Leaves, MicrobatchSums, evaluate, forward_backward};
@@ -51,6 +51,7 @@ pub struct Trainer {
     queue: Queue,
     checkpoints: Checkpoints,
     control: Control,
+    recorder: FlightRecorder,
     last_step: u64,
     gradient: Vec<f32>,
     buckets: Buckets,
@@ -78,6 +79,8 @@ pub struct TrainerParts {
     pub checkpoints: Checkpoints,
     /// To the worker.
     pub control: Control,
+    /// Told what this rank is doing.
+    pub recorder: FlightRecorder,
 }
 
 /// The step at which a job ends.
@@ -114,6 +117,7 @@ impl Trainer {
             queue: Queue::start(parts.communicator)?,
             checkpoints: parts.checkpoints,
             control: parts.control,
+            recorder: parts.recorder,
         })
     }
 
@@ -147,6 +151,7 @@ impl Trainer {
         let step = self.state.step.0;
         let mut stats: LaneFold<f64> = self.lanes.fold();
 
+        self.recorder.set_tag(format_args!("step {step} forward and backward"));
         let leaves = Leaves::new(&self.table, &self.state.values, &self.device, true);
         for lane in self.lanes.own() {
             self.buckets.begin_lane();
@@ -175,11 +180,13 @@ impl Trainer {
         drop(leaves);
 
         // What the backward pass did not hide: the buckets still under way, and the sums.
+        self.recorder.set_tag(format_args!("step {step} reduce"));
         let reducing = Instant::now();
         let mut sums = vec![0.0; COMMON_SUMS + self.problem.model.sums.len()];
         self.lanes.reduce(&mut *self.queue.turn(), &mut stats, &mut sums)?;
         time.communication = reducing.elapsed().as_secs_f64();
 
+        self.recorder.set_tag(format_args!("step {step} update"));
         let count = sums[1].max(1.0);
         let loss = sums[0] / count;
         let mut gradient = std::mem::take(&mut self.gradient);
@@ -239,6 +246,7 @@ impl Trainer {
     }
 
     fn stage(&mut self) -> Result<(), TrainError> {
+        self.recorder.set_tag(format_args!("checkpoint at step {}", self.state.step.0));
         let mut turn = self.queue.turn();
         let metrics = self.metrics.clone();
         self.checkpoints.stage(&mut *turn, self.state.step, &self.table, &self.state, metrics)
@@ -275,6 +283,7 @@ impl Trainer {
             .stop
             .max_time
             .is_some_and(|limit| self.started.elapsed() + self.assignment.elapsed.0 >= limit.0);
+        self.recorder.set_tag(format_args!("agreement after step {}", self.state.step.0));
         let ordered = self.control.stop_requested();
         let shards = self.checkpoints.shards_done()?;
         let mut votes = [i64::from(ordered), i64::from(time_up), shards];
@@ -293,6 +302,7 @@ impl Trainer {
     /// number of ranks.
     fn evaluate(&mut self) -> Result<(), TrainError> {
         let Some(data) = &self.problem.validation else { return Ok(()) };
+        self.recorder.set_tag(format_args!("validation at step {}", self.state.step.0));
         let size = u64::from(self.assignment.spec.batch.microbatch_size());
         let microbatches = data.len().div_ceil(size);
         let lanes = self.assignment.spec.batch.lanes.get();
@@ -342,6 +352,7 @@ impl Trainer {
 
     fn finish(mut self) -> Result<End, TrainError> {
         self.save_and_report()?;
+        self.recorder.set_tag("writing the model");
         let mut saver = self.checkpoints.into_saver();
         if self.assignment.rank == Rank(0) {
             let descriptor = serde_json::to_vec_pretty(&self.problem.descriptor)

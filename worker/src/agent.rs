@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use api::session::{Assignment, CoordinatorMessage, ExitCause, RankOrder};
+use api::session::{Assignment, CoordinatorMessage, ExitCause, RankOrder, WorkerMessage};
 use api::{Generation, TaskId};
 use tokio::task::JoinSet;
 use tracing::{info, warn};
@@ -148,6 +148,9 @@ impl Agent {
             return handle.deliver(order);
         }
         match order {
+            RankOrder::Flight { request, .. } => {
+                self.shared.ledger.answer(&WorkerMessage::Flight { request, task, log: None });
+            }
             RankOrder::Stop { reason } | RankOrder::Abort { reason } => self.absent(&task, &reason),
             _ => self.absent(&task, "it is not on this worker"),
         }

@@ -11,19 +11,23 @@ use std::time::Duration;
 use api::TaskId;
 use api::config::{ServeSection, StoreSection};
 use api::environment::{SCRATCH_VARIABLE, TaskPlace, task_environment};
-use api::session::{Assignment, ExitCause, MESSAGE_BYTES_MAX, RankOrder, RankReport};
+use api::flight::{FLIGHT_ENTRIES_MAX, FlightLog};
+use api::session::{
+    Assignment, ExitCause, FLIGHT_LAST, MESSAGE_BYTES_MAX, RankOrder, RankReport, WorkerMessage,
+};
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::archive::Archive;
 use crate::capture::Capture;
+use crate::flight::FlightKeeper;
 use crate::ledger::Ledger;
 use crate::process::{Launch, Spawner, Started};
 use crate::spool::Spooler;
@@ -36,6 +40,9 @@ const REPORT_BYTES_MAX: usize = MESSAGE_BYTES_MAX - (64 << 10);
 /// After a rank's end its pipes and its socket end too, unless a process that left its group holds
 /// them open; that one is not waited for.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+/// A rank that is to be killed gets this long to say what it was doing: its control thread answers at
+/// once unless the process is stopped.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_millis(500);
 /// Longest message of an exit cause; it is recorded in the transaction log.
 const MESSAGE_CHARS_MAX: usize = 1_024;
 /// Credentials of the worker's environment that go to the rank by the socket only.
@@ -58,6 +65,7 @@ pub(crate) struct Surroundings {
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) spooler: Spooler,
     pub(crate) archive: Archive,
+    pub(crate) flights: FlightKeeper,
 }
 
 /// How the agent reaches a running task.
@@ -73,6 +81,10 @@ impl TaskHandle {
     pub(crate) fn deliver(&self, order: RankOrder) {
         if matches!(order, RankOrder::Stop { .. }) {
             self.kill_later();
+        }
+        // A question must not be what ends a rank that reads no orders for a while.
+        if matches!(order, RankOrder::Flight { .. }) && self.orders.capacity() < ORDER_QUEUE / 2 {
+            return;
         }
         if let Err(mpsc::error::TrySendError::Full(_)) = self.orders.try_send(order) {
             self.kill(&format!("it left its last {ORDER_QUEUE} orders unread"));
@@ -119,6 +131,8 @@ pub(crate) struct Task {
     record: PathBuf,
     shared: Arc<Surroundings>,
     orders: mpsc::Receiver<RankOrder>,
+    /// For what this worker itself wants of the rank.
+    own_orders: mpsc::Sender<RankOrder>,
     kill: watch::Receiver<Option<String>>,
 }
 
@@ -149,8 +163,9 @@ impl Task {
         let (orders_sender, orders) = mpsc::channel(ORDER_QUEUE);
         let (kill_sender, kill) = watch::channel(None);
         let stop_timeout = shared.stop_timeout;
+        let own_orders = orders_sender.clone();
         let handle = TaskHandle { orders: orders_sender, kill: kill_sender, stop_timeout };
-        (Self { id, assignment, record, shared, orders, kill }, handle)
+        (Self { id, assignment, record, shared, orders, own_orders, kill }, handle)
     }
 
     /// Runs it to its end, which is in the ledger when this returns.
@@ -188,8 +203,15 @@ impl Task {
         let mut capture = tokio::spawn(capture.run(stdout, stderr, give_up.clone()));
         let (read, write) = UnixStream::from_std(control)?.into_split();
         let failed = Arc::new(Mutex::new(None));
-        let reader =
-            Reader { id: id.clone(), ledger: shared.ledger.clone(), failed: failed.clone() };
+        let said_last = Arc::new(Notify::new());
+        let reader = Reader {
+            id: id.clone(),
+            ledger: shared.ledger.clone(),
+            flights: shared.flights.clone(),
+            kill: self.kill.clone(),
+            failed: failed.clone(),
+            said_last: said_last.clone(),
+        };
         let mut reports = tokio::spawn(reader.run(read));
         let (_, nothing) = mpsc::channel(1);
         let first = self.assignment_order();
@@ -199,13 +221,26 @@ impl Task {
 
         let mut broken = None;
         let mut listening = true;
+        // Until when a rank that is to be killed may say its last words.
+        let mut dying: Option<Instant> = None;
         let status = loop {
             tokio::select! {
                 status = &mut ended => break status.unwrap_or_else(|_| {
                     // The waiting thread always answers.
                     ExitStatus::from_raw(Signal::SIGKILL as i32)
                 }),
-                Ok(()) = self.kill.changed() => guard.0.kill(),
+                Ok(()) = self.kill.changed() => match self.ask_for_last_words() {
+                    true => dying = Some(Instant::now() + LAST_WORDS_TIMEOUT),
+                    false => guard.0.kill(),
+                },
+                () = said_last.notified(), if dying.is_some() => {
+                    dying = None;
+                    guard.0.kill();
+                }
+                () = sleep_until(dying.unwrap_or_else(Instant::now)), if dying.is_some() => {
+                    dying = None;
+                    guard.0.kill();
+                }
                 finished = &mut reports, if listening => {
                     listening = false;
                     if let Ok(Err(reason)) = finished {
@@ -238,6 +273,12 @@ impl Task {
         let ordered = self.kill.borrow().clone().or(broken);
         let failed = failed.lock().unwrap_or_else(PoisonError::into_inner).take();
         Ok(exit_cause(status, ordered, failed, &last_error.unwrap_or_default()))
+    }
+
+    /// Asks a rank for its last flight log; false when it cannot be asked.
+    fn ask_for_last_words(&self) -> bool {
+        let order = RankOrder::Flight { request: FLIGHT_LAST, entries: FLIGHT_ENTRIES_MAX as u32 };
+        matches!(*self.assignment, Assignment::Train(_)) && self.own_orders.try_send(order).is_ok()
     }
 
     fn launch(&self) -> Launch {
@@ -291,7 +332,12 @@ struct Failed {
 struct Reader {
     id: TaskId,
     ledger: Arc<Ledger>,
+    flights: FlightKeeper,
+    /// Why the task is to be killed, when it is.
+    kill: watch::Receiver<Option<String>>,
     failed: Arc<Mutex<Option<Failed>>>,
+    /// Wakes when the task's last flight log is here.
+    said_last: Arc<Notify>,
 }
 
 impl Reader {
@@ -313,12 +359,31 @@ impl Reader {
             }
             let report: RankReport = serde_json::from_slice(&line)
                 .map_err(|error| format!("it sent what is not a report: {error}"))?;
-            if let RankReport::Failed { message, retryable, .. } = &report {
-                let failed = Failed { message: message.clone(), retryable: *retryable };
-                *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(failed);
+            match report {
+                RankReport::Flight { request, log } => self.flight(request, log),
+                report => {
+                    if let RankReport::Failed { message, retryable, .. } = &report {
+                        let failed = Failed { message: message.clone(), retryable: *retryable };
+                        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(failed);
+                    }
+                    self.ledger.report(&self.id, report);
+                }
             }
-            self.ledger.report(&self.id, report);
         }
+    }
+
+    /// A flight log is no fact: it goes to whoever asked, and the last one to the store.
+    fn flight(&self, request: u64, log: Option<Box<FlightLog>>) {
+        if request != FLIGHT_LAST {
+            let task = self.id.clone();
+            return self.ledger.answer(&WorkerMessage::Flight { request, task, log });
+        }
+        if let Some(mut log) = log {
+            let killed = || self.kill.borrow().as_ref().map(|why| format!("killed: {why}"));
+            log.ending = log.ending.take().or_else(killed);
+            self.flights.keep(&self.id, &log);
+        }
+        self.said_last.notify_one();
     }
 }
 
