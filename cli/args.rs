@@ -380,7 +380,7 @@ pub struct BenchCollective {
     /// What is between two timed calls: barrier, which is not timed, or plain, nothing.
     #[arg(long = "loop", default_value = "barrier", value_name = "LOOP")]
     pub pacing: String,
-    /// Timed calls per case; absent: as many as its share of about 40 seconds allows.
+    /// Timed calls per case; absent: as many as its share of about 25 seconds allows.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub iterations: Option<u32>,
     /// Calls before the timed ones; absent: about 50 ms of them.

@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::output;
 
 /// The timed calls of a whole run take about as long.
-const RUN_TIME: Duration = Duration::from_secs(40);
+const RUN_TIME: Duration = Duration::from_secs(25);
 /// Those of one case, at least and at most.
 const CASE_TIME_MIN: Duration = Duration::from_millis(50);
 const CASE_TIME_MAX: Duration = Duration::from_secs(1);
