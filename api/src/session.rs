@@ -57,8 +57,11 @@ pub enum WorkerMessage {
         request: u64,
         /// Whose log.
         task: TaskId,
-        /// The log; absent when the task has none, or is not here.
+        /// The log; absent when there is none.
         log: Option<Box<FlightLog>>,
+        /// Why there is none, where that is known.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        why: String,
     },
 }
 

@@ -24,7 +24,7 @@ use tonic::Status;
 use crate::leadership::Leadership;
 use crate::status::leadership_lost;
 
-/// A running rank answers within a few milliseconds, or is stopped, swapping or out of reach.
+/// A running rank answers within a few milliseconds, or is starved or out of reach.
 const ANSWER_WAIT: Duration = Duration::from_secs(2);
 /// A store that takes longer for one request counts as one that has nothing: the caller is told so
 /// before it gives up.
@@ -39,8 +39,8 @@ const ENTRIES_MIN: usize = 16;
 /// Generations of a job whose logs are kept, the newest.
 const GENERATIONS_KEPT: usize = 8;
 
-/// An answer of a rank; no log: it has none yet.
-type Answer = (Rank, Option<Box<FlightLog>>);
+/// A rank's log, or why it has none.
+type Told = Result<Box<FlightLog>, String>;
 
 /// Questions that wait for answers.
 pub(crate) struct Questions {
@@ -51,7 +51,7 @@ pub(crate) struct Questions {
 struct Open {
     job: Name,
     generation: Generation,
-    answers: mpsc::Sender<Answer>,
+    answers: mpsc::Sender<(Rank, Told)>,
 }
 
 impl Default for Questions {
@@ -74,12 +74,12 @@ impl Questions {
     }
 
     /// A worker answers; an answer to no open question is dropped.
-    pub(crate) fn answer(&self, number: u64, task: &TaskId, log: Option<Box<FlightLog>>) {
+    pub(crate) fn answer(&self, number: u64, task: &TaskId, told: Told) {
         let open = self.lock();
         let Some(question) = open.get(&number) else { return };
         if (&question.job, question.generation) == (&task.workload, task.generation) {
             // Full only when somebody answers more often than it was asked.
-            let _ = question.answers.try_send((task.rank, log));
+            let _ = question.answers.try_send((task.rank, told));
         }
     }
 }
@@ -88,18 +88,18 @@ impl Questions {
 struct Question {
     number: u64,
     questions: Arc<Questions>,
-    inbox: mpsc::Receiver<Answer>,
+    inbox: mpsc::Receiver<(Rank, Told)>,
 }
 
 impl Question {
     /// The answers of so many ranks, or those that came in time.
-    async fn answers(&mut self, count: usize) -> BTreeMap<Rank, Option<Box<FlightLog>>> {
+    async fn answers(&mut self, count: usize) -> BTreeMap<Rank, Told> {
         let deadline = Instant::now() + ANSWER_WAIT;
         let mut answers = BTreeMap::new();
         while answers.len() < count
-            && let Ok(Some((rank, log))) = timeout_at(deadline, self.inbox.recv()).await
+            && let Ok(Some((rank, told))) = timeout_at(deadline, self.inbox.recv()).await
         {
-            answers.insert(rank, log);
+            answers.insert(rank, told);
         }
         answers
     }
@@ -200,20 +200,20 @@ impl FlightDesk {
             flight.worker = Some(place.worker.clone());
             flight.host = place.host.clone();
             match answers.remove(&place.rank) {
-                Some(Some(log)) => {
+                Some(Ok(log)) => {
                     flight.absent.clear();
                     flight.source = FlightSource::Live;
                     flight.log = Some(*log);
                 }
-                Some(None) => flight.absent = "it has just been started, or is gone".into(),
+                Some(Err(why)) => flight.absent = why,
                 None if place.session.is_none() => {
                     flight.absent = format!("its worker `{}` is not connected", place.worker);
                 }
                 None => {
                     let (wait, worker) = (ANSWER_WAIT.as_secs(), &place.worker);
                     flight.absent = format!(
-                        "it did not answer within {wait} s: its process on `{worker}` is stopped, \
-                         starved or out of reach"
+                        "it did not answer within {wait} s: its process on `{worker}` is starved \
+                         or out of reach"
                     );
                 }
             }
@@ -373,13 +373,13 @@ mod tests {
         let mut question = questions.ask(&job, Generation(2), 3);
         let number = question.number;
         assert_ne!(number, FLIGHT_LAST);
-        let log = |rank| Some(Box::new(FlightLog { rank: Rank(rank), ..FlightLog::default() }));
+        let log = |rank| Ok(Box::new(FlightLog { rank: Rank(rank), ..FlightLog::default() }));
         questions.answer(number, &task(2, 0), log(0));
         questions.answer(number, &task(1, 1), log(1));
         questions.answer(number + 1, &task(2, 1), log(1));
-        questions.answer(number, &task(2, 2), None);
+        questions.answer(number, &task(2, 2), Err("it has just been started".into()));
         let answers = question.answers(2).await;
-        let told: Vec<_> = answers.iter().map(|(rank, log)| (rank.0, log.is_some())).collect();
+        let told: Vec<_> = answers.iter().map(|(rank, log)| (rank.0, log.is_ok())).collect();
         assert_eq!(told, [(0, true), (2, false)]);
         drop(question);
         assert!(questions.lock().is_empty());

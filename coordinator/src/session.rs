@@ -327,9 +327,9 @@ impl Reader {
                 self.acknowledgements.logged(sequence);
                 Ok(())
             }
-            WorkerMessage::Flight { request, task, log } => {
+            WorkerMessage::Flight { request, task, log, why } => {
                 // No fact: nobody waits for its acknowledgement.
-                self.questions.answer(request, &task, log);
+                self.questions.answer(request, &task, log.ok_or(why));
                 Ok(())
             }
             WorkerMessage::Hello(_) => {

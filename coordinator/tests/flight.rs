@@ -58,7 +58,7 @@ async fn ranks_are_asked_through_a_follower_and_nothing_is_committed() {
     let request = take(&mut worker, 2).await;
     for (task, tag) in tasks.iter().zip(["one", "two"]) {
         let (task, log) = (task.clone(), log(task, tag));
-        worker.say(WorkerMessage::Flight { request, task, log }).await;
+        worker.say(WorkerMessage::Flight { request, task, log, why: String::new() }).await;
     }
     let report = answered(asked).await.expect("a report");
     let tags: Vec<&str> =
@@ -71,9 +71,10 @@ async fn ranks_are_asked_through_a_follower_and_nothing_is_committed() {
     let asked = ask(&client, "a");
     let request = take(&mut worker, 2).await;
     let task = tasks[0].clone();
-    worker.say(WorkerMessage::Flight { request, task, log: None }).await;
+    let why = "it is stopped".to_owned();
+    worker.say(WorkerMessage::Flight { request, task, log: None, why }).await;
     let report = answered(asked).await.expect("a report");
-    assert!(report.verdict[0].starts_with("rank 0 has no flight log: it has just"), "{report:?}");
+    assert!(report.verdict[0].starts_with("rank 0 has no flight log: it is stopped"), "{report:?}");
     assert!(report.verdict[1].starts_with("rank 1 has no flight log: it did not"), "{report:?}");
     assert_eq!(client.status().await.expect("answers").commit_index, before);
     group.stop_all().await;

@@ -603,7 +603,12 @@ mod tests {
     #[test]
     fn an_answer_is_sent_once_in_the_session_that_it_came_about_in() {
         let ledger = Ledger::new();
-        let answer = |request| WorkerMessage::Flight { request, task: task(0), log: None };
+        let answer = |request| WorkerMessage::Flight {
+            request,
+            task: task(0),
+            log: None,
+            why: String::new(),
+        };
         ledger.begin_session();
         ledger.started(&task(0), 7);
         ledger.answer(&answer(5));

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::ExitStatus;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -31,7 +32,7 @@ use crate::flight::FlightKeeper;
 use crate::ledger::Ledger;
 use crate::process::{Launch, Spawner, Started};
 use crate::spool::Spooler;
-use crate::strays::RankRecord;
+use crate::strays::{RankRecord, is_stopped};
 
 /// Orders that a rank may leave unread; a rank that reads none of this many hangs.
 pub(crate) const ORDER_QUEUE: usize = 1_024;
@@ -73,6 +74,8 @@ pub(crate) struct TaskHandle {
     orders: mpsc::Sender<RankOrder>,
     kill: watch::Sender<Option<String>>,
     stop_timeout: Duration,
+    /// 0 until its process runs.
+    pid: Arc<AtomicU32>,
 }
 
 impl TaskHandle {
@@ -106,6 +109,12 @@ impl TaskHandle {
         });
     }
 
+    /// Its process, when that is stopped and can do nothing.
+    pub(crate) fn stopped(&self) -> Option<u32> {
+        let pid = self.pid.load(Ordering::Relaxed);
+        (pid > 0 && is_stopped(pid)).then_some(pid)
+    }
+
     /// Whether nobody runs the task any more.
     pub(crate) fn is_gone(&self) -> bool {
         self.kill.is_closed()
@@ -134,6 +143,7 @@ pub(crate) struct Task {
     /// For what this worker itself wants of the rank.
     own_orders: mpsc::Sender<RankOrder>,
     kill: watch::Receiver<Option<String>>,
+    pid: Arc<AtomicU32>,
 }
 
 /// The credentials that a rank needs, out of the worker's environment where the file has none.
@@ -164,8 +174,10 @@ impl Task {
         let (kill_sender, kill) = watch::channel(None);
         let stop_timeout = shared.stop_timeout;
         let own_orders = orders_sender.clone();
-        let handle = TaskHandle { orders: orders_sender, kill: kill_sender, stop_timeout };
-        (Self { id, assignment, record, shared, orders, own_orders, kill }, handle)
+        let pid = Arc::new(AtomicU32::new(0));
+        let handle =
+            TaskHandle { orders: orders_sender, kill: kill_sender, stop_timeout, pid: pid.clone() };
+        (Self { id, assignment, record, shared, orders, own_orders, kill, pid }, handle)
     }
 
     /// Runs it to its end, which is in the ledger when this returns.
@@ -196,6 +208,7 @@ impl Task {
             io::Error::new(error.kind(), format!("cannot write {}: {error}", self.record.display()))
         })?;
         info!(task = %id, pid, "task started");
+        self.pid.store(pid, Ordering::Relaxed);
         shared.ledger.started(&id, pid);
 
         let give_up = CancellationToken::new();
@@ -278,7 +291,9 @@ impl Task {
     /// Asks a rank for its last flight log; false when it cannot be asked.
     fn ask_for_last_words(&self) -> bool {
         let order = RankOrder::Flight { request: FLIGHT_LAST, entries: FLIGHT_ENTRIES_MAX as u32 };
-        matches!(*self.assignment, Assignment::Train(_)) && self.own_orders.try_send(order).is_ok()
+        let can_answer = matches!(*self.assignment, Assignment::Train(_))
+            && !is_stopped(self.pid.load(Ordering::Relaxed));
+        can_answer && self.own_orders.try_send(order).is_ok()
     }
 
     fn launch(&self) -> Launch {
@@ -376,7 +391,11 @@ impl Reader {
     fn flight(&self, request: u64, log: Option<Box<FlightLog>>) {
         if request != FLIGHT_LAST {
             let task = self.id.clone();
-            return self.ledger.answer(&WorkerMessage::Flight { request, task, log });
+            let why = match log {
+                Some(_) => String::new(),
+                None => "it has just been started".to_owned(),
+            };
+            return self.ledger.answer(&WorkerMessage::Flight { request, task, log, why });
         }
         if let Some(mut log) = log {
             let killed = || self.kill.borrow().as_ref().map(|why| format!("killed: {why}"));

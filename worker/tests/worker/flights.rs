@@ -5,6 +5,9 @@ use std::fs;
 use api::flight::FlightLog;
 use api::session::{ExitCause, RankOrder, TaskEvent, WorkerMessage};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use crate::harness::{Coordinator, Host, task};
 
 /// Rank 0 answers questions; rank 1 reads no orders; rank 2 fails and says its last words itself.
@@ -33,7 +36,8 @@ async fn questions_pass_through_and_last_words_are_kept() {
     session.start(&asked).await;
     session.started(&asked).await;
     session.deliver(&asked, question(5)).await;
-    let WorkerMessage::Flight { request: 5, task: who, log: Some(log) } = session.message().await
+    let WorkerMessage::Flight { request: 5, task: who, log: Some(log), .. } =
+        session.message().await
     else {
         panic!("expected the answer to 5")
     };
@@ -41,16 +45,23 @@ async fn questions_pass_through_and_last_words_are_kept() {
     // One that is not here has no log; it is no exit either.
     let unknown = task(9, 0);
     session.deliver(&unknown, question(6)).await;
-    let none = WorkerMessage::Flight { request: 6, task: unknown, log: None };
-    assert_eq!(session.message().await, none);
+    let none = session.message().await;
+    assert!(matches!(&none, WorkerMessage::Flight { request: 6, log: None, .. }), "{none:?}");
     // One that reads nothing answers nothing, and is not killed for it.
     session.start(&deaf).await;
-    session.started(&deaf).await;
+    let pid = session.started(&deaf).await;
     for request in 10..2_000 {
         session.deliver(&deaf, question(request)).await;
     }
     session.deliver(&asked, question(7)).await;
     assert!(matches!(session.message().await, WorkerMessage::Flight { request: 7, .. }));
+    // Of one that is stopped the worker knows more than that it does not answer.
+    kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("it runs");
+    session.deliver(&deaf, question(8)).await;
+    let WorkerMessage::Flight { request: 8, log: None, why, .. } = session.message().await else {
+        panic!("expected the answer to 8")
+    };
+    assert!(why.contains(&format!("`kill -CONT {pid}`")), "{why}");
 
     // Killed: one has the time to say what it was doing, the other does not use it.
     for rank in [&asked, &deaf] {
