@@ -7,7 +7,6 @@
 use std::io::{ErrorKind, Read};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::Rank;
@@ -21,6 +20,7 @@ use crate::error::CollectiveError;
 use crate::handshake::{
     Channel, ENVELOPE_BYTES, Failure, Identity, Negotiation, Progress, body_bytes, fresh_nonce,
 };
+use crate::wire::Wire;
 
 /// Accepted connections in a handshake at one time; more wait in the kernel's queue.
 const HANDSHAKES_MAX: usize = 64;
@@ -50,10 +50,10 @@ impl Slot {
 /// The connections to a peer, authenticated and non-blocking.
 #[derive(Clone, Debug)]
 pub(crate) struct Connection {
-    /// For frames of calls.
-    pub data: Arc<TcpStream>,
+    /// For frames of calls, the first stream first.
+    pub data: Vec<Wire>,
     /// For why a rank failed.
-    pub words: Arc<TcpStream>,
+    pub words: Wire,
 }
 
 /// A connection in its handshake.
@@ -158,7 +158,10 @@ impl<'a> Formation<'a> {
                 let mut pair = || Some((streams.next()?, streams.next()?));
                 Ok(std::iter::from_fn(&mut pair)
                     .map(|(data, words)| {
-                        Some(Connection { data: Arc::new(data?), words: Arc::new(words?) })
+                        Some(Connection {
+                            data: vec![Wire::plain(data?)],
+                            words: Wire::plain(words?),
+                        })
                     })
                     .collect())
             }

@@ -16,6 +16,7 @@ use crate::handshake::Identity;
 use crate::link::Link;
 use crate::peers::Peers;
 use crate::shared::Shared;
+use crate::wire::Wire;
 
 /// Most ranks of one group: a rank holds two descriptors per peer, and a process commonly may have
 /// 1,024.
@@ -89,7 +90,8 @@ impl Listener {
                 })
                 .collect()
         };
-        let mut peers = Peers::new(options.rank.0, options.generation, codec, links, abort);
+        let mut peers = Peers::new(options.rank.0, options.generation, codec, links, abort)
+            .with(options.reduction, address.ip());
         let shared = Shared::join(&mut peers, &options)?;
         Ok(ProcessGroup::new(peers, shared, options, address.ip()))
     }
@@ -105,8 +107,8 @@ impl Listener {
         let formation =
             Formation::new(identity, peers, &self.socket, &self.abort, timeout, deadline);
         let connections = formation.run()?;
-        let streams = connections.iter().flatten().flat_map(|both| [&*both.data, &*both.words]);
-        for stream in streams {
+        let wires = connections.iter().flatten().flat_map(|c| c.data.iter().chain([&c.words]));
+        for stream in wires.map(Wire::socket) {
             let failed = |source| CollectiveError::socket("set up a connection to a peer", source);
             stream.set_nodelay(true).map_err(failed)?;
             let keepalive = TcpKeepalive::new()
