@@ -140,7 +140,8 @@ impl ProcessGroup {
                 group.ranks
             ));
         }
-        Ok((Listener::bind(self.address)?, place as u32))
+        let listener = Listener::bind(self.address)?.with_tcp(self.core.peers.tcp.clone());
+        Ok((listener, place as u32))
     }
 }
 
@@ -329,11 +330,11 @@ impl Communicator for ProcessGroup {
             }
             with_element!(input, T => {
                 let input = typed::<T>(site, input)?;
-                let mut output = output.map(|output| typed_mut::<T>(site, output)).transpose()?;
+                let output = output.map(|output| typed_mut::<T>(site, output)).transpose()?;
                 if let Some(output) = &output {
                     check_parts(&core.peers, site, "output", output.len(), input.len())?;
                 }
-                let parts = Parts::gathering(&core.peers, input, output.as_deref_mut(), root.0);
+                let parts = Parts::gathering(&core.peers, input, output, root.0);
                 carry!(core, exchange_parts(site, parts))
             })
         })

@@ -40,8 +40,10 @@ mod schedule;
 mod selection;
 mod shared;
 mod stripes;
+mod tcp_options;
 #[cfg(test)]
 mod tests;
+mod tls;
 mod verdict;
 mod wire;
 
@@ -57,3 +59,5 @@ pub use lane_fold::{LaneElement, LaneFold};
 pub use lane_tree::{LaneTree, Subtree};
 pub use listener::Listener;
 pub use selection::{Algorithm, Question, Rule, Selectable, Selection, SelectionError};
+pub use tcp_options::TcpOptions;
+pub use tls::{TlsError, TlsMaterial};

@@ -241,7 +241,8 @@ fn a_peer_that_dies_is_named_at_once_in_whatever_call() {
         let results = in_parallel(3, move |rank, listener, peers| {
             if rank == 2 {
                 // Its connections end with no farewell, as when the process is killed.
-                drop(listener.form(&Identity::new(&options(2, 3)), &peers, HANG).unwrap());
+                let identity = Identity::new(&options(2, 3), &Default::default());
+                drop(listener.form(&identity, &peers, HANG).unwrap());
                 return None;
             }
             let mut communicator = listener.connect(options(rank, 3), &peers).unwrap();
