@@ -44,10 +44,12 @@ pub enum Operation {
     Scatter = 12,
     /// [`crate::Communicator::all_reduce_many`]
     AllReduceMany = 13,
+    /// No call: the ranks agree on how they share memory.
+    Join = 14,
 }
 
 impl Operation {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 15] = [
         Self::Leave,
         Self::AllReduce,
         Self::ReduceScatter,
@@ -62,6 +64,7 @@ impl Operation {
         Self::Gather,
         Self::Scatter,
         Self::AllReduceMany,
+        Self::Join,
     ];
 
     /// Its name, as in the trait.
@@ -81,6 +84,7 @@ impl Operation {
             Self::Gather => "gather",
             Self::Scatter => "scatter",
             Self::AllReduceMany => "all_reduce_many",
+            Self::Join => "join",
         }
     }
 
@@ -159,7 +163,7 @@ impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.operation.name();
         let separator = match self.operation {
-            Operation::Leave => return f.write_str(name),
+            Operation::Leave | Operation::Join => return f.write_str(name),
             Operation::Barrier | Operation::GatherBytes => return write!(f, "{name}()"),
             Operation::Broadcast | Operation::Recv | Operation::Scatter => " from ",
             Operation::Send | Operation::Gather => " to ",
@@ -231,7 +235,7 @@ mod tests {
             assert_eq!(call.to_string(), shown);
             assert_eq!(Call::decode(&call.encode()), Some(call));
         }
-        for (index, code) in [(0, 14), (1, 8), (2, 5)] {
+        for (index, code) in [(0, 15), (1, 8), (2, 5)] {
             let mut bytes = cases[0].0.encode();
             bytes[index] = code;
             assert_eq!(Call::decode(&bytes), None);

@@ -2,6 +2,7 @@
 //! the connections, and keeps the first error: a group that failed stays failed.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use api::{Generation, Rank};
 
@@ -16,6 +17,7 @@ use crate::checks::{
 use crate::chunk::chunk_range;
 use crate::communicator::{Communicator, GroupOptions, Partial, ReduceOp};
 use crate::error::CollectiveError;
+use crate::flight::FlightRecorder;
 use crate::lane_tree::LaneTree;
 use crate::listener::Listener;
 use crate::peers::{Parts, Peers};
@@ -33,6 +35,8 @@ pub struct ProcessGroup {
     options: GroupOptions,
     /// Where subgroups listen.
     address: IpAddr,
+    name: Arc<str>,
+    recorder: FlightRecorder,
 }
 
 /// What carries a call.
@@ -62,7 +66,10 @@ macro_rules! with_element {
 /// Hands a call to shared memory if there is any, else to the connections.
 macro_rules! carry {
     ($core:expr, $method:ident($($argument:expr),*)) => {
-        $core.peers.$method($($argument),*)
+        match $core.shared.as_mut() {
+            Some(shared) => shared.$method(&mut $core.peers, $($argument),*),
+            None => $core.peers.$method($($argument),*),
+        }
     };
 }
 
@@ -73,7 +80,15 @@ impl ProcessGroup {
         options: GroupOptions,
         address: IpAddr,
     ) -> Self {
-        Self { core: Core { peers, shared }, number: 0, failed: None, options, address }
+        let recorder = FlightRecorder::new(peers.generation, Rank(peers.rank), peers.world);
+        let name = options.group.as_str().into();
+        let core = Core { peers, shared };
+        Self { core, number: 0, failed: None, options, address, name, recorder }
+    }
+
+    /// From now on its calls are recorded there, together with those of the rank's other groups.
+    pub fn set_recorder(&mut self, recorder: FlightRecorder) {
+        self.recorder = recorder;
     }
 
     /// What moves the data: `shm`, `tcp`, or both.
@@ -105,15 +120,21 @@ impl ProcessGroup {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
+        let token = self.recorder.begin(&self.name, self.core.peers.generation, site);
+        self.recorder.started(token);
         let result = match self.core.peers.abort.raised() {
             Some(aborted) => Err(aborted),
             None => body(&mut self.core, site),
         };
+        if result.is_ok() {
+            self.recorder.finish(token, Ok(()));
+        }
         result.map_err(|error| {
             // A connection that an abort shut down looks like a dead peer.
             let error = self.core.peers.abort.raised().unwrap_or(error);
             let (rank, group) = (self.core.peers.rank, &self.options.group);
             tracing::debug!(%group, rank, call = %site, %error, "the group failed");
+            self.recorder.finish(token, Err(&error.to_string()));
             self.core.peers.give_up(&error);
             self.core.shared = None;
             self.failed = Some(error.clone());
@@ -121,7 +142,15 @@ impl ProcessGroup {
         })
     }
 
-    /// Splits nothing off: the first steps of a subgroup, on every member.
+    /// Ends the connections without a word, as the death of the process would.
+    #[cfg(test)]
+    pub(crate) fn vanish(mut self) {
+        self.core.peers.abort.unwatch();
+        self.core.peers.links.clear();
+        std::mem::forget(self);
+    }
+
+    /// Listens for the members of a subgroup; this rank's place in it.
     fn listen_for(&mut self, group: &Group) -> Outcome<(Listener, u32)> {
         let wrong = |message: String| {
             Err(CollectiveError::InvalidOptions { group: group.name.clone(), message })
@@ -453,7 +482,9 @@ impl Communicator for ProcessGroup {
             world_size: group.ranks.len() as u32,
             ..self.options.clone()
         };
-        Ok(Box::new(listener.connect(options, &peers)?))
+        let mut subgroup = listener.connect(options, &peers)?;
+        subgroup.set_recorder(self.recorder.clone());
+        Ok(Box::new(subgroup))
     }
 
     fn abort_handle(&self) -> AbortHandle {

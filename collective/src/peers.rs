@@ -334,7 +334,6 @@ impl Peers {
     }
 
     /// Looks once for trouble, while this rank waits for a peer elsewhere.
-    #[expect(dead_code, reason = "for ranks that wait in shared memory")]
     pub(crate) fn glance(
         &mut self,
         site: CallSite,

@@ -54,7 +54,7 @@ impl Exchange<'_> {
                 theirs.call == self.sent_as() && theirs.number == self.site.number
             }
             (_, true) => theirs == self.site,
-            (Operation::Send | Operation::Recv, false) => true,
+            (Operation::Send | Operation::Recv | Operation::Join, false) => true,
             (_, false) => {
                 point
                     || theirs.number > self.site.number
@@ -145,8 +145,9 @@ impl Exchange<'_> {
         }
     }
 
-    /// A peer that is blocked in a call over its connection waits for a frame that this rank, which
-    /// waits for it elsewhere, will not send; one that has left sends nothing.
+    /// While this rank waits for a peer elsewhere: what the peer sends, nobody here receives, and
+    /// where it is blocked in a call over its connection, it waits for a frame that this rank will
+    /// not send; one that has left does nothing more.
     pub(crate) fn find_blocked(
         &self,
         waits_for: usize,
@@ -156,11 +157,14 @@ impl Exchange<'_> {
         if link.left {
             return Err(self.left(waits_for));
         }
-        match link.waiting {
-            Some((theirs, number)) if waited >= WAITING_AFTER && number == link.frames_sent => {
-                Err(self.mismatch(waits_for, theirs))
-            }
-            _ => Ok(()),
+        if waited < WAITING_AFTER {
+            return Ok(());
+        }
+        let sent = link.next_data().map(|header| header.site);
+        let blocked = link.waiting.filter(|(_, number)| *number == link.frames_sent);
+        match sent.or(blocked.map(|(theirs, _)| theirs)) {
+            Some(theirs) => Err(self.mismatch(waits_for, theirs)),
+            None => Ok(()),
         }
     }
 
