@@ -3,7 +3,8 @@
 //!
 //! Starts one process per rank. Arguments: worlds, and sizes in KiB, each comma-separated. The bare
 //! exchange sends and receives what the cut into chunks must move, `2 (n - 1) / n` of the buffer
-//! each way, from and into the same buffer, and adds nothing.
+//! each way, from and into the same buffer, and adds nothing. In brackets: processor time of one
+//! rank, which says more than the clock where other programs run.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -14,6 +15,8 @@ use std::time::{Duration, Instant};
 use api::{Generation, Rank, Secret};
 use collective::{Communicator, GroupOptions, Listener, ReduceOp, Transport};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -39,10 +42,15 @@ fn main() -> Result<(), Failure> {
     for world in worlds {
         let found = run("--group", world, &sizes)?;
         let floor = run("--bare", world, &sizes)?;
-        println!("{world} ranks      all_reduce     bare exchange   of the bare speed");
-        for ((size, found), floor) in sizes.iter().zip(found).zip(floor) {
-            let share = floor / found * 100.0;
-            println!("{size:>8} KiB {:>10.3} ms {:>12.3} ms {share:>12.0} %", found, floor);
+        println!("{world} ranks       all_reduce          bare exchange     of the bare speed");
+        for ((size, found), floor) in sizes.iter().zip(found.chunks(2)).zip(floor.chunks(2)) {
+            let (wall, cpu) = (floor[0] / found[0] * 100.0, floor[1] / found[1] * 100.0);
+            let shown = |times: &[f64]| format!("{:>8.3} ms ({:>7.3})", times[0], times[1]);
+            println!(
+                "{size:>8} KiB {} {} {wall:>6.0} % ({cpu:>4.0} %)",
+                shown(found),
+                shown(floor)
+            );
         }
     }
     Ok(())
@@ -90,9 +98,16 @@ fn tell_address(address: SocketAddr) -> Result<Vec<SocketAddr>, Failure> {
     Ok(text.lines().map(str::parse).collect::<Result<_, _>>()?)
 }
 
-/// Repeats a round; the median in milliseconds.
-fn median(mut round: impl FnMut(bool) -> Result<bool, Failure>) -> Result<f64, Failure> {
-    let begun = Instant::now();
+/// Processor time of this process in milliseconds.
+fn processor_time() -> Result<f64, Failure> {
+    let usage = getrusage(UsageWho::RUSAGE_SELF)?;
+    let sum = usage.user_time() + usage.system_time();
+    Ok(sum.num_microseconds() as f64 / 1e3)
+}
+
+/// Repeats a round; the median and the processor time of one, in milliseconds.
+fn median(mut round: impl FnMut(bool) -> Result<bool, Failure>) -> Result<[f64; 2], Failure> {
+    let (begun, processor) = (Instant::now(), processor_time()?);
     let mut times = Vec::new();
     let mut last = false;
     while !last {
@@ -102,7 +117,8 @@ fn median(mut round: impl FnMut(bool) -> Result<bool, Failure>) -> Result<f64, F
         times.push(start.elapsed().as_secs_f64() * 1e3);
     }
     times.sort_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
+    let processor = (processor_time()? - processor) / times.len() as f64;
+    Ok([times[times.len() / 2], processor])
 }
 
 fn group(rank: u32, world: u32, sizes: &[usize]) -> Result<(), Failure> {
@@ -130,7 +146,7 @@ fn group(rank: u32, world: u32, sizes: &[usize]) -> Result<(), Failure> {
             Ok(buffer[0] != 0.0)
         })?;
         if rank == 0 {
-            println!("{found}");
+            println!("{} {}", found[0], found[1]);
         }
         group.barrier()?;
     }
@@ -177,7 +193,7 @@ fn bare(rank: u32, world: u32, sizes: &[usize]) -> Result<(), Failure> {
             Ok(seen)
         })?;
         if rank == 0 {
-            println!("{found}");
+            println!("{} {}", found[0], found[1]);
         }
     }
     Ok(())

@@ -185,7 +185,8 @@ impl ProcessGroup {
                 group.ranks
             ));
         }
-        Ok((Listener::bind(self.address)?, place as u32))
+        let listener = Listener::bind(self.address)?.with_tcp(self.core.peers.tcp.clone());
+        Ok((listener, place as u32))
     }
 }
 

@@ -42,8 +42,10 @@ mod schedule;
 mod selection;
 mod shared;
 mod stripes;
+mod tcp_options;
 #[cfg(test)]
 mod tests;
+mod tls;
 mod verdict;
 mod wire;
 
@@ -61,3 +63,5 @@ pub use lane_tree::{LaneTree, Subtree};
 pub use listener::Listener;
 pub use queue::{Queue, Turn, Work};
 pub use selection::{Algorithm, Question, Rule, Selectable, Selection, SelectionError};
+pub use tcp_options::TcpOptions;
+pub use tls::{TlsError, TlsMaterial};

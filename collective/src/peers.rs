@@ -21,6 +21,7 @@ use crate::link::Link;
 use crate::patience::Patience;
 use crate::payload::{Sink, Transfers};
 use crate::selection::Selection;
+use crate::tcp_options::TcpOptions;
 
 /// Bytes up to which a root sends its whole buffer to every rank; beyond, each rank gets a chunk
 /// from the root and the ranks exchange chunks, so that the root's link is not the narrow place.
@@ -133,6 +134,8 @@ pub(crate) struct Peers {
     /// Order of sums.
     pub reduction: Reduction,
     selection: Selection,
+    /// How the connections were made: those of subgroups are made the same way.
+    pub tcp: TcpOptions,
     /// How long an exchange looks for bytes before it sleeps.
     pub patience: Patience,
     /// How the partials of the last reduction combined.
@@ -166,6 +169,7 @@ impl Peers {
             abort,
             reduction: Reduction::default(),
             selection: Selection::default(),
+            tcp: TcpOptions::default(),
             patience: Patience::for_ranks(world as usize),
             combination: None,
             received: Scratch::default(),
@@ -176,12 +180,14 @@ impl Peers {
         }
     }
 
-    /// The same for the group's order of sums, and for where this rank is: peers of its own address
-    /// share its cores.
-    pub(crate) fn with(mut self, reduction: Reduction, address: IpAddr) -> Self {
+    /// The same for the group's order of sums, how its connections were made, and where this rank
+    /// is: peers of its own address share its cores.
+    pub(crate) fn with(mut self, reduction: Reduction, tcp: TcpOptions, address: IpAddr) -> Self {
         let here = |link: &&Link| link.address.ip() == address || address.is_loopback();
         let peers = self.links.iter().flatten().filter(here).count();
         (self.reduction, self.patience) = (reduction, Patience::for_ranks(1 + peers));
+        self.set_selection(tcp.selection.clone());
+        self.tcp = tcp;
         self
     }
 

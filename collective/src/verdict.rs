@@ -145,8 +145,9 @@ impl Exchange<'_> {
         }
     }
 
-    /// A peer that is blocked in a call over its connection waits for a frame that this rank, which
-    /// waits for it elsewhere, will not send; one that has left sends nothing.
+    /// While this rank waits for a peer elsewhere: what the peer sends, nobody here receives, and
+    /// where it is blocked in a call over its connection, it waits for a frame that this rank will
+    /// not send; one that has left does nothing more.
     pub(crate) fn find_blocked(
         &self,
         waits_for: usize,

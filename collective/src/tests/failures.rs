@@ -99,8 +99,8 @@ const MISMATCHES: [(&str, Calls, &str, Calls); 13] = [
         |c| c.recv((&mut [0.0f32; 4]).into(), Rank(0)),
     ),
     (
-        "send(4000000 u8 to r1) #0",
-        |c| c.send((&vec![0u8; 4_000_000]).into(), Rank(1)).and_then(|()| c.barrier()),
+        "send(64000000 u8 to r1) #0",
+        |c| c.send((&vec![0u8; 64_000_000]).into(), Rank(1)).and_then(|()| c.barrier()),
         "barrier() #0",
         |c| c.barrier(),
     ),

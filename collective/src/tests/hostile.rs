@@ -40,7 +40,7 @@ fn duel(
         let mut communicator = victim.connect(options(0, 2), &addresses).unwrap();
         let _ = sender.send(calls(&mut communicator));
     });
-    let identity = Identity::new(&options(1, 2));
+    let identity = Identity::new(&options(1, 2), &Default::default());
     let connection = raw.form(&identity, &peers, HANG).unwrap().swap_remove(0).unwrap();
     let (stream, words) = (connection.data[0].socket().try_clone().unwrap(), connection.words);
     stream.set_nonblocking(false).unwrap();
