@@ -103,7 +103,9 @@ impl Listener {
             tcp,
             address.ip(),
         );
-        let shared = Shared::join(&mut peers, &options)?;
+        // Whoever goes on hears why this rank does not.
+        let shared =
+            Shared::join(&mut peers, &options).inspect_err(|error| peers.give_up(error))?;
         Ok(ProcessGroup::new(peers, shared, options, address.ip()))
     }
 

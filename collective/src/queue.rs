@@ -5,6 +5,7 @@
 //! can be touched while it is reduced, and nothing is copied for it.
 
 use std::ops::{Deref, DerefMut};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, channel, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -63,7 +64,14 @@ impl Queue {
             .name("collective".to_owned())
             .spawn(move || {
                 for task in receiver {
-                    task(lock(&for_thread.communicator).as_mut());
+                    let mut communicator = lock(&for_thread.communicator);
+                    let ran = catch_unwind(AssertUnwindSafe(|| task(communicator.as_mut())));
+                    if ran.is_err() {
+                        // The panic is printed. The peers are told, and later calls fail at once:
+                        // nobody waits for a thread that is gone.
+                        communicator.abort_handle().abort("a collective of this rank panicked");
+                    }
+                    drop(communicator);
                     let mut open = lock(&for_thread.open);
                     *open -= 1;
                     if *open == 0 {
@@ -91,8 +99,9 @@ impl Queue {
             None => task(lock(&self.state.communicator).as_mut()),
             Some(sender) => {
                 *lock(&self.state.open) += 1;
-                // The thread ends only with this value.
-                let _ = sender.send(task);
+                if sender.send(task).is_err() {
+                    *lock(&self.state.open) -= 1;
+                }
             }
         }
         Work { result: receiver }

@@ -175,7 +175,14 @@ impl Shared {
         let most = counts.iter().copied().max().unwrap_or(1).max(1);
         let slots = (ranks - 1) * most;
         let piece = self.segment.window() / slots / LINE * LINE / size_of::<T>();
-        assert!(piece > 0, "a window has a line for every slot");
+        if piece == 0 {
+            // The same on all ranks: it follows from the call alone.
+            let message = format!(
+                "{ranks} ranks with {most} partials each do not fit shared memory: expected fewer \
+                 lanes, or a transport of TCP"
+            );
+            return Err(CollectiveError::InvalidCall { call: site, message });
+        }
         let share = |rank: usize| chunk_range(len, ranks as u32, rank as u32);
         let part = |rank: usize, round: usize| {
             let share = share(rank);

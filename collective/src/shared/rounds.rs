@@ -189,7 +189,16 @@ impl Shared {
             if counter.has_reached(round) {
                 return Ok(());
             }
-            peers.glance(site, rank, begin.elapsed())?;
+            let seen = peers.glance(site, rank, begin.elapsed());
+            match seen {
+                // It came meanwhile, and what was seen of it belongs to what it did next.
+                Err(CollectiveError::PeerLeft { .. } | CollectiveError::Mismatch { .. })
+                    if counter.has_reached(round) =>
+                {
+                    return Ok(());
+                }
+                seen => seen?,
+            }
             sleep = (sleep * 2).min(SLEEP_MOST);
         }
     }

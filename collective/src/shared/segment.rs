@@ -18,6 +18,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU32;
 
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -41,7 +42,7 @@ const MAGIC: [u8; 8] = *b"CHRTSHM1";
 const WINDOWS_BYTES: usize = 64 << 20;
 /// A window fits a second-level cache beside the rank's own data.
 const WINDOW_MOST: usize = 128 << 10;
-const WINDOW_LEAST: usize = 16 << 10;
+const WINDOW_LEAST: usize = 64 << 10;
 /// Two to stage, two for results.
 const WINDOWS_PER_RANK: usize = 4;
 
@@ -109,7 +110,7 @@ impl Segment {
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
         let head = layout.windows_at() as i64;
-        fallocate(&file, FallocateFlags::empty(), 0, head)?;
+        take_memory(&file, 0, head)?;
         let segment = Self::map(&file, layout)?;
         // SAFETY: the first page is mapped and nobody else knows the memory yet.
         unsafe {
@@ -144,7 +145,7 @@ impl Segment {
     /// Takes the memory of a rank's own windows, from the node that this thread runs on.
     pub(crate) fn allocate(file: impl AsFd, layout: Layout, rank: usize) -> std::io::Result<()> {
         let (from, len) = (layout.rank_windows_at(rank), WINDOWS_PER_RANK * layout.window);
-        Ok(fallocate(file, FallocateFlags::empty(), from as i64, len as i64)?)
+        take_memory(file, from as i64, len as i64)
     }
 
     fn map(file: impl AsFd, layout: Layout) -> std::io::Result<Self> {
@@ -228,6 +229,16 @@ impl Segment {
     fn control(&self, rank: usize) -> usize {
         assert!(rank < self.layout.ranks, "a rank of the segment");
         PAGE + rank * CONTROL_BYTES
+    }
+}
+
+/// Allocates a range of the file; a signal in between is no reason to do without.
+fn take_memory(file: impl AsFd, from: i64, len: i64) -> std::io::Result<()> {
+    loop {
+        match fallocate(&file, FallocateFlags::empty(), from, len) {
+            Err(Errno::EINTR) => {}
+            result => return Ok(result?),
+        }
     }
 }
 

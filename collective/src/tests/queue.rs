@@ -71,7 +71,22 @@ fn the_error_of_a_call_comes_from_its_handle_and_from_all_later_ones() {
     assert!(texts[0].contains("all_reduce(10 f32, sum) #0"), "{}", texts[0]);
 }
 
+#[test]
+fn a_call_that_panics_fails_itself_later_calls_and_the_peers() {
+    let texts = in_parallel(2, |rank, listener, peers| {
+        let group = listener.connect(options(rank, 2), &peers).unwrap();
+        let queue = Queue::start(Box::new(group)).unwrap();
+        if rank == 0 {
+            let work = queue.submit::<()>(|_| panic!("on purpose"));
+            work.wait().expect_err("it panicked");
+        }
+        queue.turn().barrier().expect_err("the group is aborted").to_string()
+    });
+    assert!(texts.iter().all(|text| text.contains("panicked")), "{texts:?}");
+}
+
 super::also_over_shared_memory!(
     calls_run_in_order_behind_the_caller_and_give_their_buffers_back,
+    a_call_that_panics_fails_itself_later_calls_and_the_peers,
     the_error_of_a_call_comes_from_its_handle_and_from_all_later_ones,
 );

@@ -47,9 +47,10 @@ impl Buckets {
         let mut of_block = vec![0; table.blocks.len()];
         let mut end = table.len;
         let mut last = table.blocks.len();
+        let mut start = table.len;
         for block in (0..table.blocks.len()).rev() {
             let entries = &table.entries[table.blocks[block].clone()];
-            let start = entries.first().map_or(end, |entry| entry.range.start);
+            start = entries.first().map_or(start, |entry| entry.range.start);
             if (end - start) * size_of::<f32>() < BUCKET_BYTES && block > 0 {
                 continue;
             }
@@ -160,6 +161,7 @@ mod tests {
             vec![&[10][..]],
             vec![&[3 << 20, 5][..], &[7], &[], &[2 << 20], &[9]],
             vec![&[][..], &[1 << 20], &[1 << 20]],
+            vec![&[][..], &[10]],
         ] {
             let table = table(&lengths);
             let buckets = Buckets::new(&table, &lanes);
