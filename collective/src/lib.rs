@@ -7,7 +7,7 @@
 //! [`AbortHandle`] breaks off whatever blocks. There is no timeout on a collective: a slow rank is
 //! not a dead one.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod abort;
 mod buffer;
@@ -26,6 +26,7 @@ mod lane_tree;
 mod link;
 mod listener;
 mod mesh;
+pub mod nccl;
 mod tcp;
 #[cfg(test)]
 mod tests;
