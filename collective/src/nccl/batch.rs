@@ -27,6 +27,20 @@ pub(super) enum Step {
     Divide { buffer: DeviceBuffer, by: u32 },
 }
 
+impl Step {
+    /// Whether it does nothing: the driver refuses some of these.
+    pub(super) fn is_empty(&self) -> bool {
+        match self {
+            Self::Nccl(calls) => calls.is_empty(),
+            Self::Copy { from: buffer, .. }
+            | Self::ToDevice { to: buffer, .. }
+            | Self::ToHost { from: buffer, .. }
+            | Self::Sum { into: buffer, .. }
+            | Self::Divide { buffer, .. } => buffer.is_empty(),
+        }
+    }
+}
+
 /// Steps that run one after another and finish as one.
 #[derive(Debug)]
 pub(super) struct Batch {

@@ -462,9 +462,11 @@ impl NcclGroup {
     pub(super) fn submit(
         &mut self,
         name: &'static str,
-        steps: Vec<Step>,
+        mut steps: Vec<Step>,
         stage: Option<PinnedMemory>,
     ) -> Result<Pending, CollectiveError> {
+        // Every rank leaves out the same.
+        steps.retain(|step| !step.is_empty());
         let (done, pending) = Pending::new(&self.options.group);
         self.tell(Command::Run { batch: Batch { name, steps, stage }, done })?;
         Ok(pending)

@@ -52,7 +52,8 @@ pub enum Reduction {
 pub struct NcclCommunicator {
     group: NcclGroup,
     /// Carries what goes to a lower rank. NCCL runs the operations of a communicator one after
-    /// another, so two ranks that first send to each other need one for each direction.
+    /// another, so two ranks that first send to each other need one for each direction. (Neighbours
+    /// in a line may; three ranks that each first send to both others wait for an abort.)
     down: Option<NcclGroup>,
     reduction: Reduction,
     number: u64,

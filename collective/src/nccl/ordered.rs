@@ -134,7 +134,6 @@ impl NcclGroup {
             }
             steps.extend(gather);
             steps.extend(staged.after);
-            steps.retain(|step| !is_empty(step));
             return self.submit(request.name, steps, staged.stage);
         }
         let stage = self.submit(request.name, staged.before, staged.stage)?.wait_stage()?;
@@ -162,7 +161,6 @@ impl NcclGroup {
             }
         }
         steps.push(Step::Nccl(calls.into_calls()));
-        steps.retain(|step| !is_empty(step));
         Ok(steps)
     }
 
@@ -197,7 +195,6 @@ impl NcclGroup {
         let stage = PinnedMemory::new(&self.device, slots.bytes())?;
         let mut steps = exchange;
         steps.push(Step::ToHost { from: slots.clone(), offset: 0 });
-        steps.retain(|step| !is_empty(step));
         let stage = self.submit(request.name, steps, Some(stage))?.wait_stage()?;
         let Some(mut stage) = stage else { return invalid(request.name, "it lost its stage") };
         let bytes = &mut stage.as_mut_slice()[..slots.bytes()];
@@ -215,7 +212,6 @@ impl NcclGroup {
         bytes[..result.len()].copy_from_slice(&result);
         let mut steps = vec![Step::ToDevice { offset: 0, to: target.clone() }];
         steps.extend(gather);
-        steps.retain(|step| !is_empty(step));
         self.submit(request.name, steps, Some(stage))?.wait()
     }
 
@@ -269,18 +265,6 @@ fn fold<T: Element>(
     let plan = Plan::new(&request.tree, &layout.nodes.concat())?;
     plan.run(&parts, &mut output, request.op, world);
     Some(bytemuck::cast_slice(&output).to_vec())
-}
-
-/// Steps of no elements are left out: drivers refuse some of them.
-fn is_empty(step: &Step) -> bool {
-    match step {
-        Step::Nccl(calls) => calls.is_empty(),
-        Step::Copy { from: buffer, .. }
-        | Step::ToDevice { to: buffer, .. }
-        | Step::ToHost { from: buffer, .. }
-        | Step::Sum { into: buffer, .. }
-        | Step::Divide { buffer, .. } => buffer.is_empty(),
-    }
 }
 
 fn invalid<R>(call: &str, message: impl Into<String>) -> Result<R, CollectiveError> {

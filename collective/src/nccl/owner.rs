@@ -249,11 +249,10 @@ impl Owner {
             // to `stale`, which `retire` drops once the stream is idle and else leaks. Nobody else
             // holds the stage meanwhile: it was moved into the batch.
             match step {
-                Step::Nccl(calls) if calls.is_empty() => {}
                 Step::Nccl(calls) => {
                     let comm = self.healthy()?;
                     let code = unsafe { comm.issue(calls, &self.stream)? };
-                    self.settle(comm, calls[0].symbol(), code, false)?;
+                    self.settle(comm, batch.name, code, false)?;
                 }
                 Step::Copy { from, to } => unsafe { self.stream.copy(from, to)? },
                 Step::ToDevice { offset, to } => unsafe {

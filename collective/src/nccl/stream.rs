@@ -34,7 +34,8 @@ pub enum Compute {
     /// One stream.
     Stream(ForeignStream),
     /// Every stream of the GPU's primary context, for a tensor library that keeps its streams to
-    /// itself. Needs a driver for CUDA 12.5.
+    /// itself. Needs a driver for CUDA 12.5. It covers the streams of every rank in the process
+    /// that shares the GPU, so such ranks (only tests have them) would wait for each other.
     Context,
 }
 

@@ -36,7 +36,7 @@ static void count(int which) { enter(); counters[which]++; leave(); }
 /* ================================ CUDA ================================ */
 typedef struct Task Task;
 struct Task { void (*run)(void*); void* argument; Task* next; };
-typedef struct Stream { Task *first, *last; int running, ended; pthread_t thread; struct Stream* next; } Stream;
+typedef struct Stream { Task *first, *last; void* context; int running, ended; pthread_t thread; struct Stream* next; } Stream;
 typedef struct { long recorded, done; int marks, destroyed; } Event;
 static Stream* streams;
 static char context_of[16];
@@ -112,6 +112,7 @@ int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, Stream* s) { 
 int cuStreamCreate(Stream** stream, unsigned flags) {
   NEED_CONTEXT; if (flags != 1) return 1;
   Stream* s = calloc(1, sizeof *s);
+  s->context = current[depth - 1];
   enter(); s->next = streams; streams = s; leave();
   pthread_create(&s->thread, NULL, stream_main, s);
   pthread_detach(s->thread);
@@ -141,10 +142,10 @@ int cuEventQuery(Event* e) { enter(); int ready = e->done >= e->recorded; leave(
 int cuStreamWaitEvent(Stream* s, Event* e, unsigned flags) { (void)flags; enter(); await_locked(e, s); leave(); return 0; }
 #ifndef WITHOUT_OPTIONAL
 int cuCtxRecordEvent(void* context, Event* e) {
-  (void)context; enter(); for (Stream* s = streams; s; s = s->next) if (!s->ended) mark_locked(e, s); leave(); return 0;
+  enter(); for (Stream* s = streams; s; s = s->next) if (!s->ended && s->context == context) mark_locked(e, s); leave(); return 0;
 }
 int cuCtxWaitEvent(void* context, Event* e) {
-  (void)context; enter(); for (Stream* s = streams; s; s = s->next) if (!s->ended) await_locked(e, s); leave(); return 0;
+  enter(); for (Stream* s = streams; s; s = s->next) if (!s->ended && s->context == context) await_locked(e, s); leave(); return 0;
 }
 #endif
 
@@ -153,16 +154,15 @@ typedef struct { const char* name; } Function;
 static Function functions[] = {{"sum_f32"}, {"sum_f64"}, {"sum_i32"}, {"sum_i64"}, {"sum_u8"}, {"divide_f32"}, {"divide_f64"}};
 static int kernels_refused;
 void fake_refuse_kernels(int refused) { enter(); kernels_refused = refused; leave(); }
-static const char* loaded_text;
 int cuModuleLoadData(void** module, const void* image) {
   NEED_CONTEXT; if (kernels_refused) return 218;
   if (!strstr(image, ".version") || !strstr(image, ".target")) return 218;
-  free((void*)loaded_text); loaded_text = strdup(image); *module = functions; return 0;
+  *module = strdup(image); return 0;
 }
-int cuModuleUnload(void* module) { (void)module; return 0; }
+int cuModuleUnload(void* module) { free(module); return 0; }
 int cuModuleGetFunction(Function** function, void* module, const char* name) {
-  (void)module; char entry[64]; snprintf(entry, sizeof entry, ".entry %s(", name);
-  if (!strstr(loaded_text, entry)) return 500;
+  char entry[64]; snprintf(entry, sizeof entry, ".entry %s(", name);
+  if (!strstr(module, entry)) return 500;
   for (size_t i = 0; i < sizeof functions / sizeof *functions; i++)
     if (!strcmp(functions[i].name, name)) { *function = &functions[i]; return 0; }
   return 500;
