@@ -104,49 +104,51 @@ impl Comm {
     /// As for [`Self::issue`].
     unsafe fn call(&self, call: &NcclCall, stream: &Stream) -> c_int {
         let (nccl, comm, stream) = (self.libraries.nccl(), self.raw, stream.handle());
-        // SAFETY, for all: a communicator that is neither destroyed nor aborted and a stream of its
+        // SAFETY: a communicator that is neither destroyed nor aborted and a stream of its
         // GPU. Addresses and counts come from buffers whose lengths `Calls` has compared, so NCCL
         // stays inside of them; they live as long as the caller promises.
-        match call {
-            NcclCall::AllReduce { input, output, op } => unsafe {
-                let kind = input.element().nccl();
-                let (from, to) = (input.address(), output.address());
-                (nccl.all_reduce)(from, to, input.len(), kind, nccl_op(*op), comm, stream)
-            },
-            NcclCall::Reduce { input, output, op, root } => unsafe {
-                let kind = input.element().nccl();
-                let (from, to, op) = (input.address(), output.address(), nccl_op(*op));
-                (nccl.reduce)(from, to, input.len(), kind, op, *root, comm, stream)
-            },
-            NcclCall::ReduceScatter { input, output, op } => unsafe {
-                let kind = input.element().nccl();
-                let (from, to) = (input.address(), output.address());
-                (nccl.reduce_scatter)(from, to, output.len(), kind, nccl_op(*op), comm, stream)
-            },
-            NcclCall::AllGather { input, output } => unsafe {
-                let kind = input.element().nccl();
-                (nccl.all_gather)(
-                    input.address(),
-                    output.address(),
-                    input.len(),
-                    kind,
-                    comm,
-                    stream,
-                )
-            },
-            NcclCall::Broadcast { input, output, root } => unsafe {
-                let kind = output.element().nccl();
-                let (from, to) = (input.address(), output.address());
-                (nccl.broadcast)(from, to, output.len(), kind, *root, comm, stream)
-            },
-            NcclCall::Send { buffer, to } => unsafe {
-                let kind = buffer.element().nccl();
-                (nccl.send)(buffer.address(), buffer.len(), kind, *to, comm, stream)
-            },
-            NcclCall::Recv { buffer, from } => unsafe {
-                let kind = buffer.element().nccl();
-                (nccl.recv)(buffer.address(), buffer.len(), kind, *from, comm, stream)
-            },
+        unsafe {
+            match call {
+                NcclCall::AllReduce { input, output, op } => {
+                    let kind = input.element().nccl();
+                    let (from, to) = (input.address(), output.address());
+                    (nccl.all_reduce)(from, to, input.len(), kind, nccl_op(*op), comm, stream)
+                }
+                NcclCall::Reduce { input, output, op, root } => {
+                    let kind = input.element().nccl();
+                    let (from, to, op) = (input.address(), output.address(), nccl_op(*op));
+                    (nccl.reduce)(from, to, input.len(), kind, op, *root, comm, stream)
+                }
+                NcclCall::ReduceScatter { input, output, op } => {
+                    let kind = input.element().nccl();
+                    let (from, to) = (input.address(), output.address());
+                    (nccl.reduce_scatter)(from, to, output.len(), kind, nccl_op(*op), comm, stream)
+                }
+                NcclCall::AllGather { input, output } => {
+                    let kind = input.element().nccl();
+                    (nccl.all_gather)(
+                        input.address(),
+                        output.address(),
+                        input.len(),
+                        kind,
+                        comm,
+                        stream,
+                    )
+                }
+                NcclCall::Broadcast { input, output, root } => {
+                    let kind = output.element().nccl();
+                    let (from, to) = (input.address(), output.address());
+                    (nccl.broadcast)(from, to, output.len(), kind, *root, comm, stream)
+                }
+                NcclCall::Send { buffer, to } => {
+                    let kind = buffer.element().nccl();
+                    (nccl.send)(buffer.address(), buffer.len(), kind, *to, comm, stream)
+                }
+                NcclCall::Recv { buffer, from } => {
+                    let kind = buffer.element().nccl();
+                    (nccl.recv)(buffer.address(), buffer.len(), kind, *from, comm, stream)
+                }
+            }
         }
     }
 

@@ -127,9 +127,11 @@ fn reap(libraries: &Libraries, device: c_int, context: Handle, garbage: &Receive
         // SAFETY: whoever sends it owned it and does not use it again; it was allocated in this
         // context and is freed once, here. An error means that the driver is shutting down or the
         // GPU is broken: then its memory is gone as it is.
-        let _ = match found {
-            Garbage::Device(address) => unsafe { (cuda.free)(address) },
-            Garbage::Host(Handle(start)) => unsafe { (cuda.free_host)(start) },
+        let _ = unsafe {
+            match found {
+                Garbage::Device(address) => (cuda.free)(address),
+                Garbage::Host(Handle(start)) => (cuda.free_host)(start),
+            }
         };
     }
     let mut popped = Handle::NULL;

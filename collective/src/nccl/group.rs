@@ -8,12 +8,10 @@ use std::time::{Duration, Instant};
 use api::{Generation, Rank};
 
 use crate::abort::AbortHandle;
-use crate::buffer::{Buffer, BufferMut};
-use crate::communicator::{Communicator, ReduceOp};
+use crate::communicator::Communicator;
 use crate::error::CollectiveError;
 use crate::nccl::batch::{Batch, Command, Pending, Reply, Step, owner_gone};
 use crate::nccl::calls::Calls;
-use crate::nccl::comm::Comm;
 use crate::nccl::connect::meet;
 use crate::nccl::device::Device;
 use crate::nccl::element::DeviceElement;
@@ -59,30 +57,10 @@ pub struct NcclGroup {
     /// Memory for partials and small data, grown as needed.
     scratch: Option<DeviceMemory>,
     /// This group's first, then those of the groups it came from.
-    aborts: Vec<AbortHandle>,
-    commands: SyncSender<Command>,
+    pub(super) aborts: Vec<AbortHandle>,
+    pub(super) commands: SyncSender<Command>,
     ended: Receiver<()>,
     thread: Option<JoinHandle<()>>,
-}
-
-/// Memory registered with a group; dropping it ends that.
-#[must_use = "dropping it ends the registration"]
-pub struct Registration {
-    number: u64,
-    commands: SyncSender<Command>,
-}
-
-impl Drop for Registration {
-    fn drop(&mut self) {
-        // The owner is gone only with the communicator, which ends its registrations.
-        let _ = self.commands.send(Command::Deregister { number: self.number });
-    }
-}
-
-impl fmt::Debug for Registration {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Registration({})", self.number)
-    }
 }
 
 impl NcclGroup {
@@ -105,7 +83,7 @@ impl NcclGroup {
         Self::start(device?, options, shape, aborts, Origin::Id(id))
     }
 
-    fn start(
+    pub(super) fn start(
         device: Device,
         options: NcclOptions,
         (rank, world, generation): (u32, u32, Generation),
@@ -189,138 +167,11 @@ impl NcclGroup {
         self.submit("calls", vec![Step::Nccl(calls.into_calls())], None)
     }
 
-    /// Begins [`Calls::all_reduce`].
+    /// What is begun from now on runs after the compute work enqueued so far.
     ///
     /// # Errors
-    /// As for [`Calls`] and [`Self::run`]; this holds for every method below.
-    pub fn all_reduce(
-        &mut self,
-        input: &DeviceBuffer,
-        output: &DeviceBuffer,
-        op: ReduceOp,
-    ) -> Result<Pending, CollectiveError> {
-        self.begin("all_reduce", |calls| calls.all_reduce(input, output, op))
-    }
-
-    /// Begins [`Calls::reduce_scatter`].
-    pub fn reduce_scatter(
-        &mut self,
-        input: &DeviceBuffer,
-        output: &DeviceBuffer,
-        op: ReduceOp,
-    ) -> Result<Pending, CollectiveError> {
-        self.begin("reduce_scatter", |calls| calls.reduce_scatter(input, output, op))
-    }
-
-    /// Begins [`Calls::all_gather`].
-    pub fn all_gather(
-        &mut self,
-        input: &DeviceBuffer,
-        output: &DeviceBuffer,
-    ) -> Result<Pending, CollectiveError> {
-        self.begin("all_gather", |calls| calls.all_gather(input, output))
-    }
-
-    /// Begins [`Calls::broadcast`].
-    pub fn broadcast(
-        &mut self,
-        input: &DeviceBuffer,
-        output: &DeviceBuffer,
-        root: Rank,
-    ) -> Result<Pending, CollectiveError> {
-        self.begin("broadcast", |calls| calls.broadcast(input, output, root))
-    }
-
-    /// Begins [`Calls::gather`].
-    pub fn gather(
-        &mut self,
-        input: &DeviceBuffer,
-        output: Option<&DeviceBuffer>,
-        root: Rank,
-    ) -> Result<Pending, CollectiveError> {
-        self.begin("gather", |calls| calls.gather(input, output, root))
-    }
-
-    /// Begins [`Calls::scatter`].
-    pub fn scatter(
-        &mut self,
-        input: Option<&DeviceBuffer>,
-        output: &DeviceBuffer,
-        root: Rank,
-    ) -> Result<Pending, CollectiveError> {
-        self.begin("scatter", |calls| calls.scatter(input, output, root))
-    }
-
-    /// Begins [`Calls::all_to_all`].
-    pub fn all_to_all(
-        &mut self,
-        input: &DeviceBuffer,
-        output: &DeviceBuffer,
-    ) -> Result<Pending, CollectiveError> {
-        self.begin("all_to_all", |calls| calls.all_to_all(input, output))
-    }
-
-    /// Begins [`Calls::all_to_all_v`].
-    pub fn all_to_all_v(
-        &mut self,
-        input: &DeviceBuffer,
-        send_lens: &[usize],
-        output: &DeviceBuffer,
-        recv_lens: &[usize],
-    ) -> Result<Pending, CollectiveError> {
-        self.begin("all_to_all_v", |calls| calls.all_to_all_v(input, send_lens, output, recv_lens))
-    }
-
-    /// Begins [`Calls::send`].
-    pub fn send(&mut self, buffer: &DeviceBuffer, to: Rank) -> Result<Pending, CollectiveError> {
-        self.begin("send", |calls| calls.send(buffer, to))
-    }
-
-    /// Begins [`Calls::recv`].
-    pub fn recv(&mut self, buffer: &DeviceBuffer, from: Rank) -> Result<Pending, CollectiveError> {
-        self.begin("recv", |calls| calls.recv(buffer, from))
-    }
-
-    /// Begins a barrier: an all-reduce of one element.
-    pub fn barrier(&mut self) -> Result<Pending, CollectiveError> {
-        let flag = self.scratch(DeviceElement::I32, 1)?;
-        self.begin("barrier", |calls| calls.all_reduce(&flag, &flag, ReduceOp::Max))
-    }
-
-    /// Copies elements to the GPU, after what was begun before, and waits for it.
-    pub fn write(&mut self, to: &DeviceBuffer, from: Buffer<'_>) -> Result<(), CollectiveError> {
-        self.write_bytes(to, from.as_bytes())
-    }
-
-    /// [`Self::write`] for element types that the host has not.
-    pub fn write_bytes(&mut self, to: &DeviceBuffer, from: &[u8]) -> Result<(), CollectiveError> {
-        check_bytes("write", to, from.len())?;
-        let mut stage = PinnedMemory::new(&self.device, from.len())?;
-        stage.as_mut_slice().copy_from_slice(from);
-        let steps = vec![Step::ToDevice { offset: 0, to: to.clone() }];
-        self.submit("write", steps, Some(stage))?.wait()
-    }
-
-    /// Copies elements from the GPU, after what was begun before.
-    pub fn read(
-        &mut self,
-        from: &DeviceBuffer,
-        mut to: BufferMut<'_>,
-    ) -> Result<(), CollectiveError> {
-        check_bytes("read", from, to.as_bytes_mut().len())?;
-        to.as_bytes_mut().copy_from_slice(&self.read_bytes(from)?);
-        Ok(())
-    }
-
-    /// [`Self::read`] for element types that the host has not.
-    pub fn read_bytes(&mut self, from: &DeviceBuffer) -> Result<Vec<u8>, CollectiveError> {
-        let stage = PinnedMemory::new(&self.device, from.bytes())?;
-        let steps = vec![Step::ToHost { from: from.clone(), offset: 0 }];
-        let stage = self.submit("read", steps, Some(stage))?.wait_stage()?;
-        Ok(stage.map_or_else(Vec::new, |stage| stage.as_slice().to_vec()))
-    }
-
-    /// What is begun from now on runs after the compute work enqueued so far.
+    /// [`CollectiveError::Unavailable`] if the driver is too old for it, and what broke the group;
+    /// this holds for the next method too.
     pub fn wait_for(&mut self, compute: Compute) -> Result<(), CollectiveError> {
         self.ask(|done| Command::Order { compute, release: false, done })
     }
@@ -331,100 +182,6 @@ impl NcclGroup {
     /// [`Pending`]s before using its results.
     pub fn release(&mut self, compute: Compute) -> Result<(), CollectiveError> {
         self.ask(|done| Command::Order { compute, release: true, done })
-    }
-
-    /// Registers memory, so that transfers need no copy where the hardware can do without.
-    pub fn register(&mut self, buffer: &DeviceBuffer) -> Result<Registration, CollectiveError> {
-        let number = self.ask(|done| Command::Register { buffer: buffer.clone(), done })?;
-        Ok(Registration { number, commands: self.commands.clone() })
-    }
-
-    /// Makes a group of the ranks with the same color, ordered by key; none for no color. Every
-    /// rank of this group calls it; an abort of this group aborts that one too.
-    pub fn split(
-        &mut self,
-        name: &str,
-        color: Option<u32>,
-        key: u32,
-    ) -> Result<Option<Self>, CollectiveError> {
-        for (what, number) in [("color", color.unwrap_or(0)), ("key", key)] {
-            if i32::try_from(number).is_err() {
-                return invalid("split", format!("{what} {number} is above {}", i32::MAX));
-            }
-        }
-        // Who comes along, so that the new group knows its size and its place.
-        let members = self.exchange_split(color, key)?;
-        let comm = self.ask(|done| Command::Split { color, key, done })?;
-        let Some(comm) = comm else { return Ok(None) };
-        let rank = members.iter().position(|rank| *rank == self.rank).unwrap_or(0) as u32;
-        self.child(name, comm, (rank, members.len() as u32)).map(Some)
-    }
-
-    /// Makes the group without these ranks, which need not be alive and do not call it. After a
-    /// failure the group must be [`NcclOptions::shrinkable`]; what it ran is stopped first and ends
-    /// with an error, and this group is finished.
-    pub fn shrink(
-        &mut self,
-        name: &str,
-        excluded: &[Rank],
-        after_failure: bool,
-    ) -> Result<Self, CollectiveError> {
-        let mut gone: Vec<u32> = excluded.iter().map(|rank| rank.0).collect();
-        gone.sort_unstable();
-        gone.dedup();
-        if gone.is_empty() || gone.contains(&self.rank) || gone.iter().any(|r| *r >= self.world) {
-            return invalid("shrink", format!("{gone:?} of {} without this rank", self.world));
-        }
-        let (before, left) =
-            (gone.partition_point(|rank| *rank < self.rank), self.world - gone.len() as u32);
-        let request = |done| Command::Shrink { excluded: gone, after_failure, done };
-        let Some(comm) = self.ask(request)? else {
-            return Err(CollectiveError::unavailable("the shrunk group", "NCCL made none"));
-        };
-        self.child(name, comm, (self.rank - before as u32, left))
-    }
-
-    /// Stops what this rank runs and finishes the group, except for [`Self::shrink`] after a
-    /// failure. Needs NCCL 2.29.
-    pub fn revoke(&mut self) -> Result<(), CollectiveError> {
-        self.ask(|done| Command::Revoke { done })
-    }
-
-    fn child(
-        &self,
-        name: &str,
-        comm: Comm,
-        (rank, world): (u32, u32),
-    ) -> Result<Self, CollectiveError> {
-        let mut aborts = vec![AbortHandle::new()?];
-        aborts.extend(self.aborts.iter().cloned());
-        let options = NcclOptions { group: name.to_owned(), ..self.options.clone() };
-        let shape = (rank, world, self.generation);
-        Self::start(self.device.clone(), options, shape, aborts, Origin::Made(comm))
-    }
-
-    /// The ranks with this rank's color, in the order of the new group.
-    fn exchange_split(
-        &mut self,
-        color: Option<u32>,
-        key: u32,
-    ) -> Result<Vec<u32>, CollectiveError> {
-        let word = |color: Option<u32>| color.map_or(-1, i64::from);
-        let world = self.world as usize;
-        let all = self.scratch(DeviceElement::I64, 2 * world)?;
-        let own = all.slice(2 * self.rank as usize..2 * self.rank as usize + 2)?;
-        self.write(&own, (&[word(color), i64::from(key)]).into())?;
-        self.all_gather(&own, &all)?.wait()?;
-        let mut words = vec![0i64; 2 * world];
-        self.read(&all, (&mut words).into())?;
-        let mut members: Vec<(i64, u32)> = words
-            .chunks_exact(2)
-            .zip(0..)
-            .filter(|(words, _)| words[0] == word(color))
-            .map(|(words, rank)| (words[1], rank))
-            .collect();
-        members.sort_unstable();
-        Ok(members.into_iter().map(|(_, rank)| rank).collect())
     }
 
     /// Elements of the group's scratch memory, whose contents nobody keeps across calls.
@@ -449,16 +206,6 @@ impl NcclGroup {
         }
     }
 
-    fn begin(
-        &mut self,
-        name: &'static str,
-        add: impl FnOnce(&mut Calls) -> Result<(), CollectiveError>,
-    ) -> Result<Pending, CollectiveError> {
-        let mut calls = self.calls();
-        add(&mut calls)?;
-        self.submit(name, vec![Step::Nccl(calls.into_calls())], None)
-    }
-
     pub(super) fn submit(
         &mut self,
         name: &'static str,
@@ -472,26 +219,18 @@ impl NcclGroup {
         Ok(pending)
     }
 
-    fn ask<R>(&mut self, command: impl FnOnce(Reply<R>) -> Command) -> Result<R, CollectiveError> {
+    pub(super) fn ask<R>(
+        &mut self,
+        command: impl FnOnce(Reply<R>) -> Command,
+    ) -> Result<R, CollectiveError> {
         let (done, answer) = sync_channel(1);
         self.tell(command(done))?;
         answer.recv().unwrap_or_else(|_| Err(owner_gone(&self.options.group)))
     }
 
-    fn tell(&self, command: Command) -> Result<(), CollectiveError> {
+    pub(super) fn tell(&self, command: Command) -> Result<(), CollectiveError> {
         self.commands.send(command).map_err(|_| owner_gone(&self.options.group))
     }
-}
-
-fn invalid<R>(call: &str, message: String) -> Result<R, CollectiveError> {
-    Err(CollectiveError::InvalidDeviceCall { call: call.to_owned(), message })
-}
-
-fn check_bytes(call: &str, buffer: &DeviceBuffer, bytes: usize) -> Result<(), CollectiveError> {
-    if bytes != buffer.bytes() {
-        return invalid(call, format!("{bytes} bytes of host memory for {buffer:?}"));
-    }
-    Ok(())
 }
 
 impl fmt::Debug for NcclGroup {

@@ -62,7 +62,7 @@ impl Libraries {
         let version = opened.version()?;
         opened.version = Some(version);
         if let Some(message) = version.refusal() {
-            return Err(CollectiveError::unavailable(&opened.path(), message));
+            return Err(CollectiveError::unavailable(opened.path(), message));
         }
         let nccl = NcclFunctions::load(&opened)?;
         opened.keep();
@@ -235,7 +235,7 @@ impl Opened {
         let result = unsafe { self.required::<GetVersion>("ncclGetVersion")?(&mut code) };
         if result != SUCCESS {
             let message = format!("ncclGetVersion failed with code {result}; {OLDEST} is needed");
-            return Err(CollectiveError::unavailable(&self.path(), message));
+            return Err(CollectiveError::unavailable(self.path(), message));
         }
         Ok(NcclVersion::from_code(code))
     }

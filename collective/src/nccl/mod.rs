@@ -40,8 +40,10 @@
 
 mod batch;
 mod calls;
+mod close;
 mod comm;
 mod connect;
+mod derive;
 mod device;
 mod element;
 mod ffi;
@@ -50,9 +52,12 @@ mod host;
 mod kernel;
 mod library;
 mod memory;
+mod operations;
 mod ordered;
 mod owner;
+mod pause;
 mod stream;
+mod subgroup;
 mod tree;
 mod version;
 
@@ -60,10 +65,11 @@ pub use batch::Pending;
 pub use calls::Calls;
 pub use device::Device;
 pub use element::DeviceElement;
-pub use group::{NcclGroup, NcclOptions, Registration};
+pub use group::{NcclGroup, NcclOptions};
 pub use host::{NcclCommunicator, Reduction};
 pub use library::{LIBRARY_VARIABLE, Libraries, LibraryPaths};
 pub use memory::{DeviceBuffer, DeviceMemory};
 pub use ordered::DevicePartial;
 pub use stream::{Compute, ForeignStream};
+pub use subgroup::Registration;
 pub use version::{NcclVersion, OLDEST};

@@ -12,7 +12,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::c_int;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use crate::abort::AbortHandle;
@@ -23,6 +23,7 @@ use crate::nccl::device::Device;
 use crate::nccl::ffi::{Handle, IN_PROGRESS, SUCCESS, UniqueId};
 use crate::nccl::kernel::Kernels;
 use crate::nccl::memory::{DeviceBuffer, PinnedMemory};
+use crate::nccl::pause::Pause;
 use crate::nccl::stream::{Compute, Event, Stream};
 
 /// Steps enqueued and not finished: a launch queue of CUDA holds 1024 kernels, and a launch that
@@ -62,23 +63,23 @@ pub(super) struct Formed {
 }
 
 /// A batch on the stream. It owns the memory that the GPU uses until the event is done.
-struct Flight {
-    event: Event,
-    batch: Batch,
-    done: Reply<Option<PinnedMemory>>,
+pub(super) struct Flight {
+    pub(super) event: Event,
+    pub(super) batch: Batch,
+    pub(super) done: Reply<Option<PinnedMemory>>,
 }
 
-struct Owner {
-    setup: Setup,
-    comm: Option<Comm>,
-    in_flight: VecDeque<Flight>,
+pub(super) struct Owner {
+    pub(super) setup: Setup,
+    pub(super) comm: Option<Comm>,
+    pub(super) in_flight: VecDeque<Flight>,
     /// Batches that failed while the GPU may still have used their memory.
-    stale: Vec<(Event, Batch)>,
-    registered: HashMap<u64, (Handle, DeviceBuffer)>,
-    registrations: u64,
+    pub(super) stale: Vec<(Event, Batch)>,
+    pub(super) registered: HashMap<u64, (Handle, DeviceBuffer)>,
+    pub(super) registrations: u64,
     events: Vec<Event>,
-    failed: Option<CollectiveError>,
-    kernels: Option<Kernels>,
+    pub(super) failed: Option<CollectiveError>,
+    pub(super) kernels: Option<Kernels>,
     stream: Stream,
 }
 
@@ -243,30 +244,30 @@ impl Owner {
             self.kernels.as_ref().ok_or_else(missing)
         };
         for step in &batch.steps {
-            // SAFETY, for all: `start` puts the batch, and with it every buffer and the stage, into
+            // SAFETY: `start` puts the batch, and with it every buffer and the stage, into
             // `in_flight`, whatever comes back from here. It leaves that in two ways only: `look`
             // gives it up once the event recorded after all of its steps is done; `fail` moves it
             // to `stale`, which `retire` drops once the stream is idle and else leaks. Nobody else
             // holds the stage meanwhile: it was moved into the batch.
-            match step {
-                Step::Nccl(calls) => {
-                    let comm = self.healthy()?;
-                    let code = unsafe { comm.issue(calls, &self.stream)? };
-                    self.settle(comm, batch.name, code, false)?;
+            unsafe {
+                match step {
+                    Step::Nccl(calls) => {
+                        let comm = self.healthy()?;
+                        let code = comm.issue(calls, &self.stream)?;
+                        self.settle(comm, batch.name, code, false)?;
+                    }
+                    Step::Copy { from, to } => self.stream.copy(from, to)?,
+                    Step::ToDevice { offset, to } => {
+                        self.stream.copy_to_device(stage()?, *offset, to)?;
+                    }
+                    Step::ToHost { from, offset } => {
+                        self.stream.copy_to_host(from, stage()?, *offset)?;
+                    }
+                    Step::Sum { into, left, right } => {
+                        kernels()?.sum(&self.stream, into, left, right)?;
+                    }
+                    Step::Divide { buffer, by } => kernels()?.divide(&self.stream, buffer, *by)?,
                 }
-                Step::Copy { from, to } => unsafe { self.stream.copy(from, to)? },
-                Step::ToDevice { offset, to } => unsafe {
-                    self.stream.copy_to_device(stage()?, *offset, to)?;
-                },
-                Step::ToHost { from, offset } => unsafe {
-                    self.stream.copy_to_host(from, stage()?, *offset)?;
-                },
-                Step::Sum { into, left, right } => unsafe {
-                    kernels()?.sum(&self.stream, into, left, right)?;
-                },
-                Step::Divide { buffer, by } => unsafe {
-                    kernels()?.divide(&self.stream, buffer, *by)?;
-                },
             }
         }
         Ok(())
@@ -309,7 +310,7 @@ impl Owner {
     }
 
     /// Ends the group: everything under way and everything later gets the first error.
-    fn fail(&mut self, error: CollectiveError) {
+    pub(super) fn fail(&mut self, error: CollectiveError) {
         tracing::debug!(group = %self.setup.group, %error, "the NCCL group failed");
         let keep = self.setup.shrinkable && !error.is_aborted();
         let error = self.failed.get_or_insert(error).clone();
@@ -323,7 +324,7 @@ impl Owner {
     }
 
     /// Aborts the communicator, if there is one, and gives up the memory of what it ran.
-    fn abort(&mut self) {
+    pub(super) fn abort(&mut self) {
         // Dropping it is the abort; taking it makes this the only one.
         if self.comm.take().is_some() {
             let stale = std::mem::take(&mut self.registered);
@@ -334,7 +335,7 @@ impl Owner {
     }
 
     /// Drops what failed once the stream is idle; leaks it if that does not come about.
-    fn retire(&mut self) {
+    pub(super) fn retire(&mut self) {
         let deadline = Instant::now() + STALE_WAIT;
         let mut pause = Pause::default();
         while !self.stale.is_empty() {
@@ -365,84 +366,8 @@ impl Owner {
         Ok(())
     }
 
-    fn split(&mut self, color: Option<u32>, key: u32) -> Result<Option<Comm>, CollectiveError> {
-        self.drain(None);
-        let (comm, most) = (self.healthy()?, self.setup.max_ctas);
-        let call = "ncclCommSplit";
-        let child = comm.split(color, key, most, |code| self.settle(comm, call, code, true))?;
-        if let Some(child) = &child {
-            self.settle(child, call, IN_PROGRESS, true)?;
-        }
-        Ok(child)
-    }
-
-    fn shrink(
-        &mut self,
-        excluded: &[u32],
-        after_failure: bool,
-    ) -> Result<Option<Comm>, CollectiveError> {
-        if after_failure {
-            let error = CollectiveError::unavailable("this group", "it is being shrunk");
-            let error = self.failed.get_or_insert(error).clone();
-            for Flight { event, batch, done } in self.in_flight.drain(..) {
-                let _ = done.send(Err(error.clone()));
-                self.stale.push((event, batch));
-            }
-        } else {
-            self.drain(None);
-            self.healthy()?;
-        }
-        let Some(comm) = &self.comm else {
-            return Err(self.failed.clone().unwrap_or_else(|| self.gone()));
-        };
-        let (most, call) = (self.setup.max_ctas, "ncclCommShrink");
-        let settled = |code| self.settle(comm, call, code, true);
-        let child = comm.shrink(excluded, after_failure, most, settled)?;
-        if let Some(child) = &child {
-            self.settle(child, call, IN_PROGRESS, true)?;
-        }
-        if after_failure {
-            self.retire();
-        }
-        Ok(child)
-    }
-
-    fn revoke(&mut self) -> Result<(), CollectiveError> {
-        let Some(comm) = &self.comm else {
-            return Err(self.failed.clone().unwrap_or_else(|| self.gone()));
-        };
-        let code = comm.revoke()?;
-        self.settle(comm, "ncclCommRevoke", code, true)?;
-        self.setup.shrinkable = true;
-        self.fail(CollectiveError::unavailable("this group", "it was revoked"));
-        self.retire();
-        Ok(())
-    }
-
-    fn register(&mut self, buffer: DeviceBuffer) -> Result<u64, CollectiveError> {
-        let comm = self.healthy()?;
-        // SAFETY: `registered` keeps the buffer until `deregister`, or until `abort` or `close`
-        // have ended the communicator.
-        let handle = unsafe { comm.register(&buffer)? };
-        self.registrations += 1;
-        self.registered.insert(self.registrations, (handle, buffer));
-        Ok(self.registrations)
-    }
-
-    fn deregister(&mut self, number: u64) {
-        // What is enqueued may use the registration.
-        self.drain(None);
-        let Some((handle, buffer)) = self.registered.remove(&number) else { return };
-        let Some(comm) = &self.comm else { return };
-        if let Err(error) = comm.deregister(handle) {
-            tracing::warn!(group = %self.setup.group, %error, "cannot end a registration");
-            // NCCL may still know the memory.
-            std::mem::forget(buffer);
-        }
-    }
-
     /// Waits until nothing is enqueued, the group has failed or the time is over.
-    fn drain(&mut self, deadline: Option<Instant>) {
+    pub(super) fn drain(&mut self, deadline: Option<Instant>) {
         let mut pause = Pause::default();
         while !self.in_flight.is_empty() && deadline.is_none_or(|end| Instant::now() < end) {
             self.look();
@@ -450,49 +375,8 @@ impl Owner {
         }
     }
 
-    /// Leaves in good order if everything has finished and the peers agree; else aborts.
-    fn close(mut self) {
-        let deadline = Instant::now() + CLOSE_WAIT;
-        self.drain(Some(deadline));
-        for number in self.registered.keys().copied().collect::<Vec<_>>() {
-            self.deregister(number);
-        }
-        if self.failed.is_none()
-            && self.in_flight.is_empty()
-            && self.raised().is_none()
-            && let Some(comm) = self.comm.take()
-        {
-            let finished = self.finish(&comm, deadline);
-            match finished.and_then(|()| comm.destroy()) {
-                Ok(()) => return,
-                Err(error) => {
-                    tracing::warn!(group = %self.setup.group, %error, "cannot leave in good order");
-                }
-            }
-        }
-        self.fail(self.gone());
-        self.abort();
-        self.retire();
-    }
-
-    fn finish(&self, comm: &Comm, deadline: Instant) -> Result<(), CollectiveError> {
-        let mut code = comm.finalize();
-        let mut pause = Pause::default();
-        while code == IN_PROGRESS {
-            if let Some(aborted) = self.raised() {
-                return Err(aborted);
-            }
-            if Instant::now() >= deadline {
-                return Err(self.late("ncclCommFinalize", CLOSE_WAIT));
-            }
-            pause.sleep();
-            code = comm.state()?;
-        }
-        comm.check("ncclCommFinalize", code)
-    }
-
     /// Waits until a call that goes on has ended: for good, or until the connect timeout.
-    fn settle(
+    pub(super) fn settle(
         &self,
         comm: &Comm,
         call: &str,
@@ -518,7 +402,7 @@ impl Owner {
         comm.check(&format!("{call} of NCCL group `{}`", self.setup.group), state)
     }
 
-    fn late(&self, call: &str, waited: Duration) -> CollectiveError {
+    pub(super) fn late(&self, call: &str, waited: Duration) -> CollectiveError {
         let Setup { group, rank, world, .. } = &self.setup;
         let missing = format!(
             "a peer of r{rank} in NCCL group `{group}` of {world} ranks ({call} is still in \
@@ -527,16 +411,16 @@ impl Owner {
         CollectiveError::ConnectTimeout { waited, missing }
     }
 
-    fn gone(&self) -> CollectiveError {
+    pub(super) fn gone(&self) -> CollectiveError {
         CollectiveError::unavailable(format!("NCCL group `{}`", self.setup.group), "it was left")
     }
 
     /// The first abort of this group or of one it came from.
-    fn raised(&self) -> Option<CollectiveError> {
+    pub(super) fn raised(&self) -> Option<CollectiveError> {
         self.setup.aborts.iter().find_map(AbortHandle::raised)
     }
 
-    fn healthy(&self) -> Result<&Comm, CollectiveError> {
+    pub(super) fn healthy(&self) -> Result<&Comm, CollectiveError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
@@ -548,49 +432,5 @@ impl Owner {
 
     fn event(&mut self) -> Result<Event, CollectiveError> {
         self.events.pop().map_or_else(|| Event::new(&self.setup.device), Ok)
-    }
-}
-
-/// How long to rest between two looks: not at all at first, then a little, at last half a
-/// millisecond.
-#[derive(Default)]
-struct Pause {
-    rounds: u32,
-}
-
-impl Pause {
-    /// Looks without a rest: about what a small operation takes.
-    const EAGER: u32 = 200;
-    const SHORT: Duration = Duration::from_micros(50);
-    const LONG: Duration = Duration::from_micros(500);
-
-    fn length(&mut self) -> Option<Duration> {
-        self.rounds = self.rounds.saturating_add(1);
-        match self.rounds {
-            0..=Self::EAGER => None,
-            rounds if rounds < 2 * Self::EAGER => Some(Self::SHORT),
-            _ => Some(Self::LONG),
-        }
-    }
-
-    fn sleep(&mut self) {
-        match self.length() {
-            None => std::thread::yield_now(),
-            Some(length) => std::thread::sleep(length),
-        }
-    }
-
-    /// The next command, if there is one by the end of the rest.
-    fn receive(&mut self, commands: &Receiver<Command>) -> Result<Command, RecvTimeoutError> {
-        match self.length() {
-            None => commands.try_recv().map_err(|error| match error {
-                TryRecvError::Empty => {
-                    std::thread::yield_now();
-                    RecvTimeoutError::Timeout
-                }
-                TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
-            }),
-            Some(length) => commands.recv_timeout(length),
-        }
     }
 }
