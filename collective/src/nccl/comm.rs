@@ -21,6 +21,9 @@ use crate::nccl::memory::DeviceBuffer;
 use crate::nccl::stream::Stream;
 use crate::nccl::version::NcclVersion;
 
+/// The first version with `ncclCommShrink`.
+pub(super) const SHRINK_SINCE: NcclVersion = NcclVersion::new(2, 27, 3);
+
 /// A communicator. All its calls return at once; [`Comm::state`] tells when one has finished.
 pub(super) struct Comm {
     libraries: Libraries,
@@ -181,7 +184,7 @@ impl Comm {
         settle: impl FnOnce(c_int) -> Result<(), CollectiveError>,
     ) -> Result<Option<Self>, CollectiveError> {
         let shrink = self.libraries.nccl().shrink;
-        let shrink = self.libraries.newer(shrink, "ncclCommShrink", NcclVersion::new(2, 27, 3))?;
+        let shrink = self.libraries.newer(shrink, "ncclCommShrink", SHRINK_SINCE)?;
         let mut excluded: Vec<c_int> = excluded.iter().map(|rank| *rank as c_int).collect();
         let flags = if after_failure { SHRINK_ABORT } else { SHRINK_DEFAULT };
         let mut config = Config::non_blocking(max_ctas);

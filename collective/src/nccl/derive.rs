@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "registered memory is kept alive here")]
 
 use crate::error::CollectiveError;
-use crate::nccl::comm::Comm;
+use crate::nccl::comm::{Comm, SHRINK_SINCE};
 use crate::nccl::ffi::IN_PROGRESS;
 use crate::nccl::memory::DeviceBuffer;
 use crate::nccl::owner::{Flight, Owner};
@@ -29,6 +29,9 @@ impl Owner {
         excluded: &[u32],
         after_failure: bool,
     ) -> Result<Option<Comm>, CollectiveError> {
+        let libraries = self.setup.device.libraries();
+        // First of all: without the function nothing is to be stopped.
+        libraries.newer(libraries.nccl().shrink, "ncclCommShrink", SHRINK_SINCE)?;
         if after_failure {
             let error = CollectiveError::unavailable("this group", "it is being shrunk");
             let error = self.failed.get_or_insert(error).clone();

@@ -280,7 +280,8 @@ functions! {
     /// NCCL, as nccl.h declares it.
     NcclFunctions {
         unique_id = "ncclGetUniqueId": (*mut UniqueId) -> c_int;
-        init = "ncclCommInitRankConfig": (*mut Handle, c_int, UniqueId, c_int, *mut Config) -> c_int;
+        init = "ncclCommInitRankConfig":
+            (*mut Handle, c_int, UniqueId, c_int, *mut Config) -> c_int;
         finalize = "ncclCommFinalize": (Handle) -> c_int;
         destroy = "ncclCommDestroy": (Handle) -> c_int;
         abort = "ncclCommAbort": (Handle) -> c_int;

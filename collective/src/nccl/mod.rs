@@ -1,8 +1,8 @@
 //! NCCL: the collectives of GPUs, opened at run time.
 //!
 //! ```text
-//! Libraries ── Device ── NcclGroup ──(bounded channel)──▶ owner thread: communicator, stream, events
-//!                           └─ NcclCommunicator: the crate's contract, for host memory
+//! Libraries ─ Device ─ NcclGroup ─(bounded channel)▶ owner thread: communicator, stream, events
+//!                         └─ NcclCommunicator: the crate's contract, for host memory
 //! ```
 //!
 //! **Nothing is linked.** [`Libraries::open`] opens `libnccl.so.2` (or `libnccl.so`, or what

@@ -1,4 +1,4 @@
-//! Sums in a fixed order: grouped sends and receives of partials, then a local sum as the tree says.
+//! Sums in a fixed order: grouped sends and receives of partials, then a local sum in tree order.
 //!
 //! The result has the same bits on every rank, for every number of ranks (by lanes), and the same
 //! as over TCP, except for the payload of a NaN. Where there is no kernel (a maximum or minimum, a

@@ -344,7 +344,7 @@ impl Owner {
                 Ok(false) if Instant::now() < deadline => pause.sleep(),
                 result => {
                     let group = &self.setup.group;
-                    tracing::warn!(%group, ?result, "an aborted operation does not end: its memory is lost");
+                    tracing::warn!(%group, ?result, "an operation never ends: its memory is lost");
                     std::mem::forget(std::mem::take(&mut self.stale));
                     std::mem::forget(self.kernels.take());
                     return;

@@ -293,6 +293,8 @@ static void run_collective(Op* o) {
   Comm* c = o->comm; World* w = c->world; size_t bytes = o->n * size_of(o->type);
   enter();
   while (stuck_locked(c) && !c->aborted) pause_locked();
+  /* Who aborts has not come: its peers wait on. */
+  if (c->aborted) { leave(); return; }
   Meeting* m = w->meetings;
   while (m && m->number != o->number) m = m->next;
   if (!m) { m = calloc(1, sizeof *m); m->number = o->number; m->kind = o->kind; m->next = w->meetings; w->meetings = m; }

@@ -47,7 +47,7 @@ fn a_missing_optional_function_is_an_error_that_harms_nothing() {
         };
         let errors = [
             ("ncclCommSplit", "2.18", shown(group.split("half", Some(0), 0).unwrap_err())),
-            ("ncclCommShrink", "2.27", shown(group.shrink("less", &[gone], false).unwrap_err())),
+            ("ncclCommShrink", "2.27", shown(group.shrink("less", &[gone], true).unwrap_err())),
             ("ncclCommRevoke", "2.29", shown(group.revoke().unwrap_err())),
             ("ncclCommRegister", "2.19", shown(group.register(&data).unwrap_err())),
             ("cuCtxRecordEvent", "12.5", shown(group.wait_for(Compute::Context).unwrap_err())),
