@@ -50,6 +50,8 @@ pub enum Command {
     Logs(Logs),
     /// Watch a job until it ends.
     Follow(JobName),
+    /// Show what each rank of a job is doing, who waits for whom, and what failed ranks did last.
+    Flight(Flight),
     /// Stop a job or an endpoint; a job's state is saved first.
     Stop(Stop),
     /// Go on with a stopped or failed job from its last committed checkpoint.
@@ -93,6 +95,9 @@ pub enum Command {
     /// One replica of an endpoint; started by a worker.
     #[command(hide = true)]
     Replica,
+    /// One rank of `bench collective`; started by it.
+    #[command(hide = true)]
+    BenchRank,
 }
 
 /// `cluster up`.
@@ -147,6 +152,19 @@ pub struct Logs {
     /// Only this rank.
     #[arg(long)]
     pub rank: Option<u32>,
+}
+
+/// `cluster flight`.
+#[derive(Debug, Args)]
+pub struct Flight {
+    /// The job.
+    pub name: String,
+    /// Only this rank, with its last operations.
+    #[arg(long)]
+    pub rank: Option<u32>,
+    /// What was kept of an earlier generation; absent: the running one, else the newest kept.
+    #[arg(long)]
+    pub generation: Option<u64>,
 }
 
 /// `cluster stop`.
@@ -316,17 +334,67 @@ pub struct WorkerArgs {
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
     /// Steps and tokens or samples per second of a job file, on this machine, without checkpoints.
-    Train {
-        /// The job file.
-        job: PathBuf,
-        /// Steps to measure, after the warm-up.
-        #[arg(long, default_value_t = 10)]
-        steps: u64,
-        /// Steps before measuring.
-        #[arg(long, default_value_t = 3)]
-        warmup: u64,
-        /// Override a key of the job file. May be repeated.
-        #[arg(long = "set", value_name = "PATH=VALUE")]
-        overrides: Vec<String>,
-    },
+    Train(BenchTrain),
+    /// Time, bandwidth and limits of the collectives, among processes on this machine.
+    Collective(BenchCollective),
+}
+
+/// `cluster bench train`.
+#[derive(Debug, Args)]
+pub struct BenchTrain {
+    /// The job file.
+    pub job: PathBuf,
+    /// Steps to measure, after the warm-up.
+    #[arg(long, default_value_t = 10)]
+    pub steps: u64,
+    /// Steps before measuring.
+    #[arg(long, default_value_t = 3)]
+    pub warmup: u64,
+    /// Override a key of the job file. May be repeated.
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+/// `cluster bench collective`.
+#[derive(Debug, Args)]
+pub struct BenchCollective {
+    /// Operations, comma-separated: all_reduce, reduce_scatter, all_gather, all_to_all, broadcast,
+    /// barrier. Absent: all; with --cost, all_reduce.
+    #[arg(long, value_delimiter = ',')]
+    pub ops: Vec<String>,
+    /// Bytes of the whole buffer, comma-separated.
+    #[arg(long, value_delimiter = ',', default_value = "4KiB,64KiB,1MiB,64MiB")]
+    pub sizes: Vec<String>,
+    /// Numbers of processes, comma-separated. Absent: 2,4; with --cost, 2,3,4,5,6,7.
+    #[arg(long, value_delimiter = ',')]
+    pub ranks: Vec<String>,
+    /// What carries the data: auto, shm, tcp or nccl.
+    #[arg(long, default_value = "auto")]
+    pub transport: String,
+    /// Type of an element: f32, f64, i64, u8, bf16, f16 or i32.
+    #[arg(long, default_value = "f32")]
+    pub dtype: String,
+    /// Order of sums: deterministic or fast.
+    #[arg(long, default_value = "deterministic")]
+    pub reduction: String,
+    /// What is between two timed calls: barrier, which is not timed, or plain, nothing.
+    #[arg(long = "loop", default_value = "barrier", value_name = "LOOP")]
+    pub pacing: String,
+    /// Timed calls per case; absent: as many as its share of about 25 seconds allows.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub iterations: Option<u32>,
+    /// Calls before the timed ones; absent: about 50 ms of them.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub warmup: Option<u32>,
+    /// Also measure the bare limits in the same run: copying memory, and a socket exchange of the
+    /// same bytes among the same number of processes.
+    #[arg(long)]
+    pub floor: bool,
+    /// Compare deterministic with fast sums, alternating.
+    #[arg(long, conflicts_with_all = ["floor", "tune", "reduction"])]
+    pub cost: bool,
+    /// Measure the algorithms per size and number of ranks, and write the table that selects among
+    /// them.
+    #[arg(long, value_name = "FILE", conflicts_with = "floor")]
+    pub tune: Option<PathBuf>,
 }

@@ -34,6 +34,7 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Rank => return trainer::run_rank(),
         Command::Replica => return serve::run_replica(),
+        Command::BenchRank => return commands::bench::run_rank(),
         _ => {}
     }
     let json = cli.global.json;

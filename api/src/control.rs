@@ -13,7 +13,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::flight::FlightLog;
 use crate::session::{MESSAGE_BYTES_MAX, RankOrder, RankReport};
+
 /// The control socket cannot be used, or broke.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("control socket: {0}")]
@@ -24,6 +26,8 @@ const EXIT_ORPHANED: i32 = 10;
 
 /// Called with the reason when the worker orders an abort.
 type AbortHook = Box<dyn Fn(&str) + Send>;
+/// Gives the last operations, so many at most; called when the worker asks for the flight log.
+type FlightHook = Box<dyn Fn(usize) -> FlightLog + Send>;
 
 /// Both directions of the control socket; cheap to clone.
 #[derive(Clone)]
@@ -36,6 +40,7 @@ pub struct Control {
 struct Shared {
     stop: AtomicBool,
     abort: Mutex<Option<AbortHook>>,
+    flight: Mutex<Option<FlightHook>>,
 }
 
 /// A task must not outlive its worker, whatever ends the worker: the kernel kills it then.
@@ -76,7 +81,8 @@ impl Control {
         let reader = socket.try_clone().map_err(|e| ControlError(e.to_string()))?;
         let shared = Arc::new(Shared::default());
         let (sender, receiver) = channel();
-        let for_thread = Arc::clone(&shared);
+        let control = Self { writer: Arc::new(Mutex::new(socket)), shared };
+        let for_thread = control.clone();
         std::thread::Builder::new()
             .name("control".into())
             .spawn(move || {
@@ -84,7 +90,7 @@ impl Control {
                 orphaned();
             })
             .map_err(|e| ControlError(e.to_string()))?;
-        Ok((Self { writer: Arc::new(Mutex::new(socket)), shared }, Orders { receiver }))
+        Ok((control, Orders { receiver }))
     }
 
     /// Tells the worker something.
@@ -104,6 +110,21 @@ impl Control {
     pub fn on_abort(&self, hook: impl Fn(&str) + Send + 'static) {
         *self.shared.abort.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(hook));
     }
+
+    /// From now on a question for the flight log is answered with what `hook` gives, by the thread
+    /// that reads orders: also while every other thread is blocked.
+    pub fn on_flight(&self, hook: impl Fn(usize) -> FlightLog + Send + 'static) {
+        *self.shared.flight.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(hook));
+    }
+
+    fn answer_flight(&self, request: u64, entries: u32) {
+        let hook = self.shared.flight.lock().unwrap_or_else(PoisonError::into_inner);
+        let log = hook.as_ref().map(|hook| Box::new(hook(entries as usize)));
+        drop(hook);
+        if let Err(error) = self.report(&RankReport::Flight { request, log }) {
+            tracing::warn!(%error, "the flight log was not taken");
+        }
+    }
 }
 
 impl Orders {
@@ -120,7 +141,7 @@ impl Orders {
     }
 }
 
-fn read_orders(socket: UnixStream, shared: &Shared, sender: &Sender<RankOrder>) {
+fn read_orders(socket: UnixStream, control: &Control, sender: &Sender<RankOrder>) {
     let mut reader = BufReader::new(socket);
     let mut line = Vec::new();
     loop {
@@ -131,13 +152,14 @@ fn read_orders(socket: UnixStream, shared: &Shared, sender: &Sender<RankOrder>) 
             _ => return,
         }
         match serde_json::from_slice::<RankOrder>(&line) {
-            Ok(order) => handle(order, shared, sender),
+            Ok(order) => handle(order, control, sender),
             Err(error) => tracing::error!(%error, "an order could not be read"),
         }
     }
 }
 
-fn handle(order: RankOrder, shared: &Shared, sender: &Sender<RankOrder>) {
+fn handle(order: RankOrder, control: &Control, sender: &Sender<RankOrder>) {
+    let shared = &control.shared;
     match order {
         RankOrder::Stop { reason } => {
             tracing::info!(%reason, "asked to stop");
@@ -148,6 +170,7 @@ fn handle(order: RankOrder, shared: &Shared, sender: &Sender<RankOrder>) {
                 hook(&reason);
             }
         }
+        RankOrder::Flight { request, entries } => control.answer_flight(request, entries),
         RankOrder::Committed { step } => tracing::debug!(%step, "checkpoint committed"),
         order @ (RankOrder::Assignment { .. } | RankOrder::Peers { .. }) => {
             // The receiver is gone only when the rank is leaving anyway.

@@ -16,8 +16,11 @@ pub struct StepTime {
     pub data: f64,
     /// Forward, backward and optimiser.
     pub compute: f64,
-    /// Waiting for and exchanging with other ranks.
+    /// Waiting for and exchanging with other ranks, as far as nothing was computed meanwhile.
     pub communication: f64,
+    /// How long gradients were exchanged in all, behind the backward pass too.
+    #[serde(default)]
+    pub communication_total: f64,
     /// What the step loop paid for checkpoints.
     pub checkpoint: f64,
 }

@@ -12,6 +12,8 @@ pub mod document;
 pub mod environment;
 pub mod events;
 pub mod exit;
+pub mod finding;
+pub mod flight;
 pub mod ids;
 pub mod job;
 pub mod records;

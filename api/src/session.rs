@@ -13,12 +13,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{ServeSection, StoreSection};
 use crate::events::{CheckpointFact, Evaluation, ModelFact, StepMetrics};
+use crate::flight::FlightLog;
 use crate::ids::{Generation, Name, NodeId, Rank, Secret, Step, TaskId};
 use crate::job::JobSpec;
 use crate::units::Span;
 
 /// Longest line on a rank's control socket and largest session frame, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
+
+/// The number of a [`RankReport::Flight`] that no coordinator asked for: the rank's last words. The
+/// worker keeps it in the object store.
+pub const FLIGHT_LAST: u64 = 0;
 
 /// From a worker to the leading coordinator.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -46,6 +51,18 @@ pub enum WorkerMessage {
     /// nothing more. Said before anything that follows from it, and again in each later session;
     /// the worker of a new incarnation has come to stay.
     Leaving,
+    /// Answers a [`RankOrder::Flight`]. Sent once and never again: an answer that is lost is lost.
+    Flight {
+        /// The order's number.
+        request: u64,
+        /// Whose log.
+        task: TaskId,
+        /// The log; absent when there is none.
+        log: Option<Box<FlightLog>>,
+        /// Why there is none, where that is known.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        why: String,
+    },
 }
 
 /// How a worker introduces itself.
@@ -320,6 +337,13 @@ pub enum RankOrder {
         /// Why.
         reason: String,
     },
+    /// Answer at once with a [`RankReport::Flight`], whatever the step loop is doing.
+    Flight {
+        /// Comes back with the answer.
+        request: u64,
+        /// Operations wanted at most, the last ones.
+        entries: u32,
+    },
 }
 
 /// From a rank or replica to its worker, which passes it on to the leader.
@@ -362,6 +386,14 @@ pub enum RankReport {
         retryable: bool,
         /// The peer that is to blame, when it is not this rank's own fault.
         blames: Option<Rank>,
+    },
+    /// What it remembers of its collective operations. It stays with the worker, which answers
+    /// whoever asked or keeps it; it is no fact and goes into no record.
+    Flight {
+        /// The number of the [`RankOrder::Flight`], or [`FLIGHT_LAST`].
+        request: u64,
+        /// The log; absent when it has none yet.
+        log: Option<Box<FlightLog>>,
     },
 }
 

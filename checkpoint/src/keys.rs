@@ -43,6 +43,25 @@ pub fn logs(job: &Name, generation: Generation, rank: Rank) -> String {
     format!("jobs/{job}/logs/{generation}/{rank}")
 }
 
+/// The folder of all flight logs of a job that were kept.
+pub fn flights(job: &Name) -> String {
+    format!("jobs/{job}/flight")
+}
+
+/// The flight log that was kept of a rank.
+pub fn flight(job: &Name, generation: Generation, rank: Rank) -> String {
+    format!("{}/{generation}/{rank}.json", flights(job))
+}
+
+/// Reads a key that [`flight`] made; anything else is `None`.
+pub fn parse_flight(job: &Name, key: &str) -> Option<(Generation, Rank)> {
+    let (generation, rank) =
+        key.strip_prefix(&flights(job))?.strip_prefix("/g")?.split_once('/')?;
+    let rank = rank.strip_prefix('r')?.strip_suffix(".json")?;
+    let (generation, rank) = (Generation(generation.parse().ok()?), Rank(rank.parse().ok()?));
+    (flight(job, generation, rank) == key).then_some((generation, rank))
+}
+
 /// What a manifest's key says about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ManifestKey {
@@ -75,6 +94,17 @@ pub(crate) fn folder_of(manifest_key: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_flight_log_s_key_reads_back() {
+        let job: Name = "digits".parse().expect("a name");
+        let key = flight(&job, Generation(7), Rank(12));
+        assert_eq!(key, "jobs/digits/flight/g7/r12.json");
+        assert_eq!(parse_flight(&job, &key), Some((Generation(7), Rank(12))));
+        for bad in ["jobs/digits/flight/g7/r012.json", "jobs/digit/flight/g7/r1.json", "x"] {
+            assert_eq!(parse_flight(&job, bad), None, "{bad:?} was accepted");
+        }
+    }
 
     #[test]
     fn a_manifest_key_reads_back_and_nothing_else_does() {

@@ -1,10 +1,11 @@
 //! What each command does, one file per noun.
 
 mod algorithms;
-mod bench;
+pub mod bench;
 mod certs;
 mod checkpoints;
 mod data;
+mod flight;
 mod jobs;
 mod models;
 mod roles;
@@ -25,6 +26,7 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Job(args) => jobs::show(global, &args.name).await,
         Command::Logs(args) => jobs::logs(global, &args).await,
         Command::Follow(args) => jobs::watch(global, &args.name).await,
+        Command::Flight(args) => flight::show(global, &args).await,
         Command::Stop(args) => jobs::stop(global, &args).await,
         Command::Workers => jobs::workers(global).await,
         Command::Status => jobs::status(global).await,
@@ -42,6 +44,6 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Worker(args) => roles::worker(global, &args).await,
         Command::Bench(command) => bench::run(global, command).await,
         // Started before the runtime, see `main`.
-        Command::Rank | Command::Replica => Ok(()),
+        Command::Rank | Command::Replica | Command::BenchRank => Ok(()),
     }
 }

@@ -4,6 +4,8 @@
 
 use std::fmt;
 
+use half::{bf16, f16};
+
 /// What an element is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
@@ -16,30 +18,60 @@ pub enum ElementType {
     I64 = 3,
     /// Byte; sums wrap.
     U8 = 4,
+    /// bfloat16; every addition is rounded to it.
+    Bf16 = 5,
+    /// IEEE half precision; every addition is rounded to it.
+    F16 = 6,
+    /// 32-bit signed integer; sums wrap.
+    I32 = 7,
 }
 
 impl ElementType {
+    /// Every type, in the order of their numbers on the wire.
+    pub const ALL: [Self; 7] =
+        [Self::F32, Self::F64, Self::I64, Self::U8, Self::Bf16, Self::F16, Self::I32];
+
     /// Bytes of one element.
     pub const fn bytes(self) -> usize {
         match self {
             Self::U8 => 1,
-            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+            Self::F32 | Self::I32 => 4,
             Self::F64 | Self::I64 => 8,
         }
     }
 
+    /// Its name, as in a call's text.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F64 => "f64",
+            Self::I64 => "i64",
+            Self::U8 => "u8",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+            Self::I32 => "i32",
+        }
+    }
+
     pub(crate) fn from_code(code: u8) -> Option<Self> {
-        [Self::F32, Self::F64, Self::I64, Self::U8].into_iter().find(|kind| *kind as u8 == code)
+        Self::ALL.into_iter().find(|kind| *kind as u8 == code)
     }
 }
 
 impl fmt::Display for ElementType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::F64 => "f64",
-            Self::I64 => "i64",
-            Self::U8 => "u8",
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for ElementType {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL.into_iter().find(|kind| kind.name() == text).ok_or_else(|| {
+            let known = Self::ALL.map(Self::name).join(", ");
+            format!("unknown element type `{text}`, expected one of {known}")
         })
     }
 }
@@ -47,27 +79,39 @@ impl fmt::Display for ElementType {
 /// Elements to send.
 #[derive(Clone, Copy, Debug)]
 pub enum Buffer<'a> {
-    /// 32-bit floats.
+    /// 32-bit float.
     F32(&'a [f32]),
-    /// 64-bit floats.
+    /// 64-bit float.
     F64(&'a [f64]),
-    /// 64-bit signed integers.
+    /// 64-bit signed integer; sums wrap.
     I64(&'a [i64]),
-    /// Bytes.
+    /// Byte; sums wrap.
     U8(&'a [u8]),
+    /// bfloat16; every addition is rounded to it.
+    Bf16(&'a [bf16]),
+    /// IEEE half precision; every addition is rounded to it.
+    F16(&'a [f16]),
+    /// 32-bit signed integer; sums wrap.
+    I32(&'a [i32]),
 }
 
 /// Elements to fill or to reduce in place.
 #[derive(Debug)]
 pub enum BufferMut<'a> {
-    /// 32-bit floats.
+    /// 32-bit float.
     F32(&'a mut [f32]),
-    /// 64-bit floats.
+    /// 64-bit float.
     F64(&'a mut [f64]),
-    /// 64-bit signed integers.
+    /// 64-bit signed integer; sums wrap.
     I64(&'a mut [i64]),
-    /// Bytes.
+    /// Byte; sums wrap.
     U8(&'a mut [u8]),
+    /// bfloat16; every addition is rounded to it.
+    Bf16(&'a mut [bf16]),
+    /// IEEE half precision; every addition is rounded to it.
+    F16(&'a mut [f16]),
+    /// 32-bit signed integer; sums wrap.
+    I32(&'a mut [i32]),
 }
 
 macro_rules! views {
@@ -112,6 +156,11 @@ macro_rules! views {
             /// A shorter borrow, to use the same buffer in several calls.
             pub fn reborrow(&mut self) -> BufferMut<'_> {
                 match self { $(Self::$variant(data) => BufferMut::$variant(data)),* }
+            }
+
+            /// The same elements, to read.
+            pub fn as_buffer(&self) -> Buffer<'_> {
+                match self { $(Self::$variant(data) => Buffer::$variant(data)),* }
             }
 
             pub(crate) fn as_bytes_mut(&mut self) -> &mut [u8] {
@@ -159,4 +208,4 @@ macro_rules! views {
     };
 }
 
-views!(F32(f32), F64(f64), I64(i64), U8(u8));
+views!(F32(f32), F64(f64), I64(i64), U8(u8), Bf16(bf16), F16(f16), I32(i32));

@@ -36,10 +36,20 @@ pub enum Operation {
     GatherBytes = 8,
     /// [`crate::Communicator::reduce_lanes`]
     ReduceLanes = 9,
+    /// [`crate::Communicator::all_to_all`] and [`crate::Communicator::all_to_all_v`]
+    AllToAll = 10,
+    /// [`crate::Communicator::gather`]
+    Gather = 11,
+    /// [`crate::Communicator::scatter`]
+    Scatter = 12,
+    /// [`crate::Communicator::all_reduce_many`]
+    AllReduceMany = 13,
+    /// No call: the ranks agree on how they share memory.
+    Join = 14,
 }
 
 impl Operation {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 15] = [
         Self::Leave,
         Self::AllReduce,
         Self::ReduceScatter,
@@ -50,7 +60,33 @@ impl Operation {
         Self::Barrier,
         Self::GatherBytes,
         Self::ReduceLanes,
+        Self::AllToAll,
+        Self::Gather,
+        Self::Scatter,
+        Self::AllReduceMany,
+        Self::Join,
     ];
+
+    /// Its name, as in the trait.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Leave => "leave",
+            Self::AllReduce => "all_reduce",
+            Self::ReduceScatter => "reduce_scatter",
+            Self::AllGather => "all_gather",
+            Self::Broadcast => "broadcast",
+            Self::Send => "send",
+            Self::Recv => "recv",
+            Self::Barrier => "barrier",
+            Self::GatherBytes => "gather_bytes",
+            Self::ReduceLanes => "reduce_lanes",
+            Self::AllToAll => "all_to_all",
+            Self::Gather => "gather",
+            Self::Scatter => "scatter",
+            Self::AllReduceMany => "all_reduce_many",
+            Self::Join => "join",
+        }
+    }
 
     /// Whether it concerns two ranks only.
     pub fn is_point_to_point(self) -> bool {
@@ -67,7 +103,7 @@ pub struct Call {
     pub element: Option<ElementType>,
     /// How they are reduced, if they are.
     pub reduce: Option<ReduceOp>,
-    /// The root, the peer or the number of lanes, by method; else 0.
+    /// The root, the peer, the number of lanes or a hash of the lengths, by method; else 0.
     pub detail: u32,
     /// Elements of the whole buffer (not of a chunk).
     pub count: u64,
@@ -115,11 +151,7 @@ impl Call {
             },
             reduce: match reduce {
                 0 => None,
-                code => Some(
-                    [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min, ReduceOp::Avg]
-                        .into_iter()
-                        .find(|op| *op as u8 == code)?,
-                ),
+                code => Some(ReduceOp::ALL.into_iter().find(|op| *op as u8 == code)?),
             },
             detail: u32::from_le_bytes([d0, d1, d2, d3]),
             count: u64::from_le_bytes(count),
@@ -129,17 +161,14 @@ impl Call {
 
 impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (name, separator) = match self.operation {
-            Operation::Leave => return f.write_str("leave"),
-            Operation::Barrier => return f.write_str("barrier()"),
-            Operation::GatherBytes => return f.write_str("gather_bytes()"),
-            Operation::AllReduce => ("all_reduce", ""),
-            Operation::ReduceScatter => ("reduce_scatter", ""),
-            Operation::AllGather => ("all_gather", ""),
-            Operation::Broadcast => ("broadcast", " from "),
-            Operation::Send => ("send", " to "),
-            Operation::Recv => ("recv", " from "),
-            Operation::ReduceLanes => ("reduce_lanes", " over "),
+        let name = self.operation.name();
+        let separator = match self.operation {
+            Operation::Leave | Operation::Join => return f.write_str(name),
+            Operation::Barrier | Operation::GatherBytes => return write!(f, "{name}()"),
+            Operation::Broadcast | Operation::Recv | Operation::Scatter => " from ",
+            Operation::Send | Operation::Gather => " to ",
+            Operation::ReduceLanes => " over ",
+            _ => "",
         };
         write!(f, "{name}({}", self.count)?;
         if let Some(element) = self.element {
@@ -206,7 +235,7 @@ mod tests {
             assert_eq!(call.to_string(), shown);
             assert_eq!(Call::decode(&call.encode()), Some(call));
         }
-        for (index, code) in [(0, 10), (1, 5), (2, 5)] {
+        for (index, code) in [(0, 15), (1, 8), (2, 5)] {
             let mut bytes = cases[0].0.encode();
             bytes[index] = code;
             assert_eq!(Call::decode(&bytes), None);

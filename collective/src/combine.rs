@@ -72,6 +72,23 @@ impl Plan {
         for part in parts {
             assert_eq!(part.len(), output.len(), "partials are as long as their sum");
         }
+        // Wider registers where the processor has them; each element is combined alone, so the
+        // width changes no bit.
+        pulp::Arch::new().dispatch(|| self.run_blocks(parts, output, op, count));
+    }
+
+    #[inline(always)]
+    fn run_blocks<T: Element>(&self, parts: &[&[T]], output: &mut [T], op: ReduceOp, count: u32) {
+        // Two parts of one sum, the case of two ranks: one pass.
+        if let ([Step::Load(left), Step::ReduceWith(right)], true) =
+            (self.steps.as_slice(), op == ReduceOp::Sum)
+        {
+            let pairs = parts[*left].iter().zip(parts[*right]);
+            for (sum, (left, right)) in output.iter_mut().zip(pairs) {
+                *sum = left.sum(*right);
+            }
+            return;
+        }
         let mut above = vec![T::zeroed(); (self.depth - 1) * BLOCK.min(output.len())];
         for (index, block) in output.chunks_mut(BLOCK).enumerate() {
             let start = index * BLOCK;
@@ -102,12 +119,14 @@ impl Plan {
 }
 
 /// The open sum at a depth: the output itself, then the scratch above it.
+#[inline(always)]
 fn level<'a, T>(block: &'a mut [T], above: &'a mut [T], depth: usize) -> &'a mut [T] {
     let len = block.len();
     if depth == 0 { block } else { &mut above[(depth - 1) * len..][..len] }
 }
 
 /// Reduces the sum at `top - 1` with the one at `top`.
+#[inline(always)]
 fn reduce_top<T: Element>(op: ReduceOp, block: &mut [T], above: &mut [T], top: usize) {
     let len = block.len();
     let (below, upper) = above.split_at_mut((top - 1) * len);
@@ -115,6 +134,7 @@ fn reduce_top<T: Element>(op: ReduceOp, block: &mut [T], above: &mut [T], top: u
     reduce(op, sums, &upper[..len]);
 }
 
+#[inline(always)]
 fn reduce<T: Element>(op: ReduceOp, sums: &mut [T], values: &[T]) {
     match op {
         ReduceOp::Sum | ReduceOp::Avg => zip(sums, values, T::sum),
@@ -123,6 +143,7 @@ fn reduce<T: Element>(op: ReduceOp, sums: &mut [T], values: &[T]) {
     }
 }
 
+#[inline(always)]
 fn zip<T: Element>(sums: &mut [T], values: &[T], combine: impl Fn(T, T) -> T) {
     for (sum, value) in sums.iter_mut().zip(values) {
         *sum = combine(*sum, *value);

@@ -9,6 +9,7 @@ use std::time::Duration;
 use api::{Generation, Name, Rank, Secret};
 
 use crate::abort::AbortHandle;
+use crate::axes::Group;
 use crate::buffer::{Buffer, BufferMut};
 use crate::error::CollectiveError;
 use crate::lane_tree::{LaneTree, Subtree};
@@ -25,6 +26,43 @@ pub enum ReduceOp {
     Min = 3,
     /// The sum divided by the world size; floats only.
     Avg = 4,
+}
+
+impl ReduceOp {
+    /// Every reduction, in the order of their numbers on the wire.
+    pub const ALL: [Self; 4] = [Self::Sum, Self::Max, Self::Min, Self::Avg];
+
+    /// Its name, as in a call's text.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Sum => "sum",
+            Self::Max => "max",
+            Self::Min => "min",
+            Self::Avg => "average",
+        }
+    }
+}
+
+/// Whether sums keep the order of the fixed tree.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reduction {
+    /// The fixed tree over lanes or ranks: the same bits on every transport.
+    #[default]
+    Deterministic,
+    /// Whatever order is fastest for the number of ranks and bytes.
+    Fast,
+}
+
+/// How ranks on one host reach each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// Shared memory where it can be had, TCP where not.
+    #[default]
+    Auto,
+    /// Shared memory only: a group that spans hosts, or may not share memory, is refused.
+    Shared,
+    /// TCP only, also on one host.
+    Tcp,
 }
 
 /// What a rank must know to join a group.
@@ -44,6 +82,13 @@ pub struct GroupOptions {
     pub secret: Secret,
     /// How long to wait until every peer is there.
     pub connect_timeout: Duration,
+    /// Order of sums.
+    pub reduction: Reduction,
+    /// How ranks on one host reach each other.
+    pub transport: Transport,
+    /// What tells hosts apart; absent: the kernel's boot id and process namespace. Ranks that name
+    /// the same host try to share memory.
+    pub host: Option<String>,
 }
 
 /// The sum of one maximal subtree of lanes that a rank owns.
@@ -57,7 +102,7 @@ pub struct Partial<'a> {
 
 /// A process group.
 pub trait Communicator: Send {
-    /// This process.
+    /// This process, in this group.
     fn rank(&self) -> Rank;
 
     /// Number of processes.
@@ -66,11 +111,30 @@ pub trait Communicator: Send {
     /// The gang's incarnation.
     fn generation(&self) -> Generation;
 
+    /// Which of the job's groups.
+    fn name(&self) -> &str;
+
     /// Reduces `buffer` over all ranks, in place; the result has the same bits on every rank.
     ///
     /// # Errors
     /// See [`CollectiveError`]; this holds for every method below.
     fn all_reduce(&mut self, buffer: BufferMut<'_>, op: ReduceOp) -> Result<(), CollectiveError>;
+
+    /// Reduces `input` over all ranks into `output`, which is as long.
+    fn all_reduce_into(
+        &mut self,
+        input: Buffer<'_>,
+        output: BufferMut<'_>,
+        op: ReduceOp,
+    ) -> Result<(), CollectiveError>;
+
+    /// Reduces several buffers of one type as one call: small tensors cost one latency together.
+    /// Each has the same length on every rank.
+    fn all_reduce_many(
+        &mut self,
+        buffers: &mut [BufferMut<'_>],
+        op: ReduceOp,
+    ) -> Result<(), CollectiveError>;
 
     /// Reduces `input` over all ranks; each gets its own chunk of the result.
     ///
@@ -82,6 +146,14 @@ pub trait Communicator: Send {
         op: ReduceOp,
     ) -> Result<(), CollectiveError>;
 
+    /// The same in place: this rank's chunk of `buffer` becomes that chunk of the result; the rest
+    /// is as before.
+    fn reduce_scatter_in_place(
+        &mut self,
+        buffer: BufferMut<'_>,
+        op: ReduceOp,
+    ) -> Result<(), CollectiveError>;
+
     /// Puts every rank's chunk into `output`, on every rank.
     ///
     /// `input` is as long as [`crate::chunk_range`] of `output`'s length says for this rank.
@@ -89,6 +161,44 @@ pub trait Communicator: Send {
         &mut self,
         input: Buffer<'_>,
         output: BufferMut<'_>,
+    ) -> Result<(), CollectiveError>;
+
+    /// The same in place: this rank brings its own chunk of `buffer`.
+    fn all_gather_in_place(&mut self, buffer: BufferMut<'_>) -> Result<(), CollectiveError>;
+
+    /// Sends the p-th equal part of `input` to rank p and puts what rank p sends at the p-th part
+    /// of `output`. Both are as long, and the world size divides it.
+    fn all_to_all(
+        &mut self,
+        input: Buffer<'_>,
+        output: BufferMut<'_>,
+    ) -> Result<(), CollectiveError>;
+
+    /// The same with parts of given lengths in elements, one after another; what a rank sends to
+    /// another must be what that one receives.
+    fn all_to_all_v(
+        &mut self,
+        input: Buffer<'_>,
+        send: &[usize],
+        output: BufferMut<'_>,
+        receive: &[usize],
+    ) -> Result<(), CollectiveError>;
+
+    /// Puts every rank's `input` into `output` on `root`, in rank order; equal lengths. Only the
+    /// root gives an output.
+    fn gather(
+        &mut self,
+        input: Buffer<'_>,
+        output: Option<BufferMut<'_>>,
+        root: Rank,
+    ) -> Result<(), CollectiveError>;
+
+    /// Gives every rank its equal part of the root's `input`. Only the root gives an input.
+    fn scatter(
+        &mut self,
+        input: Option<Buffer<'_>>,
+        output: BufferMut<'_>,
+        root: Rank,
     ) -> Result<(), CollectiveError>;
 
     /// Copies `root`'s buffer to every rank.
@@ -123,6 +233,11 @@ pub trait Communicator: Send {
         partials: &[Partial<'_>],
         output: BufferMut<'_>,
     ) -> Result<(), CollectiveError>;
+
+    /// Forms the groups of a split with connections of their own; called by all ranks, each with
+    /// the group that it belongs to (ranks of this group, in order). A group's failure does not
+    /// fail this one. Aborting this group does not abort it: keep its handle too.
+    fn subgroup(&mut self, group: &Group) -> Result<Box<dyn Communicator>, CollectiveError>;
 
     /// Breaks off whatever blocks, from any thread.
     fn abort_handle(&self) -> AbortHandle;

@@ -3,6 +3,8 @@
 //! Crate-private: callers see [`crate::Buffer`]. Integer sums wrap, so they too are associative.
 //! A NaN in a maximum or minimum stays a NaN: a diverged loss must not vanish in a reduction.
 
+use half::{bf16, f16};
+
 use crate::buffer::{Buffer, BufferMut, ElementType};
 
 /// An element of a buffer.
@@ -43,10 +45,12 @@ macro_rules! float {
             views!($variant);
             const DIVIDES: bool = true;
 
+            #[inline(always)]
             fn sum(self, other: Self) -> Self {
                 self + other
             }
 
+            #[inline(always)]
             fn largest(self, other: Self) -> Self {
                 if self.is_nan() || other.is_nan() {
                     Self::NAN
@@ -57,6 +61,7 @@ macro_rules! float {
                 }
             }
 
+            #[inline(always)]
             fn smallest(self, other: Self) -> Self {
                 if self.is_nan() || other.is_nan() {
                     Self::NAN
@@ -67,6 +72,7 @@ macro_rules! float {
                 }
             }
 
+            #[inline(always)]
             #[allow(clippy::cast_lossless, reason = "u32 to f32 rounds, the same everywhere")]
             fn divided(self, by: u32) -> Self {
                 self / by as $float
@@ -81,18 +87,22 @@ macro_rules! integer {
             views!($variant);
             const DIVIDES: bool = false;
 
+            #[inline(always)]
             fn sum(self, other: Self) -> Self {
                 self.wrapping_add(other)
             }
 
+            #[inline(always)]
             fn largest(self, other: Self) -> Self {
                 self.max(other)
             }
 
+            #[inline(always)]
             fn smallest(self, other: Self) -> Self {
                 self.min(other)
             }
 
+            #[inline(always)]
             fn divided(self, _: u32) -> Self {
                 self
             }
@@ -100,9 +110,52 @@ macro_rules! integer {
     };
 }
 
+/// Half precision: computed in f32 and rounded at once, so that every order of arrival and every
+/// transport rounds at the same places.
+macro_rules! half_float {
+    ($float:ident, $variant:ident, $narrow:path) => {
+        impl Element for $float {
+            views!($variant);
+            const DIVIDES: bool = true;
+
+            #[inline(always)]
+            fn sum(self, other: Self) -> Self {
+                $narrow(self.to_f32() + other.to_f32())
+            }
+
+            #[inline(always)]
+            fn largest(self, other: Self) -> Self {
+                $narrow(self.to_f32().largest(other.to_f32()))
+            }
+
+            #[inline(always)]
+            fn smallest(self, other: Self) -> Self {
+                $narrow(self.to_f32().smallest(other.to_f32()))
+            }
+
+            #[inline(always)]
+            fn divided(self, by: u32) -> Self {
+                $narrow(self.to_f32().divided(by))
+            }
+        }
+    };
+}
+
+/// Round to nearest even without a branch, so that it vectorises; NaNs stay NaNs.
+#[inline(always)]
+fn narrow_bf16(value: f32) -> bf16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let quiet = (bits >> 16) | 0x40;
+    bf16::from_bits(if value.is_nan() { quiet as u16 } else { rounded as u16 })
+}
+
 float!(f32, F32);
 float!(f64, F64);
+half_float!(bf16, Bf16, narrow_bf16);
+half_float!(f16, F16, f16::from_f32);
 integer!(i64, I64);
+integer!(i32, I32);
 integer!(u8, U8);
 
 #[cfg(test)]
@@ -119,5 +172,18 @@ mod tests {
         }
         assert_eq!(i64::MAX.sum(1), i64::MIN);
         assert_eq!(255u8.sum(2), 1);
+        assert_eq!(i32::MAX.sum(1), i32::MIN);
+        assert!(bf16::NAN.smallest(bf16::ONE).is_nan());
+    }
+
+    #[test]
+    fn bf16_rounds_as_the_standard_conversion_does() {
+        for high in 0..=u16::MAX {
+            for low in [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let value = f32::from_bits(u32::from(high) << 16 | low);
+                let (ours, theirs) = (narrow_bf16(value), bf16::from_f32(value));
+                assert_eq!(ours.to_bits(), theirs.to_bits(), "{value:?}");
+            }
+        }
     }
 }

@@ -20,11 +20,11 @@ use crate::call::{Call, CallSite, Operation};
 use crate::error::CollectiveError;
 use crate::frame::{FrameError, FrameKind, Header, decode_last_words, decode_site};
 use crate::link::{Arrival, Link, LinkError, Sending, TURNS, Words};
-use crate::mesh::Mesh;
+use crate::peers::Peers;
 
 /// How long a rank is blocked before it tells whom it waits for: longer than most steps of a
 /// healthy group differ, short for a person.
-const WAITING_AFTER: Duration = Duration::from_millis(200);
+const WAITING_AFTER: Duration = Duration::from_millis(40);
 /// How long a rank waits for the last words of a peer whose data connection broke. A process that
 /// is killed ends both at once; only a host that vanishes in this moment makes it wait.
 const LAST_WORDS_WAIT: Duration = Duration::from_secs(1);
@@ -49,6 +49,7 @@ pub(crate) struct Transfer<'a> {
     pub receive: Option<Sink<'a>>,
 }
 
+#[derive(Default)]
 struct Pending<'a> {
     sending: Option<Sending<'a>>,
     receive: Option<Sink<'a>>,
@@ -72,7 +73,7 @@ struct Ready {
 
 /// An exchange under way.
 pub(crate) struct Exchange<'m, 'a> {
-    mesh: &'m mut Mesh,
+    peers: &'m mut Peers,
     site: CallSite,
     phase: u8,
     pending: Vec<Pending<'a>>,
@@ -81,40 +82,80 @@ pub(crate) struct Exchange<'m, 'a> {
 impl<'m, 'a> Exchange<'m, 'a> {
     /// Exchanges one frame per transfer (indexed by rank; this rank's own is empty), to the end.
     pub(crate) fn run(
-        mesh: &'m mut Mesh,
+        peers: &'m mut Peers,
         site: CallSite,
         phase: u8,
         transfers: Vec<Transfer<'a>>,
     ) -> Result<(), CollectiveError> {
-        assert_eq!(transfers.len(), mesh.links.len(), "one transfer per rank");
+        assert_eq!(transfers.len(), peers.links.len(), "one transfer per rank");
         let pending = transfers
             .into_iter()
             .map(|transfer| Pending {
-                sending: transfer.send.map(|parts| Sending::new(&mesh.codec, phase, site, parts)),
+                sending: transfer.send.map(|parts| Sending::new(&peers.codec, phase, site, parts)),
                 receive: transfer.receive,
                 accepted: false,
                 told: false,
             })
             .collect();
-        let mut exchange = Self { mesh, site, phase, pending };
+        let mut exchange = Self { peers, site, phase, pending };
         exchange.start()?;
         exchange.finish()
+    }
+
+    /// Looks once at every connection, without waiting, for a call that waits elsewhere: what a peer
+    /// says of its failure, its end, a frame of another call. `waits_for` is the peer it waits for.
+    pub(crate) fn glance(
+        peers: &'m mut Peers,
+        site: CallSite,
+        waits_for: usize,
+        waited: Duration,
+    ) -> Result<(), CollectiveError> {
+        let pending = (0..peers.links.len()).map(|_| Pending::default()).collect();
+        let mut exchange = Self { peers, site, phase: 0, pending };
+        if let Some(aborted) = exchange.peers.abort.raised() {
+            return Err(aborted);
+        }
+        let mut ready = Vec::new();
+        exchange.wait(Duration::ZERO, &mut ready)?;
+        for (peer, ready) in &ready {
+            if ready.words {
+                exchange.hear(*peer)?;
+            }
+        }
+        for (peer, ready) in ready.drain(..) {
+            exchange.serve(peer, ready.data)?;
+        }
+        let Some(link) = exchange.peers.links[waits_for].as_ref() else { return Ok(()) };
+        if link.left {
+            return Err(exchange.left(waits_for));
+        }
+        if waited < WAITING_AFTER {
+            return Ok(());
+        }
+        // What it sends, nobody here receives; and where it is blocked in a call over its connection,
+        // it waits for a frame that this rank, which waits in shared memory, will not send.
+        let sent = link.next_data().map(|header| header.site);
+        let blocked = link.waiting.filter(|(_, number)| *number == link.frames_sent);
+        match sent.or(blocked.map(|(theirs, _)| theirs)) {
+            Some(theirs) => Err(exchange.mismatch(waits_for, theirs)),
+            None => Ok(()),
+        }
     }
 
     /// Looks at what came early, and sends what the kernel takes.
     fn start(&mut self) -> Result<(), CollectiveError> {
         for peer in 0..self.pending.len() {
-            let Some(link) = self.mesh.links[peer].as_ref() else { continue };
+            let Some(link) = self.peers.links[peer].as_ref() else { continue };
             if let Some(header) = link.next_data().copied() {
                 self.compare(peer, &header, self.pending[peer].receive.is_some())?;
             }
         }
         for peer in 0..self.pending.len() {
-            if self.mesh.links[peer].is_none() {
+            if self.peers.links[peer].is_none() {
                 continue;
             }
             self.take_ahead(peer)?;
-            if self.mesh.links[peer].as_ref().is_some_and(|link| link.left)
+            if self.peers.links[peer].as_ref().is_some_and(|link| link.left)
                 && !self.pending[peer].is_done()
             {
                 return Err(self.left(peer));
@@ -129,7 +170,7 @@ impl<'m, 'a> Exchange<'m, 'a> {
         let mut ready = Vec::with_capacity(self.pending.len());
         while !self.pending.iter().all(Pending::is_done) {
             self.wait(timeout, &mut ready)?;
-            if let Some(aborted) = self.mesh.abort.raised() {
+            if let Some(aborted) = self.peers.abort.raised() {
                 return Err(aborted);
             }
             if ready.is_empty() {
@@ -159,15 +200,15 @@ impl<'m, 'a> Exchange<'m, 'a> {
         ready.clear();
         let mut peers = Vec::with_capacity(self.pending.len());
         let mut descriptors = Vec::with_capacity(2 * self.pending.len() + 1);
-        descriptors.push(PollFd::new(self.mesh.abort.wake_descriptor(), PollFlags::POLLIN));
-        for (peer, link) in self.mesh.links.iter().enumerate() {
+        descriptors.push(PollFd::new(self.peers.abort.wake_descriptor(), PollFlags::POLLIN));
+        for (peer, link) in self.peers.links.iter().enumerate() {
             let Some(link) = link else { continue };
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::POLLIN, self.wants_read(peer, link));
             flags.set(PollFlags::POLLOUT, self.wants_write(peer, link));
             peers.push(peer);
             // An end that is known is no news; the wake descriptor without flags stands for nothing.
-            let nothing = PollFd::new(self.mesh.abort.wake_descriptor(), PollFlags::empty());
+            let nothing = PollFd::new(self.peers.abort.wake_descriptor(), PollFlags::empty());
             descriptors.push(match flags.is_empty() && link.hung_up {
                 false => PollFd::new(link.descriptor(), flags),
                 true => nothing.clone(),
@@ -206,7 +247,7 @@ impl<'m, 'a> Exchange<'m, 'a> {
     }
 
     fn serve(&mut self, peer: usize, flags: PollFlags) -> Result<(), CollectiveError> {
-        let Some(link) = self.mesh.links[peer].as_ref() else { return Ok(()) };
+        let Some(link) = self.peers.links[peer].as_ref() else { return Ok(()) };
         let broken = flags.intersects(PollFlags::POLLERR | PollFlags::POLLHUP);
         let reads = self.wants_read(peer, link);
         if reads && (broken || flags.contains(PollFlags::POLLIN)) {
@@ -217,7 +258,7 @@ impl<'m, 'a> Exchange<'m, 'a> {
         }
         if broken
             && !reads
-            && let Some(link) = self.mesh.links[peer].as_mut()
+            && let Some(link) = self.peers.links[peer].as_mut()
         {
             link.hung_up = true;
         }
@@ -228,8 +269,8 @@ impl<'m, 'a> Exchange<'m, 'a> {
     fn read(&mut self, peer: usize) -> Result<(), CollectiveError> {
         let sending = self.site.call.operation == Operation::Send;
         for _ in 0..TURNS {
-            let codec = self.mesh.codec;
-            let Some(link) = self.mesh.links[peer].as_mut() else { return Ok(()) };
+            let codec = self.peers.codec;
+            let Some(link) = self.peers.links[peer].as_mut() else { return Ok(()) };
             if let Some(front) = link.front {
                 let awaited = self.pending[peer].receive.is_some() && link.ahead.is_empty();
                 if awaited && !link.reads_early() {
@@ -274,7 +315,7 @@ impl<'m, 'a> Exchange<'m, 'a> {
             self.accept(peer, front)?;
         }
         let (Some(link), Some(sink)) =
-            (self.mesh.links[peer].as_mut(), self.pending[peer].receive.as_mut())
+            (self.peers.links[peer].as_mut(), self.pending[peer].receive.as_mut())
         else {
             return Ok(false);
         };
@@ -299,7 +340,7 @@ impl<'m, 'a> Exchange<'m, 'a> {
         if self.pending[peer].receive.is_none() {
             return Ok(());
         }
-        let Some((header, payload)) = self.mesh.links[peer].as_mut().and_then(Link::take_ahead)
+        let Some((header, payload)) = self.peers.links[peer].as_mut().and_then(Link::take_ahead)
         else {
             return Ok(());
         };
@@ -347,7 +388,7 @@ impl<'m, 'a> Exchange<'m, 'a> {
                 theirs.call == self.sent_as() && theirs.number == self.site.number
             }
             (_, true) => theirs == self.site,
-            (Operation::Send | Operation::Recv, false) => true,
+            (Operation::Send | Operation::Recv | Operation::Join, false) => true,
             (_, false) => {
                 point
                     || theirs.number > self.site.number
@@ -355,7 +396,7 @@ impl<'m, 'a> Exchange<'m, 'a> {
             }
         };
         if !meets {
-            if self.mesh.counterpart(self.site, theirs) == theirs {
+            if self.peers.counterpart(self.site, theirs) == theirs {
                 let message =
                     format!("part {} of `{theirs}` came during `{}`", header.phase, self.site);
                 return Err(self.protocol(peer, message));
@@ -372,7 +413,7 @@ impl<'m, 'a> Exchange<'m, 'a> {
 
     /// The call that a `recv` waits for.
     fn sent_as(&self) -> Call {
-        Call { operation: Operation::Send, detail: self.mesh.rank, ..self.site.call }
+        Call { operation: Operation::Send, detail: self.peers.rank, ..self.site.call }
     }
 
     fn control(
@@ -388,7 +429,7 @@ impl<'m, 'a> Exchange<'m, 'a> {
                     let message = "a notice of waiting without a frame number".to_owned();
                     return Err(self.protocol(peer, message));
                 };
-                if let Some(link) = self.mesh.links[peer].as_mut() {
+                if let Some(link) = self.peers.links[peer].as_mut() {
                     link.waiting = Some((header.site, number));
                 }
                 self.find_deadlock(peer)
@@ -413,7 +454,7 @@ impl<'m, 'a> Exchange<'m, 'a> {
                 }
             }
             _ => {
-                let (rank, address) = self.mesh.peer(peer);
+                let (rank, address) = self.peers.peer(peer);
                 let (culprit, message) = decode_last_words(payload);
                 CollectiveError::PeerFailed { rank, address, culprit, message }
             }
@@ -421,7 +462,7 @@ impl<'m, 'a> Exchange<'m, 'a> {
     }
 
     fn write(&mut self, peer: usize) -> Result<(), CollectiveError> {
-        let Some(link) = self.mesh.links[peer].as_mut() else { return Ok(()) };
+        let Some(link) = self.peers.links[peer].as_mut() else { return Ok(()) };
         let result = match self.pending[peer].sending.as_mut() {
             Some(sending) => link.write(sending),
             None => link.flush().map(|_| ()),
@@ -442,8 +483,8 @@ impl<'m, 'a> Exchange<'m, 'a> {
                 continue;
             }
             self.find_deadlock(peer)?;
-            let (codec, site) = (self.mesh.codec, self.site);
-            let Some(link) = self.mesh.links[peer].as_mut() else { continue };
+            let (codec, site) = (self.peers.codec, self.site);
+            let Some(link) = self.peers.links[peer].as_mut() else { continue };
             if self.pending[peer].told {
                 continue;
             }
@@ -462,13 +503,13 @@ impl<'m, 'a> Exchange<'m, 'a> {
         let pending = &self.pending[peer];
         pending.receive.is_some()
             && pending.sending.is_none()
-            && self.mesh.links[peer].as_ref().is_some_and(Link::is_silent)
+            && self.peers.links[peer].as_ref().is_some_and(Link::is_silent)
     }
 
     /// Neither can go on if the peer waits for a frame that this rank has not sent, and this rank
     /// waits for the peer.
     fn find_deadlock(&self, peer: usize) -> Result<(), CollectiveError> {
-        let Some(link) = self.mesh.links[peer].as_ref() else { return Ok(()) };
+        let Some(link) = self.peers.links[peer].as_ref() else { return Ok(()) };
         match link.waiting {
             Some((theirs, number)) if number == link.frames_sent && self.is_blocked_on(peer) => {
                 Err(self.mismatch(peer, theirs))
@@ -484,23 +525,23 @@ impl<'m, 'a> Exchange<'m, 'a> {
             Ok(Words::Said(header, payload)) => Err(self.told(peer, &header, &payload)),
             // It left in good order, as its data connection says, or died: then that broke too.
             Ok(Words::Ended) => {
-                if let Some(link) = self.mesh.links[peer].as_mut() {
+                if let Some(link) = self.peers.links[peer].as_mut() {
                     link.fell_silent = true;
                 }
                 Ok(())
             }
             // This connection is idle and so the one that keepalive watches: the host is gone.
             Ok(Words::Broken(cause)) => {
-                let (rank, address) = self.mesh.peer(peer);
+                let (rank, address) = self.peers.peer(peer);
                 Err(CollectiveError::PeerLost { rank, address, during: self.site, cause })
             }
-            Err(error) => Err(self.mesh.frame_error(peer, &error)),
+            Err(error) => Err(self.peers.frame_error(peer, &error)),
         }
     }
 
     fn read_words(&mut self, peer: usize) -> Result<Words, FrameError> {
-        let codec = self.mesh.codec;
-        match self.mesh.links[peer].as_mut() {
+        let codec = self.peers.codec;
+        match self.peers.links[peer].as_mut() {
             Some(link) => link.read_words(&codec),
             None => Ok(Words::Nothing),
         }
@@ -509,7 +550,7 @@ impl<'m, 'a> Exchange<'m, 'a> {
     /// What a broken connection means: the peer's last words, or if it has none, its death.
     fn broken(&mut self, peer: usize, error: LinkError) -> CollectiveError {
         let cause = match error {
-            LinkError::Frame(error) => return self.mesh.frame_error(peer, &error),
+            LinkError::Frame(error) => return self.peers.frame_error(peer, &error),
             LinkError::Broken(cause) => cause,
         };
         let deadline = Instant::now() + LAST_WORDS_WAIT;
@@ -518,15 +559,15 @@ impl<'m, 'a> Exchange<'m, 'a> {
                 Ok(Words::Said(header, payload)) => return self.told(peer, &header, &payload),
                 Ok(Words::Ended | Words::Broken(_)) => break,
                 Ok(Words::Nothing) => {}
-                Err(error) => return self.mesh.frame_error(peer, &error),
+                Err(error) => return self.peers.frame_error(peer, &error),
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.mesh.abort.raised().is_some() {
+            if left.is_zero() || self.peers.abort.raised().is_some() {
                 break;
             }
-            let Some(link) = self.mesh.links[peer].as_ref() else { break };
+            let Some(link) = self.peers.links[peer].as_ref() else { break };
             let mut descriptors = [
-                PollFd::new(self.mesh.abort.wake_descriptor(), PollFlags::POLLIN),
+                PollFd::new(self.peers.abort.wake_descriptor(), PollFlags::POLLIN),
                 PollFd::new(link.words_descriptor(), PollFlags::POLLIN),
             ];
             let wait = left + Duration::from_millis(1);
@@ -536,24 +577,24 @@ impl<'m, 'a> Exchange<'m, 'a> {
                 Err(error) => return CollectiveError::socket("wait for a peer", error),
             }
         }
-        let (rank, address) = self.mesh.peer(peer);
+        let (rank, address) = self.peers.peer(peer);
         CollectiveError::PeerLost { rank, address, during: self.site, cause }
     }
 
     fn mismatch(&self, peer: usize, theirs: CallSite) -> CollectiveError {
-        let (rank, address) = self.mesh.peer(peer);
-        let own = api::Rank(self.mesh.rank);
-        let ours = self.mesh.counterpart(self.site, theirs);
+        let (rank, address) = self.peers.peer(peer);
+        let own = api::Rank(self.peers.rank);
+        let ours = self.peers.counterpart(self.site, theirs);
         CollectiveError::Mismatch { own, rank, address, ours, theirs }
     }
 
     fn protocol(&self, peer: usize, message: String) -> CollectiveError {
-        let (rank, address) = self.mesh.peer(peer);
+        let (rank, address) = self.peers.peer(peer);
         CollectiveError::Protocol { rank, address, message }
     }
 
     fn left(&self, peer: usize) -> CollectiveError {
-        let (rank, address) = self.mesh.peer(peer);
+        let (rank, address) = self.peers.peer(peer);
         CollectiveError::PeerLeft { rank, address, during: self.site }
     }
 }

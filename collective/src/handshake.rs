@@ -407,6 +407,9 @@ mod tests {
             world_size: 4,
             secret: Secret::new("correct horse"),
             connect_timeout: Duration::from_secs(1),
+            reduction: Default::default(),
+            transport: Default::default(),
+            host: None,
         };
         change(&mut options);
         Identity::new(&options)

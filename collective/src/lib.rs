@@ -1,6 +1,6 @@
 //! Process groups: what the ranks of a job say to each other.
 //!
-//! [`Communicator`] is the contract, [`TcpCommunicator`] its implementation over sockets and the
+//! [`Communicator`] is the contract, [`ProcessGroup`] its implementation over sockets and the
 //! specification for every faster one. Sums follow a fixed binary tree ([`LaneTree`]), so their
 //! bits depend on the data and never on timing or, for lanes, on the number of ranks. A call that
 //! differs between ranks is an error on both, not a hang; a dead peer is named at once; an
@@ -10,8 +10,10 @@
 #![deny(unsafe_code)]
 
 mod abort;
+mod axes;
 mod buffer;
 mod call;
+mod checks;
 mod chunk;
 mod combine;
 mod communicator;
@@ -19,25 +21,31 @@ mod connect;
 mod element;
 mod error;
 mod exchange;
+mod flight;
 mod frame;
+mod group;
 mod handshake;
 mod lane_fold;
 mod lane_tree;
 mod link;
 mod listener;
-mod mesh;
 pub mod nccl;
-mod tcp;
+mod peers;
+mod queue;
+mod shared;
 #[cfg(test)]
 mod tests;
 
 pub use abort::AbortHandle;
+pub use axes::{AXES, Axis, Group, Mesh, MeshError};
 pub use buffer::{Buffer, BufferMut, ElementType};
 pub use call::{Call, CallSite, Operation};
 pub use chunk::{CHUNK_ALIGNMENT, chunk_range};
-pub use communicator::{Communicator, GroupOptions, Partial, ReduceOp};
+pub use communicator::{Communicator, GroupOptions, Partial, ReduceOp, Reduction, Transport};
 pub use error::CollectiveError;
+pub use flight::{FlightRecorder, FlightSite, FlightToken};
+pub use group::ProcessGroup;
 pub use lane_fold::{LaneElement, LaneFold};
 pub use lane_tree::{LaneTree, Subtree};
 pub use listener::Listener;
-pub use tcp::TcpCommunicator;
+pub use queue::{Queue, Turn, Work};

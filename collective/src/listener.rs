@@ -11,10 +11,11 @@ use crate::communicator::GroupOptions;
 use crate::connect::{Connection, Formation};
 use crate::error::CollectiveError;
 use crate::frame::FrameCodec;
+use crate::group::ProcessGroup;
 use crate::handshake::Identity;
 use crate::link::Link;
-use crate::mesh::Mesh;
-use crate::tcp::TcpCommunicator;
+use crate::peers::Peers;
+use crate::shared::Shared;
 
 /// Most ranks of one group: a rank holds two descriptors per peer, and a process commonly may have
 /// 1,024.
@@ -69,9 +70,9 @@ impl Listener {
         self,
         options: GroupOptions,
         peers: &[SocketAddr],
-    ) -> Result<TcpCommunicator, CollectiveError> {
+    ) -> Result<ProcessGroup, CollectiveError> {
         check(&options, peers)?;
-        let abort = self.abort.clone();
+        let (abort, address) = (self.abort.clone(), self.address);
         let identity = Identity::new(&options);
         let codec = FrameCodec { generation: options.generation, group: identity.group };
         let links = if options.world_size == 1 {
@@ -88,7 +89,9 @@ impl Listener {
                 })
                 .collect()
         };
-        Ok(TcpCommunicator::new(Mesh::new(options.rank.0, options.generation, codec, links, abort)))
+        let mut peers = Peers::new(options.rank.0, options.generation, codec, links, abort);
+        let shared = Shared::join(&mut peers, &options)?;
+        Ok(ProcessGroup::new(peers, shared, options, address.ip()))
     }
 
     /// Authenticated connections by rank; none at this rank's place.

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use api::config::TlsSection;
 use api::connect::{TOKEN_KEY, endpoint, token_metadata};
+use api::finding::FlightReport;
 use api::pb::cluster_client::ClusterClient as Rpc;
 use api::pb::{self, Record};
 use api::records::{
@@ -285,6 +286,19 @@ impl ClusterClient {
     /// `NotFound`; later failures arrive as the stream's last item.
     pub async fn watch(&self, job: &Name) -> Result<EventStream, ClientError> {
         follow_events(self.clone(), pb::WatchRequest { job: job.to_string() }).await
+    }
+
+    /// The flight logs of a job's ranks, of one generation if it is given, and what they say.
+    ///
+    /// # Errors
+    /// `NotFound`, or `Conflict` when the job has not run or has no flight log.
+    pub async fn flight(
+        &self,
+        job: &Name,
+        generation: Option<u64>,
+    ) -> Result<FlightReport, ClientError> {
+        let request = pb::FlightRequest { job: job.to_string(), generation };
+        from_json(&self.call(request, async |mut rpc, r| rpc.flight(r).await).await?.json)
     }
 
     async fn list<T: DeserializeOwned>(

@@ -15,7 +15,7 @@ use api::pb::cluster_client::ClusterClient;
 use api::pb::cluster_server::Cluster;
 use api::pb::{self, Record};
 use api::records::{EndpointSpec, JobRecord, JobStatus, KIND_ENDPOINT, KIND_JOB, KIND_MODEL};
-use api::{JobSpec, Name, Rank};
+use api::{Generation, JobSpec, Name, Rank};
 use coordinator_core::{Input, Records, Versioned};
 use futures::Stream;
 use serde::de::DeserializeOwned;
@@ -26,6 +26,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
 use crate::coordinator::Validate;
+use crate::flight::FlightDesk;
 use crate::leadership::{Leadership, Leaderships};
 use crate::log_stream::{LogSources, Workload};
 use crate::peers::{FORWARDED_KEY, Peers};
@@ -52,6 +53,7 @@ pub(crate) struct ClusterService {
     pub(crate) leaderships: Leaderships,
     pub(crate) peers: Arc<Peers>,
     pub(crate) logs: LogSources,
+    pub(crate) desk: FlightDesk,
     pub(crate) validate: Validate,
 }
 
@@ -251,6 +253,29 @@ impl ClusterService {
         Ok(Box::pin(ReceiverStream::new(lines)))
     }
 
+    async fn flight_here(
+        &self,
+        leadership: &Leadership,
+        request: &pb::FlightRequest,
+    ) -> Result<pb::FlightReply, Status> {
+        let name = parse_name(&request.job)?;
+        let records = self.records();
+        let job = records.read::<JobRecord>(KIND_JOB, name.as_str());
+        let Some((_, job)) = job.map_err(|error| Status::internal(error.to_string()))? else {
+            if records.get(KIND_ENDPOINT, name.as_str()).is_some() {
+                return Err(Status::failed_precondition(format!(
+                    "`{name}` is an endpoint: only the ranks of a job have flight logs; `cluster \
+                     logs {name}` shows what its replica wrote"
+                )));
+            }
+            return Err(self.not_found(KIND_JOB, &request.job));
+        };
+        let generation = request.generation.map(Generation);
+        let report = self.desk.report(leadership, &job, generation).await?;
+        let json = serde_json::to_vec(&report);
+        Ok(pb::FlightReply { json: json.map_err(|error| Status::internal(error.to_string()))? })
+    }
+
     fn watch_here(
         &self,
         leadership: &Leadership,
@@ -380,6 +405,20 @@ impl Cluster for ClusterService {
                     .told(there.watch(forwarded).await)
                     .await?
                     .map(|events| Box::pin(events) as Items<_>))
+            }
+        }
+    }
+
+    async fn flight(
+        &self,
+        request: Request<pb::FlightRequest>,
+    ) -> Result<Response<pb::FlightReply>, Status> {
+        match self.route(&request).await? {
+            Route::Here(here) => {
+                self.flight_here(&here, request.get_ref()).await.map(Response::new)
+            }
+            Route::There(mut there) => {
+                self.told(there.flight(self.peers.forwarded(request.into_inner())).await).await
             }
         }
     }

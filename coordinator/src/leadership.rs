@@ -10,7 +10,7 @@ use api::events::CheckpointFact;
 use api::records::WorkerView;
 use api::session::{WorkerHello, WorkerMessage};
 use api::{Generation, Name, pb};
-use coordinator_core::{Input, SessionId};
+use coordinator_core::{Input, SessionId, TaskPlace};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -39,6 +39,16 @@ pub(crate) enum LeaderInput {
     Adopted { job: Name, generation: Generation, facts: Vec<CheckpointFact> },
     /// The workers that the leader holds leases for.
     Workers { reply: oneshot::Sender<Vec<WorkerView>> },
+    /// Ask every rank of a job for its flight log; tells where they run.
+    Flight {
+        job: Name,
+        generation: Generation,
+        /// The question's number.
+        request: u64,
+        /// Operations wanted at most of each.
+        entries: u32,
+        reply: oneshot::Sender<Vec<TaskPlace>>,
+    },
 }
 
 /// A client's request and where its answer goes.
@@ -82,6 +92,18 @@ impl Leadership {
     pub(crate) async fn workers(&self) -> Result<Vec<WorkerView>, Status> {
         let (reply, answer) = oneshot::channel();
         self.ask(LeaderInput::Workers { reply }, answer).await
+    }
+
+    /// Has every rank of a job asked for its flight log; tells where they run.
+    pub(crate) async fn ask_flight(
+        &self,
+        job: Name,
+        generation: Generation,
+        request: u64,
+        entries: u32,
+    ) -> Result<Vec<TaskPlace>, Status> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(LeaderInput::Flight { job, generation, request, entries, reply }, answer).await
     }
 
     async fn ask<T>(&self, input: LeaderInput, answer: oneshot::Receiver<T>) -> Result<T, Status> {

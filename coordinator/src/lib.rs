@@ -13,6 +13,7 @@ mod client_stream;
 mod cluster_service;
 mod coordinator;
 mod coordinator_error;
+mod flight;
 mod leader_loop;
 mod leadership;
 mod log_history;

@@ -19,6 +19,7 @@ use tonic::transport::server::TcpIncoming;
 use crate::cluster_service::{ClusterService, REPLY_BYTES_MAX};
 use crate::coordinator::Validate;
 use crate::coordinator_error::CoordinatorError;
+use crate::flight::{FlightDesk, Questions};
 use crate::leadership::Leaderships;
 use crate::log_stream::LogSources;
 use crate::peers::Peers;
@@ -59,12 +60,15 @@ impl Services {
         let failed = |error: std::io::Error| CoordinatorError::Serve(error.to_string());
         let listener = tokio::net::TcpListener::from_std(listener).map_err(failed)?;
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let questions = Arc::<Questions>::default();
+        let desk = FlightDesk { store: self.logs.store.clone(), questions: Arc::clone(&questions) };
         let sessions = SessionService {
             cluster_id: self.cluster_id,
             token: self.token.clone(),
             leaderships: self.leaderships.clone(),
             peers: Arc::clone(&self.peers),
             window: Arc::clone(&self.logs.window),
+            questions,
             next_session: AtomicU64::new(1),
         };
         let sessions = WorkerSessionServer::new(sessions)
@@ -74,6 +78,7 @@ impl Services {
             leaderships: self.leaderships,
             peers: self.peers,
             logs: self.logs,
+            desk,
             validate: self.validate,
         })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)

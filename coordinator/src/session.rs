@@ -20,6 +20,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, info, warn};
 
+use crate::flight::Questions;
 use crate::leadership::{LeaderInput, Leadership, Leaderships};
 use crate::logs::LogWindow;
 use crate::peers::Peers;
@@ -140,6 +141,7 @@ pub(crate) struct SessionService {
     pub(crate) leaderships: Leaderships,
     pub(crate) peers: Arc<Peers>,
     pub(crate) window: Arc<LogWindow>,
+    pub(crate) questions: Arc<Questions>,
     pub(crate) next_session: AtomicU64,
 }
 
@@ -165,6 +167,7 @@ impl WorkerSession for SessionService {
             cluster_id: self.cluster_id.clone(),
             token: self.token.clone(),
             window: Arc::clone(&self.window),
+            questions: Arc::clone(&self.questions),
             leadership,
             outbox,
             acknowledgements,
@@ -224,6 +227,7 @@ struct Reader {
     cluster_id: String,
     token: TokenCheck,
     window: Arc<LogWindow>,
+    questions: Arc<Questions>,
     leadership: Leadership,
     outbox: mpsc::Sender<CoordinatorMessage>,
     acknowledgements: Arc<Acknowledgements>,
@@ -321,6 +325,11 @@ impl Reader {
                 debug!(%task, lines = lines.len(), "log lines");
                 self.window.push(&task, lines);
                 self.acknowledgements.logged(sequence);
+                Ok(())
+            }
+            WorkerMessage::Flight { request, task, log, why } => {
+                // No fact: nobody waits for its acknowledgement.
+                self.questions.answer(request, &task, log.ok_or(why));
                 Ok(())
             }
             WorkerMessage::Hello(_) => {

@@ -1,5 +1,5 @@
-//! Deletes the checkpoints in the store that nobody needs any more: what `checkpoint.keep` has
-//! dropped, and what killed ranks left.
+//! Deletes what nobody needs any more from the store: checkpoints that `checkpoint.keep` has dropped
+//! or that killed ranks left, and the flight logs of generations long past.
 //!
 //! Sweeps run beside the leader, one per job at a time, and outlive its term: what may go is judged
 //! by [`Retention`] over the newest records, anew for every checkpoint, and a judgement that has
@@ -18,6 +18,8 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
+
+use crate::flight::drop_old_flights;
 
 /// Jobs swept at once: deletions must not keep the store from those who write to it.
 const SWEEPS_AT_ONCE: usize = 4;
@@ -213,6 +215,8 @@ impl Shared {
         if deleted > 0 {
             info!(%job, deleted, "deleted checkpoints that nobody needs");
         }
+        // They are few and small: one deadline for all of them.
+        in_time(DELETE_WAIT, drop_old_flights(&self.store, job)).await?;
         refused.map_or(Ok(()), Err)
     }
 }

@@ -10,8 +10,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use api::events::{CheckpointFact, JobEvent};
 use api::ids::Step;
 use api::records::{JobRecord, KIND_JOB};
-use api::session::{Assignment, CoordinatorMessage};
-use api::{Generation, Name, pb};
+use api::session::{Assignment, CoordinatorMessage, RankOrder};
+use api::{Generation, Name, TaskId, pb};
 use checkpoint::Store;
 use coordinator_core::{
     Decision, Effect, Input, Leader, Millis, Outcome, RecordKey, SessionId, Transaction, Write,
@@ -150,6 +150,19 @@ impl Term {
             }
             LeaderInput::Adopted { job, generation, facts } => {
                 self.decide(Input::Adopted { job, generation, facts }, None).await?.committed
+            }
+            LeaderInput::Flight { job, generation, request, entries, reply } => {
+                let places = self.leader.places(&job, generation);
+                for place in &places {
+                    let Some(session) = place.session else { continue };
+                    let rank = place.rank;
+                    let task = TaskId { workload: job.clone(), generation, rank };
+                    let order = RankOrder::Flight { request, entries };
+                    self.send(session, CoordinatorMessage::Deliver { task, order })?;
+                }
+                // The client may have left.
+                let _ = reply.send(places);
+                false
             }
             LeaderInput::Workers { reply } => {
                 // The client may have left.

@@ -71,6 +71,9 @@ mod tests {
                     world_size: peers.len() as u32,
                     secret: Secret::new("of the test"),
                     connect_timeout: Duration::from_secs(60),
+                    reduction: Default::default(),
+                    transport: Default::default(),
+                    host: None,
                 };
                 let peers = peers.clone();
                 std::thread::spawn(move || {

@@ -57,15 +57,23 @@ pub fn evaluate(model: &Model, leaves: &Leaves, batch: Microbatch) -> Microbatch
     MicrobatchSums { loss: scalar(loss.sum), count: loss.count, sums: loss.sums }
 }
 
-/// Forward and backward of one microbatch; its gradients of the *sum* loss are added to `gradient`,
-/// a flat buffer.
+/// Where the gradients of a microbatch go.
+pub trait GradientSink {
+    /// Memory to which a block's gradients are added, and the flat index of its first element.
+    fn place(&mut self, block: usize) -> (&mut [f32], usize);
+    /// The block's gradients have been added; blocks come last to first.
+    fn done(&mut self, block: usize);
+}
+
+/// Forward and backward of one microbatch; its gradients of the *sum* loss are added to `sink`,
+/// block by block, the last block first.
 pub fn forward_backward(
     model: &Model,
     table: &Table,
     leaves: &Leaves,
     batch: Microbatch,
     mode: Mode,
-    gradient: &mut [f32],
+    sink: &mut dyn GradientSink,
 ) -> MicrobatchSums {
     let mut tape: Vec<(Option<Tensor<2>>, Tensor<2>)> = Vec::with_capacity(model.blocks.len());
     let mut input = batch.input;
@@ -87,19 +95,25 @@ pub fn forward_backward(
     let loss = (model.loss)(output, &batch.targets, true);
     let value = scalar(loss.sum.clone().inner());
     let mut seeded = (leaf, loss.sum);
+    let mut whole = model.blocks.len();
     for index in (0..model.blocks.len()).rev() {
         let (leaf, root) = seeded;
         let mut gradients = root.backward();
         let entries = &table.entries[table.blocks[index].clone()];
+        let (gradient, first) = sink.place(index);
         for (entry, tensor) in entries.iter().zip(&leaves.blocks[index]) {
             if let Some(found) = tensor.grad_remove(&mut gradients) {
-                add(&mut gradient[entry.range.clone()], found);
+                add(&mut gradient[entry.range.start - first..entry.range.end - first], found);
             }
         }
+        whole = index;
+        sink.done(index);
         let Some((next_leaf, output)) = tape.pop() else { break };
         let Some(upstream) = leaf.and_then(|leaf| leaf.grad_remove(&mut gradients)) else { break };
         seeded = (next_leaf, (output * upstream.autodiff()).sum());
     }
+    // Blocks that the loss does not reach have gradients of zero; they are whole all the same.
+    (0..whole).rev().for_each(|index| sink.done(index));
     MicrobatchSums { loss: value, count: loss.count, sums: loss.sums }
 }
 

@@ -3,14 +3,15 @@
 //! Assignment → data and model → listen → peers → group → restore → step loop. Any error is
 //! reported with whether trying again can help and whose fault it was, before the process exits.
 
+use std::cell::OnceCell;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use api::control::{Control, ControlError, Orders, die_with_parent};
-use api::session::{Assignment, RankOrder, RankReport, TrainAssignment};
+use api::session::{Assignment, FLIGHT_LAST, RankOrder, RankReport, TrainAssignment};
 use api::{ExitClass, JobSpec, Step};
 use checkpoint::{ManifestInfo, Restore};
-use collective::{GroupOptions, Listener};
+use collective::{FlightRecorder, GroupOptions, Listener};
 
 use crate::agreement::agree;
 use crate::checkpoints::Checkpoints;
@@ -40,10 +41,14 @@ pub fn run_rank() -> ExitCode {
             return ExitCode::from(ExitClass::Usage.code());
         }
     };
-    match run(&control, &orders) {
+    let recorder = OnceCell::new();
+    match run(&control, &orders, &recorder) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
+            if let Some(recorder) = recorder.get() {
+                say_last(&control, recorder, &error);
+            }
             let report = RankReport::Failed {
                 message: error.to_string(),
                 retryable: error.is_retryable(),
@@ -60,7 +65,20 @@ pub fn run_rank() -> ExitCode {
     }
 }
 
-fn run(control: &Control, orders: &Orders) -> Result<(), TrainError> {
+/// Leaves the flight log with the worker, which keeps it. Before the error itself, because whoever
+/// hears of that may end this process.
+fn say_last(control: &Control, recorder: &FlightRecorder, error: &TrainError) {
+    let mut log = recorder.snapshot();
+    log.ending = Some(error.to_string());
+    // Best effort: the error is what counts.
+    let _ = control.report(&RankReport::Flight { request: FLIGHT_LAST, log: Some(Box::new(log)) });
+}
+
+fn run(
+    control: &Control,
+    orders: &Orders,
+    recorder: &OnceCell<FlightRecorder>,
+) -> Result<(), TrainError> {
     let RankOrder::Assignment { assignment, store, data_address, .. } =
         orders.next(ASSIGNMENT_DEADLINE)?
     else {
@@ -70,6 +88,10 @@ fn run(control: &Control, orders: &Orders) -> Result<(), TrainError> {
         return Err(unexpected("this assignment is not for a rank"));
     };
     let spec = &assignment.spec;
+    let recorder = recorder.get_or_init(|| recorder_of(&assignment));
+    let told = recorder.clone();
+    control.on_flight(move |entries| told.last(entries));
+    recorder.set_tag("reading data");
     spec.validate().map_err(|e| TrainError::Job(e.to_string()))?;
     limit_threads(spec)?;
     let device = device::open(spec.resources.device, assignment.local_rank)?;
@@ -88,6 +110,7 @@ fn run(control: &Control, orders: &Orders) -> Result<(), TrainError> {
         metrics: Default::default(),
     };
 
+    recorder.set_tag("waiting for the other ranks");
     let listener = Listener::bind(data_address)?;
     let abort = listener.abort_handle();
     control.on_abort(move |reason| abort.abort(reason));
@@ -103,8 +126,17 @@ fn run(control: &Control, orders: &Orders) -> Result<(), TrainError> {
         world_size: assignment.world_size,
         secret: assignment.secret.clone(),
         connect_timeout: CONNECT_TIMEOUT,
+        reduction: match spec.parallel.reduction {
+            api::job::Reduction::Deterministic => collective::Reduction::Deterministic,
+            api::job::Reduction::Fast => collective::Reduction::Fast,
+        },
+        transport: Default::default(),
+        host: None,
     };
+    recorder.set_tag("forming the group");
     let mut communicator = listener.connect(group, &addresses)?;
+    communicator.set_recorder(recorder.clone());
+    recorder.set_tag("comparing data and settings");
     let validation = problem.validation.as_ref().map_or("none", |data| data.digest());
     agree(
         &mut communicator,
@@ -116,6 +148,7 @@ fn run(control: &Control, orders: &Orders) -> Result<(), TrainError> {
         ],
     )?;
 
+    recorder.set_tag("restoring");
     let state = initial_state(&assignment, &table, &optimizer, &info, &store)?;
     let checkpoints = Checkpoints::start(&assignment, store, info)?;
     control.report(&RankReport::Running { step: state.step })?;
@@ -129,11 +162,16 @@ fn run(control: &Control, orders: &Orders) -> Result<(), TrainError> {
         communicator: Box::new(communicator),
         checkpoints,
         control: control.clone(),
-    });
+        recorder: recorder.clone(),
+    })?;
     // From inside the pool, so that matrix products need no hand-over to another thread.
     let mut ended = None;
     rayon::scope(|_| ended = Some(trainer.run()));
     ended.map_or_else(|| Err(unexpected("the step loop did not run")), |end| end.map(|_| ()))
+}
+
+fn recorder_of(assignment: &TrainAssignment) -> FlightRecorder {
+    FlightRecorder::new(assignment.generation, assignment.rank, assignment.world_size)
 }
 
 fn unexpected(what: &str) -> TrainError {

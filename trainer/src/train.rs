@@ -14,15 +14,15 @@ use api::events::{Evaluation, ModelFact, StepMetrics, StepTime};
 use api::session::{RankReport, StopCause, TrainAssignment};
 use api::{JobSpec, Rank, Step};
 use burn::tensor::Device;
-use collective::{Communicator, LaneFold, ReduceOp};
+use collective::{Communicator, FlightRecorder, LaneFold, Queue, ReduceOp};
 
 use crate::checkpoints::Checkpoints;
-use crate::engine::{Leaves, MicrobatchSums, evaluate, forward_backward};
+use crate::engine::{GradientSink, Leaves, MicrobatchSums, evaluate, forward_backward};
 use crate::error::TrainError;
 use crate::norm::squared_norm;
 use crate::optimizer::Optimizer;
 use crate::order::SampleOrder;
-use crate::parallel::Lanes;
+use crate::parallel::{Buckets, Lanes};
 use crate::parameters::Table;
 use crate::state::TrainState;
 
@@ -48,12 +48,13 @@ pub struct Trainer {
     optimizer: Optimizer,
     state: TrainState,
     device: Device,
-    communicator: Box<dyn Communicator>,
+    queue: Queue,
     checkpoints: Checkpoints,
     control: Control,
+    recorder: FlightRecorder,
     last_step: u64,
     gradient: Vec<f32>,
-    fold: LaneFold<f32>,
+    buckets: Buckets,
     started: Instant,
     metrics: BTreeMap<String, f64>,
 }
@@ -78,6 +79,8 @@ pub struct TrainerParts {
     pub checkpoints: Checkpoints,
     /// To the worker.
     pub control: Control,
+    /// Told what this rank is doing.
+    pub recorder: FlightRecorder,
 }
 
 /// The step at which a job ends.
@@ -90,15 +93,18 @@ pub fn last_step(spec: &JobSpec, samples: u64) -> u64 {
 
 impl Trainer {
     /// Puts the parts together.
-    pub fn new(parts: TrainerParts) -> Self {
+    ///
+    /// # Errors
+    /// If the system refuses a thread for collectives.
+    pub fn new(parts: TrainerParts) -> Result<Self, TrainError> {
         let spec = &parts.assignment.spec;
         let (rank, world) = (parts.assignment.rank.0, parts.assignment.world_size);
         let lanes = Lanes::new(&spec.batch, rank, world);
-        Self {
+        Ok(Self {
             order: SampleOrder::new(spec.seed, parts.problem.train.len()),
             last_step: last_step(spec, parts.problem.train.len()),
             gradient: vec![0.0; parts.table.len],
-            fold: lanes.fold(),
+            buckets: Buckets::new(&parts.table, &lanes),
             lanes,
             started: Instant::now(),
             metrics: BTreeMap::new(),
@@ -108,10 +114,11 @@ impl Trainer {
             optimizer: parts.optimizer,
             state: parts.state,
             device: parts.device,
-            communicator: parts.communicator,
+            queue: Queue::start(parts.communicator)?,
             checkpoints: parts.checkpoints,
             control: parts.control,
-        }
+            recorder: parts.recorder,
+        })
     }
 
     /// Steps until the job ends or is asked to stop.
@@ -144,37 +151,47 @@ impl Trainer {
         let step = self.state.step.0;
         let mut stats: LaneFold<f64> = self.lanes.fold();
 
+        self.recorder.set_tag(format_args!("step {step} forward and backward"));
         let leaves = Leaves::new(&self.table, &self.state.values, &self.device, true);
         for lane in self.lanes.own() {
-            let mut gradient = self.fold.take_buffer(self.table.len);
+            self.buckets.begin_lane();
             let mut sums = vec![0.0; COMMON_SUMS + self.problem.model.sums.len()];
-            for microbatch in self.lanes.microbatches(lane) {
+            let microbatches = self.lanes.microbatches(lane);
+            let last = microbatches.end - 1;
+            for microbatch in microbatches {
                 let key = StepKey { seed: self.assignment.spec.seed, step, microbatch };
                 let fetching = Instant::now();
                 let batch = self.fetch(key)?;
                 time.data += fetching.elapsed().as_secs_f64();
                 let (samples, tokens) = (batch.samples, batch.tokens);
                 let (model, mode) = (&self.problem.model, Mode::Train(key));
-                let found =
-                    forward_backward(model, &self.table, &leaves, batch, mode, &mut gradient);
+                let mut sink = LaneSink {
+                    buckets: &mut self.buckets,
+                    lanes: &self.lanes,
+                    queue: &self.queue,
+                    lane,
+                    last: microbatch == last,
+                };
+                let found = forward_backward(model, &self.table, &leaves, batch, mode, &mut sink);
                 add_sums(&mut sums, &found, samples, tokens);
             }
-            self.fold.push(lane, gradient);
             stats.push(lane, sums);
         }
         drop(leaves);
 
+        // What the backward pass did not hide: the buckets still under way, and the sums.
+        self.recorder.set_tag(format_args!("step {step} reduce"));
         let reducing = Instant::now();
         let mut sums = vec![0.0; COMMON_SUMS + self.problem.model.sums.len()];
-        self.lanes.reduce(self.communicator.as_mut(), &mut stats, &mut sums)?;
-        let mut gradient = std::mem::take(&mut self.gradient);
-        self.lanes.reduce(self.communicator.as_mut(), &mut self.fold, &mut gradient)?;
+        self.lanes.reduce(&mut *self.queue.turn(), &mut stats, &mut sums)?;
         time.communication = reducing.elapsed().as_secs_f64();
 
+        self.recorder.set_tag(format_args!("step {step} update"));
         let count = sums[1].max(1.0);
         let loss = sums[0] / count;
-        let divisor = (1.0 / count) as f32;
-        gradient.iter_mut().for_each(|g| *g *= divisor);
+        let mut gradient = std::mem::take(&mut self.gradient);
+        let ran = self.buckets.collect((1.0 / count) as f32, &mut gradient)?;
+        time.communication_total = ran.as_secs_f64();
         let norm = squared_norm(&self.table, &gradient).sqrt();
         if !loss.is_finite() || !norm.is_finite() {
             let loss = if loss.is_finite() { norm } else { loss };
@@ -229,9 +246,10 @@ impl Trainer {
     }
 
     fn stage(&mut self) -> Result<(), TrainError> {
-        let communicator = self.communicator.as_mut();
+        self.recorder.set_tag(format_args!("checkpoint at step {}", self.state.step.0));
+        let mut turn = self.queue.turn();
         let metrics = self.metrics.clone();
-        self.checkpoints.stage(communicator, self.state.step, &self.table, &self.state, metrics)
+        self.checkpoints.stage(&mut *turn, self.state.step, &self.table, &self.state, metrics)
     }
 
     /// Reports the step, and what the savers have finished meanwhile.
@@ -265,12 +283,13 @@ impl Trainer {
             .stop
             .max_time
             .is_some_and(|limit| self.started.elapsed() + self.assignment.elapsed.0 >= limit.0);
+        self.recorder.set_tag(format_args!("agreement after step {}", self.state.step.0));
         let ordered = self.control.stop_requested();
         let shards = self.checkpoints.shards_done()?;
         let mut votes = [i64::from(ordered), i64::from(time_up), shards];
-        self.communicator.all_reduce(votes.as_mut_slice().into(), ReduceOp::Sum)?;
+        self.queue.turn().all_reduce(votes.as_mut_slice().into(), ReduceOp::Sum)?;
         let [ordered, time_up, shards] = votes;
-        self.checkpoints.agree(self.communicator.as_mut(), shards)?;
+        self.checkpoints.agree(&mut *self.queue.turn(), shards)?;
         if self.state.step.0 >= self.last_step {
             return Ok(None);
         }
@@ -283,6 +302,7 @@ impl Trainer {
     /// number of ranks.
     fn evaluate(&mut self) -> Result<(), TrainError> {
         let Some(data) = &self.problem.validation else { return Ok(()) };
+        self.recorder.set_tag(format_args!("validation at step {}", self.state.step.0));
         let size = u64::from(self.assignment.spec.batch.microbatch_size());
         let microbatches = data.len().div_ceil(size);
         let lanes = self.assignment.spec.batch.lanes.get();
@@ -301,7 +321,7 @@ impl Trainer {
             fold.push(lane, sums);
         }
         let mut sums = vec![0.0; COMMON_SUMS + self.problem.model.sums.len()];
-        self.lanes.reduce(self.communicator.as_mut(), &mut fold, &mut sums)?;
+        self.lanes.reduce(&mut *self.queue.turn(), &mut fold, &mut sums)?;
         let count = sums[1].max(1.0);
         let mut metrics = BTreeMap::from([("validation:loss".to_owned(), sums[0] / count)]);
         for (name, sum) in self.problem.model.sums.iter().zip(&sums[COMMON_SUMS..]) {
@@ -325,13 +345,14 @@ impl Trainer {
             println!("stopped at step {}/{}", self.state.step.0, self.last_step);
             self.control.report(&RankReport::Stopped { step: self.state.step, why })?;
         }
-        self.communicator.barrier()?;
+        self.queue.turn().barrier()?;
         self.checkpoints.into_saver().finish()?;
         Ok(End::Stopped)
     }
 
     fn finish(mut self) -> Result<End, TrainError> {
         self.save_and_report()?;
+        self.recorder.set_tag("writing the model");
         let mut saver = self.checkpoints.into_saver();
         if self.assignment.rank == Rank(0) {
             let descriptor = serde_json::to_vec_pretty(&self.problem.descriptor)
@@ -344,7 +365,7 @@ impl Trainer {
             self.control.report(&RankReport::Finished(fact))?;
         }
         // Nobody leaves before the model is written: a failure of rank 0 is everyone's.
-        self.communicator.barrier()?;
+        self.queue.turn().barrier()?;
         saver.finish()?;
         Ok(End::Finished)
     }
@@ -352,10 +373,32 @@ impl Trainer {
     /// A checkpoint of the current step, complete before this returns.
     fn save_and_report(&mut self) -> Result<(), TrainError> {
         self.stage()?;
-        for fact in self.checkpoints.flush(self.communicator.as_mut())? {
+        for fact in self.checkpoints.flush(&mut *self.queue.turn())? {
             self.control.report(&RankReport::Checkpoint(fact))?;
         }
         Ok(())
+    }
+}
+
+/// The gradients of one lane's microbatches, on their way into buckets.
+struct LaneSink<'a> {
+    buckets: &'a mut Buckets,
+    lanes: &'a Lanes,
+    queue: &'a Queue,
+    lane: u32,
+    /// The lane's last microbatch: its blocks are whole when it has passed them.
+    last: bool,
+}
+
+impl GradientSink for LaneSink<'_> {
+    fn place(&mut self, block: usize) -> (&mut [f32], usize) {
+        self.buckets.place(block)
+    }
+
+    fn done(&mut self, block: usize) {
+        if self.last {
+            self.buckets.block_is_whole(block, self.lane, self.lanes, self.queue);
+        }
     }
 }
 

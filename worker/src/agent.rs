@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use api::session::{Assignment, CoordinatorMessage, ExitCause, RankOrder};
+use api::session::{Assignment, CoordinatorMessage, ExitCause, RankOrder, WorkerMessage};
 use api::{Generation, TaskId};
 use tokio::task::JoinSet;
 use tracing::{info, warn};
@@ -141,6 +141,12 @@ impl Agent {
     }
 
     fn deliver(&mut self, task: TaskId, order: RankOrder) {
+        if let RankOrder::Flight { request, .. } = order
+            && let Some(why) = self.cannot_tell(&task)
+        {
+            let answer = WorkerMessage::Flight { request, task, log: None, why };
+            return self.shared.ledger.answer(&answer);
+        }
         if let Some(handle) = self.running.get(&task) {
             if matches!(order, RankOrder::Peers { .. }) {
                 self.shared.ledger.peers_given(&task);
@@ -151,6 +157,21 @@ impl Agent {
             RankOrder::Stop { reason } | RankOrder::Abort { reason } => self.absent(&task, &reason),
             _ => self.absent(&task, "it is not on this worker"),
         }
+    }
+
+    /// Why a task cannot tell its flight log, where this worker knows better than to wait for it.
+    fn cannot_tell(&self, task: &TaskId) -> Option<String> {
+        let Some(handle) = self.running.get(task) else {
+            return Some(
+                "it is not on its worker: it waits to be started, or has just ended".into(),
+            );
+        };
+        handle.stopped().map(|pid| {
+            format!(
+                "its process {pid} is stopped by a signal or a debugger; `kill -CONT {pid}` on its \
+                 host lets it go on"
+            )
+        })
     }
 
     fn kill(&mut self, task: TaskId, reason: &str) {

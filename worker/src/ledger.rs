@@ -7,7 +7,8 @@
 //! missing. A task stays in the inventory until its exit is acknowledged, so that a leader never
 //! takes a task for vanished while its cause of death is still on the way.
 //!
-//! Before both queues, once in each session: that this worker is leaving, when it is.
+//! Before both queues, once in each session: that this worker is leaving, when it is. Then answers to
+//! questions, which are sent once: whoever asked has a deadline, so they are not kept.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -35,6 +36,9 @@ const LOG_BATCH_LINES: usize = 1_024;
 const LOG_BATCH_BYTES: usize = 256 << 10;
 /// A line's bytes beside its text: JSON keys and numbers, and the worst text is escaped sixfold.
 const LOG_LINE_OVERHEAD: usize = 128;
+/// Bytes of answers that may wait for the connection; the oldest go first. A rank's largest is about
+/// a quarter of a megabyte.
+const ANSWER_BYTES_MAX: usize = 32 << 20;
 
 const _: () = assert!(LOG_LINE_BYTES_MAX <= LOG_BATCH_BYTES);
 const _: () = assert!(
@@ -86,6 +90,9 @@ struct Inner {
     facts: VecDeque<Fact>,
     samples: VecDeque<Queued>,
     sample_bytes: usize,
+    /// Answers as JSON.
+    answers: VecDeque<Vec<u8>>,
+    answer_bytes: usize,
     /// Facts and samples at the front that this session has sent.
     facts_sent: usize,
     samples_sent: usize,
@@ -330,6 +337,21 @@ impl Ledger {
         self.changed();
     }
 
+    /// An answer for whoever asked in this session; sent before everything that is kept.
+    pub(crate) fn answer(&self, message: &WorkerMessage) {
+        let json = encode(message);
+        let mut inner = self.lock();
+        inner.answer_bytes += json.len();
+        inner.answers.push_back(json);
+        while inner.answer_bytes > ANSWER_BYTES_MAX
+            && let Some(dropped) = inner.answers.pop_front()
+        {
+            inner.answer_bytes -= dropped.len();
+        }
+        drop(inner);
+        self.changed();
+    }
+
     pub(crate) fn peers_given(&self, task: &TaskId) {
         if let Some(known) = self.lock().tasks.get_mut(task) {
             known.view.has_peers = true;
@@ -381,6 +403,9 @@ impl Ledger {
         inner.facts.iter_mut().for_each(|fact| fact.sent = None);
         inner.samples.iter_mut().for_each(|queued| queued.sent = None);
         (inner.facts_sent, inner.samples_sent, inner.sequence) = (0, 0, 1);
+        // They were asked for in another session.
+        inner.answers.clear();
+        inner.answer_bytes = 0;
         for (task, (_, gap)) in std::mem::take(&mut inner.lost_if_cut) {
             inner.note_gap(task, gap);
         }
@@ -406,6 +431,11 @@ impl Ledger {
             inner.sequence += 1;
             inner.leave = Leave::Said(inner.sequence);
             return Some(frame(inner.sequence, &WorkerMessage::Leaving));
+        }
+        if let Some(json) = inner.answers.pop_front() {
+            inner.answer_bytes -= json.len();
+            inner.sequence += 1;
+            return Some(WorkerFrame { sequence: inner.sequence, json });
         }
         let Inner { facts, samples, facts_sent, samples_sent, sequence, .. } = &mut *inner;
         let fact = facts.get_mut(*facts_sent);
@@ -436,7 +466,7 @@ impl Ledger {
         let inner = self.lock();
         let has_items =
             inner.facts.len() > inner.facts_sent || inner.samples.len() > inner.samples_sent;
-        has_items || inner.leave == Leave::Unsaid
+        has_items || inner.leave == Leave::Unsaid || !inner.answers.is_empty()
     }
 
     /// Whether something sent in this session waits for its acknowledgement.
@@ -478,10 +508,14 @@ impl Ledger {
     }
 }
 
-/// Wraps a message; a message of ours always serialises, its maps have text keys.
+/// Wraps a message.
 pub(crate) fn frame(sequence: u64, message: &WorkerMessage) -> WorkerFrame {
-    let json = serde_json::to_vec(message).expect("messages have no map with non-text keys");
-    WorkerFrame { sequence, json }
+    WorkerFrame { sequence, json: encode(message) }
+}
+
+/// A message of ours always serialises, its maps have text keys.
+fn encode(message: &WorkerMessage) -> Vec<u8> {
+    serde_json::to_vec(message).expect("messages have no map with non-text keys")
 }
 
 #[cfg(test)]
@@ -564,6 +598,30 @@ mod tests {
         assert!(!ledger.leave_is_unknown() && !ledger.has_unsent());
         ledger.begin_session();
         assert_eq!(summary(&drain(&ledger)), ["2 Leaving", "3 r0 started"]);
+    }
+
+    #[test]
+    fn an_answer_is_sent_once_in_the_session_that_it_came_about_in() {
+        let ledger = Ledger::new();
+        let answer = |request| WorkerMessage::Flight {
+            request,
+            task: task(0),
+            log: None,
+            why: String::new(),
+        };
+        ledger.begin_session();
+        ledger.started(&task(0), 7);
+        ledger.answer(&answer(5));
+        assert!(ledger.has_unsent());
+        let sent = drain(&ledger);
+        assert_eq!(sent[0], (2, answer(5)), "it does not wait for what is kept");
+        assert_eq!(summary(&sent[1..]), ["3 r0 started"]);
+        assert_eq!(ledger.facts_left(), 1, "it is no fact");
+        ledger.answer(&answer(6));
+        ledger.begin_session();
+        assert_eq!(summary(&drain(&ledger)), ["2 r0 started"]);
+        ledger.acknowledge(2);
+        assert!(!ledger.has_unsent());
     }
 
     #[test]

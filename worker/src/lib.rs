@@ -10,6 +10,7 @@ mod agent;
 mod archive;
 mod capture;
 mod error;
+mod flight;
 mod folder;
 mod ledger;
 mod lines;

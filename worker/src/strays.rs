@@ -44,6 +44,7 @@ struct Process {
     group: i32,
     start_ticks: u64,
     is_zombie: bool,
+    is_stopped: bool,
 }
 
 fn process(pid: i32) -> Option<Process> {
@@ -53,9 +54,15 @@ fn process(pid: i32) -> Option<Process> {
     Some(Process {
         pid,
         is_zombie: matches!(*fields.first()?, "Z" | "X"),
+        is_stopped: matches!(*fields.first()?, "T" | "t"),
         group: fields.get(2)?.parse().ok()?,
         start_ticks: fields.get(19)?.parse().ok()?,
     })
+}
+
+/// Whether a process is stopped by a signal or a debugger, so that it can do nothing.
+pub(crate) fn is_stopped(pid: u32) -> bool {
+    i32::try_from(pid).ok().and_then(process).is_some_and(|process| process.is_stopped)
 }
 
 fn boot_id() -> String {

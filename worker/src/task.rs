@@ -5,29 +5,34 @@ use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::ExitStatus;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use api::TaskId;
 use api::config::{ServeSection, StoreSection};
 use api::environment::{SCRATCH_VARIABLE, TaskPlace, task_environment};
-use api::session::{Assignment, ExitCause, MESSAGE_BYTES_MAX, RankOrder, RankReport};
+use api::flight::{FLIGHT_ENTRIES_MAX, FlightLog};
+use api::session::{
+    Assignment, ExitCause, FLIGHT_LAST, MESSAGE_BYTES_MAX, RankOrder, RankReport, WorkerMessage,
+};
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::archive::Archive;
 use crate::capture::Capture;
+use crate::flight::FlightKeeper;
 use crate::ledger::Ledger;
 use crate::process::{Launch, Spawner, Started};
 use crate::spool::Spooler;
-use crate::strays::RankRecord;
+use crate::strays::{RankRecord, is_stopped};
 
 /// Orders that a rank may leave unread; a rank that reads none of this many hangs.
 pub(crate) const ORDER_QUEUE: usize = 1_024;
@@ -36,6 +41,9 @@ const REPORT_BYTES_MAX: usize = MESSAGE_BYTES_MAX - (64 << 10);
 /// After a rank's end its pipes and its socket end too, unless a process that left its group holds
 /// them open; that one is not waited for.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+/// A rank that is to be killed gets this long to say what it was doing: its control thread answers at
+/// once unless the process is stopped.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_millis(500);
 /// Longest message of an exit cause; it is recorded in the transaction log.
 const MESSAGE_CHARS_MAX: usize = 1_024;
 /// Credentials of the worker's environment that go to the rank by the socket only.
@@ -58,6 +66,7 @@ pub(crate) struct Surroundings {
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) spooler: Spooler,
     pub(crate) archive: Archive,
+    pub(crate) flights: FlightKeeper,
 }
 
 /// How the agent reaches a running task.
@@ -65,6 +74,8 @@ pub(crate) struct TaskHandle {
     orders: mpsc::Sender<RankOrder>,
     kill: watch::Sender<Option<String>>,
     stop_timeout: Duration,
+    /// 0 until its process runs.
+    pid: Arc<AtomicU32>,
 }
 
 impl TaskHandle {
@@ -73,6 +84,10 @@ impl TaskHandle {
     pub(crate) fn deliver(&self, order: RankOrder) {
         if matches!(order, RankOrder::Stop { .. }) {
             self.kill_later();
+        }
+        // A question must not be what ends a rank that reads no orders for a while.
+        if matches!(order, RankOrder::Flight { .. }) && self.orders.capacity() < ORDER_QUEUE / 2 {
+            return;
         }
         if let Err(mpsc::error::TrySendError::Full(_)) = self.orders.try_send(order) {
             self.kill(&format!("it left its last {ORDER_QUEUE} orders unread"));
@@ -92,6 +107,12 @@ impl TaskHandle {
                 kill(&sender, OVERSTAYED);
             }
         });
+    }
+
+    /// Its process, when that is stopped and can do nothing.
+    pub(crate) fn stopped(&self) -> Option<u32> {
+        let pid = self.pid.load(Ordering::Relaxed);
+        (pid > 0 && is_stopped(pid)).then_some(pid)
     }
 
     /// Whether nobody runs the task any more.
@@ -119,7 +140,10 @@ pub(crate) struct Task {
     record: PathBuf,
     shared: Arc<Surroundings>,
     orders: mpsc::Receiver<RankOrder>,
+    /// For what this worker itself wants of the rank.
+    own_orders: mpsc::Sender<RankOrder>,
     kill: watch::Receiver<Option<String>>,
+    pid: Arc<AtomicU32>,
 }
 
 /// The credentials that a rank needs, out of the worker's environment where the file has none.
@@ -149,8 +173,11 @@ impl Task {
         let (orders_sender, orders) = mpsc::channel(ORDER_QUEUE);
         let (kill_sender, kill) = watch::channel(None);
         let stop_timeout = shared.stop_timeout;
-        let handle = TaskHandle { orders: orders_sender, kill: kill_sender, stop_timeout };
-        (Self { id, assignment, record, shared, orders, kill }, handle)
+        let own_orders = orders_sender.clone();
+        let pid = Arc::new(AtomicU32::new(0));
+        let handle =
+            TaskHandle { orders: orders_sender, kill: kill_sender, stop_timeout, pid: pid.clone() };
+        (Self { id, assignment, record, shared, orders, own_orders, kill, pid }, handle)
     }
 
     /// Runs it to its end, which is in the ledger when this returns.
@@ -181,6 +208,7 @@ impl Task {
             io::Error::new(error.kind(), format!("cannot write {}: {error}", self.record.display()))
         })?;
         info!(task = %id, pid, "task started");
+        self.pid.store(pid, Ordering::Relaxed);
         shared.ledger.started(&id, pid);
 
         let give_up = CancellationToken::new();
@@ -188,8 +216,15 @@ impl Task {
         let mut capture = tokio::spawn(capture.run(stdout, stderr, give_up.clone()));
         let (read, write) = UnixStream::from_std(control)?.into_split();
         let failed = Arc::new(Mutex::new(None));
-        let reader =
-            Reader { id: id.clone(), ledger: shared.ledger.clone(), failed: failed.clone() };
+        let said_last = Arc::new(Notify::new());
+        let reader = Reader {
+            id: id.clone(),
+            ledger: shared.ledger.clone(),
+            flights: shared.flights.clone(),
+            kill: self.kill.clone(),
+            failed: failed.clone(),
+            said_last: said_last.clone(),
+        };
         let mut reports = tokio::spawn(reader.run(read));
         let (_, nothing) = mpsc::channel(1);
         let first = self.assignment_order();
@@ -199,13 +234,26 @@ impl Task {
 
         let mut broken = None;
         let mut listening = true;
+        // Until when a rank that is to be killed may say its last words.
+        let mut dying: Option<Instant> = None;
         let status = loop {
             tokio::select! {
                 status = &mut ended => break status.unwrap_or_else(|_| {
                     // The waiting thread always answers.
                     ExitStatus::from_raw(Signal::SIGKILL as i32)
                 }),
-                Ok(()) = self.kill.changed() => guard.0.kill(),
+                Ok(()) = self.kill.changed() => match self.ask_for_last_words() {
+                    true => dying = Some(Instant::now() + LAST_WORDS_TIMEOUT),
+                    false => guard.0.kill(),
+                },
+                () = said_last.notified(), if dying.is_some() => {
+                    dying = None;
+                    guard.0.kill();
+                }
+                () = sleep_until(dying.unwrap_or_else(Instant::now)), if dying.is_some() => {
+                    dying = None;
+                    guard.0.kill();
+                }
                 finished = &mut reports, if listening => {
                     listening = false;
                     if let Ok(Err(reason)) = finished {
@@ -238,6 +286,14 @@ impl Task {
         let ordered = self.kill.borrow().clone().or(broken);
         let failed = failed.lock().unwrap_or_else(PoisonError::into_inner).take();
         Ok(exit_cause(status, ordered, failed, &last_error.unwrap_or_default()))
+    }
+
+    /// Asks a rank for its last flight log; false when it cannot be asked.
+    fn ask_for_last_words(&self) -> bool {
+        let order = RankOrder::Flight { request: FLIGHT_LAST, entries: FLIGHT_ENTRIES_MAX as u32 };
+        let can_answer = matches!(*self.assignment, Assignment::Train(_))
+            && !is_stopped(self.pid.load(Ordering::Relaxed));
+        can_answer && self.own_orders.try_send(order).is_ok()
     }
 
     fn launch(&self) -> Launch {
@@ -291,7 +347,12 @@ struct Failed {
 struct Reader {
     id: TaskId,
     ledger: Arc<Ledger>,
+    flights: FlightKeeper,
+    /// Why the task is to be killed, when it is.
+    kill: watch::Receiver<Option<String>>,
     failed: Arc<Mutex<Option<Failed>>>,
+    /// Wakes when the task's last flight log is here.
+    said_last: Arc<Notify>,
 }
 
 impl Reader {
@@ -313,12 +374,35 @@ impl Reader {
             }
             let report: RankReport = serde_json::from_slice(&line)
                 .map_err(|error| format!("it sent what is not a report: {error}"))?;
-            if let RankReport::Failed { message, retryable, .. } = &report {
-                let failed = Failed { message: message.clone(), retryable: *retryable };
-                *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(failed);
+            match report {
+                RankReport::Flight { request, log } => self.flight(request, log),
+                report => {
+                    if let RankReport::Failed { message, retryable, .. } = &report {
+                        let failed = Failed { message: message.clone(), retryable: *retryable };
+                        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(failed);
+                    }
+                    self.ledger.report(&self.id, report);
+                }
             }
-            self.ledger.report(&self.id, report);
         }
+    }
+
+    /// A flight log is no fact: it goes to whoever asked, and the last one to the store.
+    fn flight(&self, request: u64, log: Option<Box<FlightLog>>) {
+        if request != FLIGHT_LAST {
+            let task = self.id.clone();
+            let why = match log {
+                Some(_) => String::new(),
+                None => "it has just been started".to_owned(),
+            };
+            return self.ledger.answer(&WorkerMessage::Flight { request, task, log, why });
+        }
+        if let Some(mut log) = log {
+            let killed = || self.kill.borrow().as_ref().map(|why| format!("killed: {why}"));
+            log.ending = log.ending.take().or_else(killed);
+            self.flights.keep(&self.id, &log);
+        }
+        self.said_last.notify_one();
     }
 }
 

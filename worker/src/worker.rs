@@ -19,6 +19,7 @@ use tracing::{error, info, warn};
 use crate::agent::Agent;
 use crate::archive::Archive;
 use crate::error::WorkerError;
+use crate::flight::FlightKeeper;
 use crate::folder::Folder;
 use crate::ledger::Ledger;
 use crate::process::Spawner;
@@ -87,6 +88,7 @@ impl Worker {
         let store = Store::open(&config.store, &uri)?;
         let thread = |source| WorkerError::io("start a thread for", &options.dir, source);
         let spooler = Spooler::start(folder.logs(), config.worker.log_bytes.0).map_err(thread)?;
+        let flights = FlightKeeper::new(store.clone());
         let archive = Archive::start(store, folder.logs(), spooler.grown.clone());
         let ledger = Arc::new(Ledger::new());
         let shared = Arc::new(Surroundings {
@@ -100,13 +102,14 @@ impl Worker {
             ledger: ledger.clone(),
             spooler,
             archive: archive.clone(),
+            flights: flights.clone(),
         });
         let agent = Agent::new(folder, options.slots, shared);
         let (orders, inbox) = mpsc::channel(ORDER_QUEUE);
         let session = Session::new(session_options(&options)?, ledger.clone(), orders);
         let stop_timeout = config.worker.stop_timeout.0;
         info!(worker = %options.name, slots = options.slots, "worker starts");
-        let running = Running { agent, inbox, ledger, archive, stop_timeout };
+        let running = Running { agent, inbox, ledger, archive, flights, stop_timeout };
         running.run(session, shutdown).await
     }
 }
@@ -150,6 +153,7 @@ struct Running {
     inbox: mpsc::Receiver<api::session::CoordinatorMessage>,
     ledger: Arc<Ledger>,
     archive: Archive,
+    flights: FlightKeeper,
     stop_timeout: Duration,
 }
 
@@ -203,9 +207,10 @@ impl Running {
                 }
             }
         }
-        let archive = self.archive.clone();
+        let (archive, flights) = (self.archive.clone(), self.flights.clone());
         let flush_logs = async move {
-            if timeout(LOGS_TIMEOUT, archive.flush()).await.is_err() {
+            let all = async { tokio::join!(archive.flush(), flights.finish()) };
+            if timeout(LOGS_TIMEOUT, all).await.is_err() {
                 warn!("the object store did not take the last output; it waits on disk");
             }
         };

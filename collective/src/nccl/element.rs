@@ -65,6 +65,9 @@ impl From<ElementType> for DeviceElement {
         match element {
             ElementType::F32 => Self::F32,
             ElementType::F64 => Self::F64,
+            ElementType::Bf16 => Self::Bf16,
+            ElementType::F16 => Self::F16,
+            ElementType::I32 => Self::I32,
             ElementType::I64 => Self::I64,
             ElementType::U8 => Self::U8,
         }
@@ -121,7 +124,7 @@ mod tests {
 
     #[test]
     fn host_and_device_types_are_the_same_types() {
-        for host in [ElementType::F32, ElementType::F64, ElementType::I64, ElementType::U8] {
+        for host in ElementType::ALL {
             let device = DeviceElement::from(host);
             assert_eq!(device.bytes(), host.bytes());
             assert_eq!(device.to_string(), host.to_string());

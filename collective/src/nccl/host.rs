@@ -1,8 +1,10 @@
-//! The crate's [`Communicator`] over NCCL: host buffers staged through the GPU.
+//! The crate's [`crate::Communicator`] over NCCL: host buffers staged through the GPU.
 //!
 //! For code that works on host memory and must run over NCCL unchanged: tests, small models,
 //! control data. Reductions are in the fixed order of the specification unless
 //! [`Reduction::Fast`] is asked for.
+//!
+//! `contract.rs` has the methods, this file what they are made of.
 //!
 //! NCCL does not compare what ranks call, so every collective is preceded by an all-gather of 24
 //! bytes that does: ranks that make different collectives get an error, both. A send tells its
@@ -11,61 +13,44 @@
 
 use std::collections::VecDeque;
 
-use api::{Generation, Rank};
+use api::Rank;
 
-use crate::abort::AbortHandle;
-use crate::buffer::{Buffer, BufferMut, ElementType};
+use crate::buffer::ElementType;
 use crate::call::{CALL_BYTES, Call, CallSite, Operation};
+use crate::checks::{Outcome, invalid};
 use crate::chunk::chunk_range;
-use crate::communicator::{Communicator, Partial, ReduceOp};
+use crate::communicator::{ReduceOp, Reduction};
 use crate::error::CollectiveError;
 use crate::lane_tree::{LaneTree, Subtree};
 use crate::nccl::batch::{Pending, Step};
-use crate::nccl::calls::NcclCall;
+use crate::nccl::calls::Calls;
 use crate::nccl::element::DeviceElement;
 use crate::nccl::group::NcclGroup;
 use crate::nccl::memory::{DeviceBuffer, DeviceMemory, PinnedMemory};
 use crate::nccl::ordered::{DevicePartial, Request, Staged};
 
 /// A call and its number.
-const SITE_BYTES: usize = CALL_BYTES + 8;
+pub(super) const SITE_BYTES: usize = CALL_BYTES + 8;
 /// Sends that may be under way before another one waits for the oldest.
 const SENDS_MAX: usize = 16;
-/// Most bytes per rank in `gather_bytes`, as the contract says.
-const GATHER_BYTES_MAX: usize = 4 << 20;
-/// And of all ranks together.
-const GATHER_TOTAL_BYTES_MAX: usize = 256 << 20;
-
-/// In which order sums are made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Reduction {
-    /// The fixed tree order: bits depend on the data only.
-    #[default]
-    Ordered,
-    /// NCCL's own: faster, bits depend on the number of ranks and on the machine. A NaN may vanish
-    /// in a maximum.
-    Fast,
-}
 
 /// A process group over NCCL for host memory.
 #[derive(Debug)]
 pub struct NcclCommunicator {
-    group: NcclGroup,
+    pub(super) group: NcclGroup,
     /// Carries what goes to a lower rank. NCCL runs the operations of a communicator one after
     /// another, so two ranks that first send to each other need one for each direction. (Neighbours
     /// in a line may; three ranks that each first send to both others wait for an abort.)
     down: Option<NcclGroup>,
-    reduction: Reduction,
+    pub(super) reduction: Reduction,
     number: u64,
-    sent: Vec<u64>,
-    received: Vec<u64>,
-    sends: VecDeque<(Pending, DeviceMemory)>,
-    spare: Vec<PinnedMemory>,
+    pub(super) sent: Vec<u64>,
+    pub(super) received: Vec<u64>,
+    pub(super) sends: VecDeque<(Pending, DeviceMemory)>,
+    pub(super) spare: Vec<PinnedMemory>,
     memory: Option<DeviceMemory>,
     failed: Option<CollectiveError>,
 }
-
-type Outcome<R> = Result<R, CollectiveError>;
 
 impl NcclCommunicator {
     /// Over a group; every rank makes it.
@@ -100,7 +85,7 @@ impl NcclCommunicator {
         &mut self.group
     }
 
-    fn collective<R>(
+    pub(super) fn collective<R>(
         &mut self,
         call: Call,
         body: impl FnOnce(&mut Self, CallSite) -> Outcome<R>,
@@ -114,7 +99,7 @@ impl NcclCommunicator {
     }
 
     /// Runs a call; its error ends the group.
-    fn run<R>(&mut self, body: impl FnOnce(&mut Self) -> Outcome<R>) -> Outcome<R> {
+    pub(super) fn run<R>(&mut self, body: impl FnOnce(&mut Self) -> Outcome<R>) -> Outcome<R> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
@@ -162,7 +147,7 @@ impl NcclCommunicator {
     }
 
     /// Pinned memory of at least that size.
-    fn stage(&mut self, bytes: usize) -> Outcome<PinnedMemory> {
+    pub(super) fn stage(&mut self, bytes: usize) -> Outcome<PinnedMemory> {
         match self.spare.iter().position(|stage| stage.bytes() >= bytes) {
             Some(found) => Ok(self.spare.swap_remove(found)),
             None => {
@@ -173,7 +158,7 @@ impl NcclCommunicator {
     }
 
     /// Bytes of this communicator's device memory.
-    fn memory(&mut self, bytes: usize) -> Outcome<DeviceBuffer> {
+    pub(super) fn memory(&mut self, bytes: usize) -> Outcome<DeviceBuffer> {
         match &self.memory {
             Some(memory) if memory.bytes() >= bytes => memory.buffer(DeviceElement::U8, bytes),
             _ => {
@@ -184,7 +169,11 @@ impl NcclCommunicator {
     }
 
     /// Device memory for several buffers of a type, one after another at aligned places.
-    fn places(&mut self, element: DeviceElement, lens: &[usize]) -> Outcome<Vec<DeviceBuffer>> {
+    pub(super) fn places(
+        &mut self,
+        element: DeviceElement,
+        lens: &[usize],
+    ) -> Outcome<Vec<DeviceBuffer>> {
         const ALIGNMENT: usize = 256;
         let unit = ALIGNMENT / element.bytes();
         let starts = lens.iter().scan(0usize, |next, len| {
@@ -201,7 +190,11 @@ impl NcclCommunicator {
     }
 
     /// The stage that a finished batch gives back.
-    fn returned(&self, site: CallSite, stage: Option<PinnedMemory>) -> Outcome<PinnedMemory> {
+    pub(super) fn returned(
+        &self,
+        site: CallSite,
+        stage: Option<PinnedMemory>,
+    ) -> Outcome<PinnedMemory> {
         match stage {
             Some(stage) => Ok(stage),
             None => invalid(site, "it lost its stage"),
@@ -209,7 +202,7 @@ impl NcclCommunicator {
     }
 
     /// Reduces the bytes of host buffers, by subtree; the result lies in the stage from a byte on.
-    fn reduce(
+    pub(super) fn reduce(
         &mut self,
         site: CallSite,
         (tree, op, scatter): (LaneTree, ReduceOp, bool),
@@ -254,7 +247,7 @@ impl NcclCommunicator {
     }
 
     /// The same with this rank's one buffer.
-    fn reduce_own(
+    pub(super) fn reduce_own(
         &mut self,
         site: CallSite,
         (op, scatter): (ReduceOp, bool),
@@ -267,7 +260,7 @@ impl NcclCommunicator {
         self.reduce(site, (tree, op, scatter), &[(leaf, bytes)], len)
     }
 
-    fn take(&mut self, (stage, offset): (PinnedMemory, usize), target: &mut [u8]) {
+    pub(super) fn take(&mut self, (stage, offset): (PinnedMemory, usize), target: &mut [u8]) {
         target.copy_from_slice(&stage.as_slice()[offset..offset + target.len()]);
         self.spare.push(stage);
     }
@@ -295,37 +288,134 @@ impl NcclCommunicator {
         self.group.submit("reduce", steps, staged.stage)
     }
 
-    /// Runs calls on one device buffer that is read from and written to parts of a host buffer.
-    fn through(
+    /// Runs calls between a copy from the host to device memory and one from device memory back.
+    pub(super) fn through(
         &mut self,
         site: CallSite,
-        buffer: &DeviceBuffer,
-        upload: Option<(usize, &[u8])>,
-        calls: Vec<NcclCall>,
-        download: Option<&mut [u8]>,
+        upload: Option<(DeviceBuffer, &[u8])>,
+        calls: Calls,
+        download: Option<(DeviceBuffer, &mut [u8])>,
     ) -> Outcome<()> {
-        let bytes = buffer.as_bytes();
-        let mut stage = self.stage(bytes.len())?;
+        let up = upload.as_ref().map_or(0, |(_, data)| data.len());
+        let down = download.as_ref().map_or(0, |(_, data)| data.len());
+        // One stage for both: the second copy comes after the first on the stream.
+        let mut stage = self.stage(up.max(down))?;
         let mut steps = Vec::new();
-        if let Some((at, data)) = upload.filter(|(_, data)| !data.is_empty()) {
-            stage.as_mut_slice()[at..at + data.len()].copy_from_slice(data);
-            steps.push(Step::ToDevice { offset: at, to: bytes.slice(at..at + data.len())? });
+        if let Some((to, data)) = upload {
+            stage.as_mut_slice()[..up].copy_from_slice(data);
+            steps.push(Step::ToDevice { offset: 0, to });
         }
-        steps.push(Step::Nccl(calls));
-        if download.is_some() && !bytes.is_empty() {
-            steps.push(Step::ToHost { from: bytes, offset: 0 });
+        steps.push(Step::Nccl(calls.into_calls()));
+        let mut target = None;
+        if let Some((from, data)) = download {
+            steps.push(Step::ToHost { from, offset: 0 });
+            target = Some(data);
         }
         let pending = self.group.submit("host", steps, Some(stage))?;
         let stage = self.returned(site, pending.wait_stage()?)?;
-        if let Some(target) = download {
-            target.copy_from_slice(&stage.as_slice()[..target.len()]);
+        if let Some(target) = target {
+            target.copy_from_slice(&stage.as_slice()[..down]);
         }
         self.spare.push(stage);
         Ok(())
     }
 
+    /// Gathers every rank's chunk of a buffer.
+    pub(super) fn gather_chunks(
+        &mut self,
+        site: CallSite,
+        element: ElementType,
+        mine: &[u8],
+        output: &mut [u8],
+    ) -> Outcome<()> {
+        let (world, rank) = (self.group.world, self.group.rank);
+        let len = output.len() / element.bytes();
+        let whole = self.places(element.into(), &[len])?.remove(0);
+        let own = whole.slice(chunk_range(len, world, rank))?;
+        let lens: Vec<usize> = (0..world).map(|rank| chunk_range(len, world, rank).len()).collect();
+        let mut calls = self.group.calls();
+        calls.all_gather_v(&own, &whole, &lens)?;
+        self.through(site, Some((own, mine)), calls, Some((whole, output)))
+    }
+
+    /// Exchanges parts of these lengths, which the ranks have agreed on.
+    pub(super) fn exchange_parts(
+        &mut self,
+        site: CallSite,
+        element: ElementType,
+        (input, send): (&[u8], &[usize]),
+        (output, receive): (&mut [u8], &[usize]),
+    ) -> Outcome<()> {
+        let lens = [input.len() / element.bytes(), output.len() / element.bytes()];
+        let mut places = self.places(element.into(), &lens)?;
+        let (to, from) = (places.remove(0), places.remove(0));
+        let mut calls = self.group.calls();
+        calls.all_to_all_v(&to, send, &from, receive)?;
+        self.through(site, Some((to, input)), calls, Some((from, output)))
+    }
+
+    /// What each rank sends to another is what that one receives; else an error on all ranks.
+    ///
+    /// NCCL would wait, or write beyond a part.
+    pub(super) fn agree_on_lengths(
+        &mut self,
+        site: CallSite,
+        send: &[usize],
+        receive: &[usize],
+    ) -> Outcome<()> {
+        let world = self.group.world as usize;
+        let words = |lens: &[usize]| -> Vec<u8> {
+            lens.iter().flat_map(|len| (*len as u64).to_le_bytes()).collect()
+        };
+        let (mine, each) = (words(send), vec![1; world]);
+        let mut theirs = vec![0; mine.len()];
+        let (input, output) = ((&mine[..], &each[..]), (&mut theirs[..], &each[..]));
+        self.exchange_parts(site, ElementType::I64, input, output)?;
+        let sent: Vec<u64> = words_of(&theirs);
+        let differs =
+            (sent.iter().zip(receive)).position(|(sent, expected)| *sent != *expected as u64);
+        // Every rank learns of it: those that agree would wait for those that do not.
+        let verdict =
+            differs.map_or([u64::MAX; 3], |from| [from as u64, sent[from], receive[from] as u64]);
+        let mut verdicts = vec![0; 24 * world];
+        self.gather_equal(site, bytemuck::cast_slice(&verdict), &mut verdicts)?;
+        let verdicts = words_of(&verdicts);
+        let found = verdicts.chunks_exact(3).zip(0..).find(|(found, _)| found[0] != u64::MAX);
+        match found {
+            Some((found, to)) => {
+                let (from, to) = (Rank(found[0] as u32), Rank(to));
+                let (sent, expected) = (found[1], found[2]);
+                invalid(
+                    site,
+                    format!("{from} sends {sent} elements to {to}, which expects {expected}"),
+                )
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Gathers as many bytes from every rank.
+    pub(super) fn gather_equal(
+        &mut self,
+        site: CallSite,
+        mine: &[u8],
+        all: &mut [u8],
+    ) -> Outcome<()> {
+        let at = self.group.rank as usize * mine.len();
+        let whole = self.places(DeviceElement::U8, &[all.len()])?.remove(0);
+        let own = whole.slice(at..at + mine.len())?;
+        let mut calls = self.group.calls();
+        calls.all_gather(&own, &whole)?;
+        self.through(site, Some((own, mine)), calls, Some((whole, all)))
+    }
+
     /// One message from a rank, in the stage that it returns.
-    fn receive(&mut self, site: CallSite, into: DeviceBuffer, from: Rank) -> Outcome<PinnedMemory> {
+    pub(super) fn receive(
+        &mut self,
+        site: CallSite,
+        into: DeviceBuffer,
+        from: Rank,
+    ) -> Outcome<PinnedMemory> {
         let (stage, rank) = (self.stage(into.bytes())?, self.group.rank);
         let group = self.toward(from.0, rank);
         let mut calls = group.calls();
@@ -336,7 +426,7 @@ impl NcclCommunicator {
     }
 
     /// The group that carries messages between this rank and another.
-    fn toward(&mut self, from: u32, to: u32) -> &mut NcclGroup {
+    pub(super) fn toward(&mut self, from: u32, to: u32) -> &mut NcclGroup {
         match &mut self.down {
             Some(down) if to < from => down,
             _ => &mut self.group,
@@ -344,7 +434,7 @@ impl NcclCommunicator {
     }
 
     /// Gives up what sends have finished with; waits for the oldest if there are too many.
-    fn settle_sends(&mut self) -> Outcome<()> {
+    pub(super) fn settle_sends(&mut self) -> Outcome<()> {
         while let Some((oldest, _)) = self.sends.front() {
             let result = match oldest.poll_stage() {
                 Some(result) => result,
@@ -363,7 +453,7 @@ impl NcclCommunicator {
         Ok(())
     }
 
-    fn check_peer(&self, site: CallSite, peer: Rank) -> Outcome<()> {
+    pub(super) fn check_peer(&self, site: CallSite, peer: Rank) -> Outcome<()> {
         let world = self.group.world;
         if peer.0 >= world {
             return invalid(site, format!("{peer} is not below the world size of {world}"));
@@ -374,7 +464,56 @@ impl NcclCommunicator {
         Ok(())
     }
 
-    fn check_chunk(&self, site: CallSite, what: &str, found: usize, len: usize) -> Outcome<()> {
+    /// A whole buffer is a part for each rank.
+    pub(super) fn check_parts(
+        &self,
+        site: CallSite,
+        what: &str,
+        whole: usize,
+        part: usize,
+    ) -> Outcome<()> {
+        let world = self.group.world;
+        if whole == part.saturating_mul(world as usize) {
+            return Ok(());
+        }
+        invalid(
+            site,
+            format!("the {what} holds {whole} elements, expected {part} for each of {world} ranks"),
+        )
+    }
+
+    /// A length for each rank, which tile a buffer.
+    pub(super) fn check_lengths(
+        &self,
+        site: CallSite,
+        what: &str,
+        lens: &[usize],
+        len: usize,
+    ) -> Outcome<()> {
+        let (world, found) = (self.group.world, lens.len());
+        if found != world as usize {
+            return invalid(
+                site,
+                format!("{found} {what} lengths, expected one for each of {world} ranks"),
+            );
+        }
+        let total = lens.iter().try_fold(0usize, |total, len| total.checked_add(*len));
+        if total != Some(len) {
+            return invalid(
+                site,
+                format!("the {what} lengths do not add up to the buffer's {len} elements"),
+            );
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_chunk(
+        &self,
+        site: CallSite,
+        what: &str,
+        found: usize,
+        len: usize,
+    ) -> Outcome<()> {
         let expected = chunk_range(len, self.group.world, self.group.rank).len();
         if found != expected {
             let rank = Rank(self.group.rank);
@@ -389,18 +528,20 @@ impl NcclCommunicator {
     }
 }
 
-fn invalid<R>(site: CallSite, message: impl Into<String>) -> Outcome<R> {
-    Err(CollectiveError::InvalidCall { call: site, message: message.into() })
+/// Numbers as ranks exchange them.
+pub(super) fn words_of(bytes: &[u8]) -> Vec<u64> {
+    let words = bytes.chunks_exact(8).filter_map(|word| word.try_into().ok());
+    words.map(u64::from_le_bytes).collect()
 }
 
-fn encode(site: CallSite) -> [u8; SITE_BYTES] {
+pub(super) fn encode(site: CallSite) -> [u8; SITE_BYTES] {
     let mut bytes = [0; SITE_BYTES];
     bytes[..CALL_BYTES].copy_from_slice(&site.call.encode());
     bytes[CALL_BYTES..].copy_from_slice(&site.number.to_le_bytes());
     bytes
 }
 
-fn decode(bytes: &[u8]) -> Option<CallSite> {
+pub(super) fn decode(bytes: &[u8]) -> Option<CallSite> {
     let (call, number) = bytes.split_first_chunk::<CALL_BYTES>()?;
     Some(CallSite {
         call: Call::decode(call)?,
@@ -408,7 +549,7 @@ fn decode(bytes: &[u8]) -> Option<CallSite> {
     })
 }
 
-fn check_types(site: CallSite, input: ElementType, output: ElementType) -> Outcome<()> {
+pub(super) fn check_types(site: CallSite, input: ElementType, output: ElementType) -> Outcome<()> {
     if input != output {
         return invalid(site, format!("the input holds {input}, the output {output}"));
     }
@@ -424,215 +565,5 @@ fn check_average(site: CallSite, op: ReduceOp) -> Outcome<()> {
             )
         }
         _ => Ok(()),
-    }
-}
-
-impl Communicator for NcclCommunicator {
-    fn rank(&self) -> Rank {
-        self.group.rank()
-    }
-
-    fn world_size(&self) -> u32 {
-        self.group.world_size()
-    }
-
-    fn generation(&self) -> Generation {
-        self.group.generation()
-    }
-
-    fn all_reduce(&mut self, mut buffer: BufferMut<'_>, op: ReduceOp) -> Outcome<()> {
-        let call = Call::over(Operation::AllReduce, buffer.element(), buffer.len()).reducing(op);
-        self.collective(call, |own, site| {
-            let len = buffer.len();
-            let result = own.reduce_own(site, (op, false), buffer.as_bytes_mut(), len)?;
-            own.take(result, buffer.as_bytes_mut());
-            Ok(())
-        })
-    }
-
-    fn reduce_scatter(
-        &mut self,
-        input: Buffer<'_>,
-        mut output: BufferMut<'_>,
-        op: ReduceOp,
-    ) -> Outcome<()> {
-        let call = Call::over(Operation::ReduceScatter, input.element(), input.len()).reducing(op);
-        self.collective(call, |own, site| {
-            own.check_chunk(site, "output", output.len(), input.len())?;
-            check_types(site, input.element(), output.element())?;
-            let result = own.reduce_own(site, (op, true), input.as_bytes(), output.len())?;
-            own.take(result, output.as_bytes_mut());
-            Ok(())
-        })
-    }
-
-    fn all_gather(&mut self, input: Buffer<'_>, mut output: BufferMut<'_>) -> Outcome<()> {
-        let call = Call::over(Operation::AllGather, output.element(), output.len());
-        self.collective(call, |own, site| {
-            own.check_chunk(site, "input", input.len(), output.len())?;
-            check_types(site, input.element(), output.element())?;
-            let element = DeviceElement::from(output.element());
-            let (len, world, rank) = (output.len(), own.group.world, own.group.rank);
-            let whole = own.places(element, &[len])?.remove(0);
-            let range = chunk_range(len, world, rank);
-            let at = range.start * element.bytes();
-            let lens: Vec<usize> = (0..world).map(|r| chunk_range(len, world, r).len()).collect();
-            let mut calls = own.group.calls();
-            calls.all_gather_v(&whole.slice(range)?, &whole, &lens)?;
-            let upload = Some((at, input.as_bytes()));
-            own.through(site, &whole, upload, calls.into_calls(), Some(output.as_bytes_mut()))
-        })
-    }
-
-    fn broadcast(&mut self, mut buffer: BufferMut<'_>, root: Rank) -> Outcome<()> {
-        let call = Call::over(Operation::Broadcast, buffer.element(), buffer.len());
-        self.collective(call.with_detail(root.0), |own, site| {
-            own.check_peer(site, root)?;
-            let element = DeviceElement::from(buffer.element());
-            let whole = own.places(element, &[buffer.len()])?.remove(0);
-            let mut calls = own.group.calls();
-            calls.broadcast(&whole, &whole, root)?;
-            let (calls, bytes) = (calls.into_calls(), buffer.as_bytes_mut());
-            if root.0 == own.group.rank {
-                own.through(site, &whole, Some((0, bytes)), calls, None)
-            } else {
-                own.through(site, &whole, None, calls, Some(bytes))
-            }
-        })
-    }
-
-    fn send(&mut self, buffer: Buffer<'_>, to: Rank) -> Outcome<()> {
-        let call = Call::over(Operation::Send, buffer.element(), buffer.len()).with_detail(to.0);
-        let number = self.sent.get(to.0 as usize).copied().unwrap_or(0);
-        let site = CallSite { call, number };
-        self.run(|own| {
-            own.check_peer(site, to)?;
-            own.settle_sends()?;
-            let bytes = buffer.as_bytes();
-            let all = SITE_BYTES + bytes.len();
-            let memory = DeviceMemory::new(&own.group.device, all)?;
-            let whole = memory.buffer(DeviceElement::U8, all)?;
-            let mut stage = own.stage(all)?;
-            stage.as_mut_slice()[..SITE_BYTES].copy_from_slice(&encode(site));
-            stage.as_mut_slice()[SITE_BYTES..all].copy_from_slice(bytes);
-            let rank = own.group.rank;
-            let group = own.toward(rank, to.0);
-            let (mut head, mut body) = (group.calls(), group.calls());
-            head.send(&whole.slice(0..SITE_BYTES)?, to)?;
-            body.send(&whole.slice(SITE_BYTES..all)?, to)?;
-            let steps = vec![
-                Step::ToDevice { offset: 0, to: whole },
-                Step::Nccl(head.into_calls()),
-                Step::Nccl(body.into_calls()),
-            ];
-            // The bytes are in the stage: the buffer may be reused, and the peer may take its time.
-            let pending = group.submit("send", steps, Some(stage))?;
-            own.sends.push_back((pending, memory));
-            own.sent[to.0 as usize] += 1;
-            Ok(())
-        })
-    }
-
-    fn recv(&mut self, mut buffer: BufferMut<'_>, from: Rank) -> Outcome<()> {
-        let call = Call::over(Operation::Recv, buffer.element(), buffer.len()).with_detail(from.0);
-        let number = self.received.get(from.0 as usize).copied().unwrap_or(0);
-        let site = CallSite { call, number };
-        self.run(|own| {
-            own.check_peer(site, from)?;
-            own.settle_sends()?;
-            let bytes = buffer.as_bytes_mut();
-            let size = bytes.len().max(SITE_BYTES);
-            let whole = own.memory(size)?;
-            let rank = own.group.rank;
-            let head = own.receive(site, whole.slice(0..SITE_BYTES)?, from)?;
-            let theirs = decode(&head.as_slice()[..SITE_BYTES]);
-            own.spare.push(head);
-            let matches = theirs.is_some_and(|theirs| {
-                theirs.number == number
-                    && theirs.call == Call { operation: Operation::Send, detail: rank, ..call }
-            });
-            if !matches {
-                let theirs = theirs.map_or("?".to_owned(), |site| site.to_string());
-                return invalid(site, format!("{from} called {theirs}"));
-            }
-            if !bytes.is_empty() {
-                let body = own.receive(site, whole.slice(0..bytes.len())?, from)?;
-                bytes.copy_from_slice(&body.as_slice()[..bytes.len()]);
-                own.spare.push(body);
-            }
-            own.received[from.0 as usize] += 1;
-            Ok(())
-        })
-    }
-
-    fn barrier(&mut self) -> Outcome<()> {
-        self.collective(Call::plain(Operation::Barrier), |own, _| own.group.barrier()?.wait())
-    }
-
-    fn gather_bytes(&mut self, mine: &[u8]) -> Outcome<Vec<Vec<u8>>> {
-        self.collective(Call::plain(Operation::GatherBytes), |own, site| {
-            let (world, rank) = (own.group.world as usize, own.group.rank as usize);
-            let most = GATHER_BYTES_MAX.min(GATHER_TOTAL_BYTES_MAX / world);
-            if mine.len() > most {
-                return invalid(site, format!("{} bytes, at most {most} are allowed", mine.len()));
-            }
-            let table = own.places(DeviceElement::I64, &[world])?.remove(0);
-            let mut calls = own.group.calls();
-            calls.all_gather(&table.slice(rank..rank + 1)?, &table)?;
-            let (length, mut bytes) = ((mine.len() as u64).to_le_bytes(), vec![0; 8 * world]);
-            let upload = Some((8 * rank, length.as_slice()));
-            own.through(site, &table, upload, calls.into_calls(), Some(&mut bytes))?;
-            let lens: Vec<u64> = bytes
-                .chunks_exact(8)
-                .filter_map(|length| length.try_into().ok().map(u64::from_le_bytes))
-                .collect();
-            if let Some((rank, len)) = lens.iter().enumerate().find(|(_, len)| **len > most as u64)
-            {
-                return invalid(site, format!("r{rank} brings {len} bytes, at most {most}"));
-            }
-            let lens: Vec<usize> = lens.into_iter().map(|len| len as usize).collect();
-            let total = lens.iter().sum();
-            let whole = own.places(DeviceElement::U8, &[total])?.remove(0);
-            let at: usize = lens[..rank].iter().sum();
-            let mut calls = own.group.calls();
-            calls.all_gather_v(&whole.slice(at..at + mine.len())?, &whole, &lens)?;
-            let mut bytes = vec![0; total];
-            own.through(site, &whole, Some((at, mine)), calls.into_calls(), Some(&mut bytes))?;
-            let mut rest = bytes.as_slice();
-            Ok(lens
-                .iter()
-                .map(|len| {
-                    let (part, tail) = rest.split_at(*len);
-                    rest = tail;
-                    part.to_vec()
-                })
-                .collect())
-        })
-    }
-
-    fn reduce_lanes(
-        &mut self,
-        tree: &LaneTree,
-        partials: &[Partial<'_>],
-        mut output: BufferMut<'_>,
-    ) -> Outcome<()> {
-        let call = Call::over(Operation::ReduceLanes, output.element(), output.len())
-            .reducing(ReduceOp::Sum)
-            .with_detail(tree.lanes());
-        self.collective(call, |own, site| {
-            for partial in partials {
-                check_types(site, partial.data.element(), output.element())?;
-            }
-            let inputs: Vec<(Subtree, &[u8])> =
-                partials.iter().map(|part| (part.subtree, part.data.as_bytes())).collect();
-            let order = (tree.clone(), ReduceOp::Sum, false);
-            let result = own.reduce(site, order, &inputs, output.len())?;
-            own.take(result, output.as_bytes_mut());
-            Ok(())
-        })
-    }
-
-    fn abort_handle(&self) -> AbortHandle {
-        self.group.abort_handle()
     }
 }

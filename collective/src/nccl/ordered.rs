@@ -1,9 +1,11 @@
 //! Sums in a fixed order: grouped sends and receives of partials, then a local sum in tree order.
 //!
 //! The result has the same bits on every rank, for every number of ranks (by lanes), and the same
-//! as over TCP, except for the payload of a NaN. Where there is no kernel (a maximum or minimum, a
-//! driver that refused the kernels) the local part is computed on the host, by the very code of
-//! the specification; the exchange is the same. 16-bit floats are refused: partials are f32.
+//! as over TCP, except for the payload of a NaN. Where there is no kernel (a maximum or minimum,
+//! 16-bit floats, a driver that refused the kernels) the local part is computed on the host, by the
+//! very code of the specification; the exchange is the same.
+
+use half::{bf16, f16};
 
 use crate::combine::Plan;
 use crate::communicator::ReduceOp;
@@ -201,9 +203,11 @@ impl NcclGroup {
         let result = match request.output.element() {
             DeviceElement::F32 => fold::<f32>(bytes, layout, request, self.world),
             DeviceElement::F64 => fold::<f64>(bytes, layout, request, self.world),
+            DeviceElement::Bf16 => fold::<bf16>(bytes, layout, request, self.world),
+            DeviceElement::F16 => fold::<f16>(bytes, layout, request, self.world),
+            DeviceElement::I32 => fold::<i32>(bytes, layout, request, self.world),
             DeviceElement::I64 => fold::<i64>(bytes, layout, request, self.world),
             DeviceElement::U8 => fold::<u8>(bytes, layout, request, self.world),
-            DeviceElement::Bf16 | DeviceElement::F16 | DeviceElement::I32 => None,
         };
         let Some(result) = result else {
             let element = request.output.element();
@@ -219,9 +223,6 @@ impl NcclGroup {
         let Request { name, tree, partials, output, op, scatter } = request;
         let element = output.element();
         let own_nodes = || tree.owned_subtrees(tree.lanes_of(self.rank, self.world));
-        if matches!(element, DeviceElement::Bf16 | DeviceElement::F16) {
-            return invalid(name, format!("partials of {element}: a fixed order sums f32 or more"));
-        }
         if *op == ReduceOp::Avg && !element.is_float() {
             return invalid(name, format!("an average of {element} would round"));
         }

@@ -49,6 +49,18 @@ impl NcclGroup {
         color: Option<u32>,
         key: u32,
     ) -> Result<Option<Self>, CollectiveError> {
+        let aborts = self.aborts.clone();
+        self.split_under(name, color, key, &aborts)
+    }
+
+    /// The same with a group that these abort too, and no others.
+    pub(super) fn split_under(
+        &mut self,
+        name: &str,
+        color: Option<u32>,
+        key: u32,
+        aborts: &[AbortHandle],
+    ) -> Result<Option<Self>, CollectiveError> {
         for (what, number) in [("color", color.unwrap_or(0)), ("key", key)] {
             if i32::try_from(number).is_err() {
                 return invalid("split", format!("{what} {number} is above {}", i32::MAX));
@@ -59,7 +71,7 @@ impl NcclGroup {
         let comm = self.ask(|done| Command::Split { color, key, done })?;
         let Some(comm) = comm else { return Ok(None) };
         let rank = members.iter().position(|rank| *rank == self.rank).unwrap_or(0) as u32;
-        self.child(name, comm, (rank, members.len() as u32)).map(Some)
+        self.child(name, comm, (rank, members.len() as u32), aborts).map(Some)
     }
 
     /// Makes the group without these ranks, which need not be alive and do not call it. After a
@@ -83,7 +95,7 @@ impl NcclGroup {
         let Some(comm) = self.ask(request)? else {
             return Err(CollectiveError::unavailable("the shrunk group", "NCCL made none"));
         };
-        self.child(name, comm, (self.rank - before as u32, left))
+        self.child(name, comm, (self.rank - before as u32, left), &self.aborts)
     }
 
     /// Stops what this rank runs and finishes the group, except for [`Self::shrink`] after a
@@ -97,9 +109,10 @@ impl NcclGroup {
         name: &str,
         comm: Comm,
         (rank, world): (u32, u32),
+        parents: &[AbortHandle],
     ) -> Result<Self, CollectiveError> {
         let mut aborts = vec![AbortHandle::new()?];
-        aborts.extend(self.aborts.iter().cloned());
+        aborts.extend(parents.iter().cloned());
         let options = NcclOptions { group: name.to_owned(), ..self.options.clone() };
         let shape = (rank, world, self.generation);
         Self::start(self.device.clone(), options, shape, aborts, Origin::Made(comm))

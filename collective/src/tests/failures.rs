@@ -9,14 +9,11 @@ use std::time::{Duration, Instant};
 use api::{Generation, Rank, Secret};
 
 use super::{HANG, QUICK, error, group, in_parallel, listeners, options};
-use crate::handshake::Identity;
-use crate::{
-    CollectiveError, Communicator, LaneTree, Operation, Partial, ReduceOp, TcpCommunicator,
-};
+use crate::{CollectiveError, Communicator, LaneTree, Operation, Partial, ProcessGroup, ReduceOp};
 
-type Calls = fn(&mut TcpCommunicator) -> Result<(), CollectiveError>;
+type Calls = fn(&mut ProcessGroup) -> Result<(), CollectiveError>;
 
-fn lanes(communicator: &mut TcpCommunicator, lanes: u32) -> Result<(), CollectiveError> {
+fn lanes(communicator: &mut ProcessGroup, lanes: u32) -> Result<(), CollectiveError> {
     let tree = LaneTree::new(lanes);
     let run = tree.lanes_of(communicator.rank().0, communicator.world_size());
     let data = vec![1.0f32; 100];
@@ -29,7 +26,7 @@ fn lanes(communicator: &mut TcpCommunicator, lanes: u32) -> Result<(), Collectiv
 }
 
 fn all_reduce(
-    communicator: &mut TcpCommunicator,
+    communicator: &mut ProcessGroup,
     len: usize,
     op: ReduceOp,
 ) -> Result<(), CollectiveError> {
@@ -240,13 +237,15 @@ fn a_peer_that_dies_is_named_at_once_in_whatever_call() {
         |c| c.gather_bytes(&[0; 1000]).map(|_| ()),
     ];
     for (index, calls) in cases.into_iter().enumerate() {
+        let formed = Arc::new(Barrier::new(3));
         let results = in_parallel(3, move |rank, listener, peers| {
+            let mut communicator = listener.connect(options(rank, 3), &peers).unwrap();
+            formed.wait();
             if rank == 2 {
                 // Its connections end with no farewell, as when the process is killed.
-                drop(listener.form(&Identity::new(&options(2, 3)), &peers, HANG).unwrap());
+                communicator.vanish();
                 return None;
             }
-            let mut communicator = listener.connect(options(rank, 3), &peers).unwrap();
             let begun = Instant::now();
             let error = error(calls(&mut communicator));
             assert!(begun.elapsed() < QUICK, "took {:?}", begun.elapsed());
@@ -415,3 +414,20 @@ fn operations_are_point_to_point_or_not() {
     assert!(Operation::Recv.is_point_to_point());
     assert!(!Operation::Barrier.is_point_to_point());
 }
+
+super::also_over_shared_memory!(
+    calls_that_differ_are_an_error_on_both_ranks_that_names_both,
+    a_rank_with_a_wrong_secret_is_refused_and_fails_nobody_else,
+    a_rank_of_another_generation_is_refused_by_name,
+    strangers_do_not_keep_a_group_from_forming,
+    a_peer_that_dies_is_named_at_once_in_whatever_call,
+    a_peer_that_leaves_while_it_is_needed_is_named,
+    an_abort_ends_a_call_and_every_later_one_and_is_told_to_the_peers,
+    an_abort_ends_a_group_that_is_forming,
+    an_abort_before_connecting_holds,
+    a_peer_that_never_comes_is_named,
+    a_wrong_call_of_one_rank_is_told_to_all,
+    partials_that_are_not_this_ranks_are_refused,
+    options_that_cannot_be_are_refused,
+    operations_are_point_to_point_or_not,
+);

@@ -14,7 +14,7 @@ use crate::buffer::ElementType;
 use crate::call::{Call, CallSite};
 use crate::frame::{DATA_BYTES_MAX, FrameCodec, FrameKind, HEADER_BYTES, Header, encode_site};
 use crate::handshake::Identity;
-use crate::{AbortHandle, CollectiveError, Communicator, Operation, TcpCommunicator};
+use crate::{AbortHandle, CollectiveError, Communicator, Operation, ProcessGroup};
 
 type Verdict = mpsc::Receiver<Result<(), CollectiveError>>;
 
@@ -28,7 +28,7 @@ struct Duel {
 
 /// Rank 0 makes a call on its own thread; rank 1 is a bare connection and its codec.
 fn duel(
-    calls: impl FnOnce(&mut TcpCommunicator) -> Result<(), CollectiveError> + Send + 'static,
+    calls: impl FnOnce(&mut ProcessGroup) -> Result<(), CollectiveError> + Send + 'static,
 ) -> Duel {
     let (mut listeners, peers) = listeners(2);
     let (raw, victim) = (listeners.remove(1), listeners.remove(0));

@@ -2,21 +2,44 @@
 
 mod failures;
 mod hostile;
+mod queue;
 mod results;
 
+use std::cell::Cell;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::mpsc;
+use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use api::{Generation, Rank, Secret};
 
-use crate::{CollectiveError, GroupOptions, Listener, TcpCommunicator};
+use crate::{CollectiveError, GroupOptions, Listener, ProcessGroup, Transport};
 
 /// Far beyond what any test needs on a loaded machine; a test that reaches it hangs.
 const HANG: Duration = Duration::from_secs(120);
 /// What "at once" may take on a loaded machine.
 const QUICK: Duration = Duration::from_secs(20);
+
+thread_local! {
+    /// What groups of this test use.
+    static TRANSPORT: Cell<Transport> = const { Cell::new(Transport::Tcp) };
+}
+
+/// Runs tests of this folder once more over shared memory.
+macro_rules! also_over_shared_memory {
+    ($($test:ident),* $(,)?) => {
+        mod shared_memory {
+            $(
+                #[test]
+                fn $test() {
+                    crate::tests::TRANSPORT.set(crate::Transport::Shared);
+                    super::$test();
+                }
+            )*
+        }
+    };
+}
+use also_over_shared_memory;
 
 fn options(rank: u32, world_size: u32) -> GroupOptions {
     GroupOptions {
@@ -27,6 +50,9 @@ fn options(rank: u32, world_size: u32) -> GroupOptions {
         world_size,
         secret: Secret::new("correct horse battery staple"),
         connect_timeout: HANG,
+        reduction: Default::default(),
+        transport: TRANSPORT.get(),
+        host: None,
     }
 }
 
@@ -46,7 +72,9 @@ fn in_parallel<R: Send + 'static>(
     let (sender, receiver) = mpsc::channel();
     for (rank, listener) in listeners.into_iter().enumerate() {
         let (body, sender, peers) = (body.clone(), sender.clone(), peers.clone());
+        let transport = TRANSPORT.get();
         thread::spawn(move || {
+            TRANSPORT.set(transport);
             let result = body(rank as u32, listener, peers);
             // The receiver is gone only if the test has failed.
             let _ = sender.send((rank, result));
@@ -70,10 +98,13 @@ fn in_parallel<R: Send + 'static>(
 /// Forms a group and runs one thread per rank; the results by rank.
 fn group<R: Send + 'static>(
     world: u32,
-    body: impl Fn(u32, &mut TcpCommunicator) -> R + Clone + Send + 'static,
+    body: impl Fn(u32, &mut ProcessGroup) -> R + Clone + Send + 'static,
 ) -> Vec<R> {
+    let formed = Arc::new(Barrier::new(world as usize));
     in_parallel(world, move |rank, listener, peers| {
         let mut communicator = listener.connect(options(rank, world), &peers).unwrap();
+        // A rank that fails in its first call must not fail those that are still forming.
+        formed.wait();
         body(rank, &mut communicator)
     })
 }

@@ -5,8 +5,8 @@ use api::Rank;
 use super::{Random, error, group};
 use crate::element::Element;
 use crate::{
-    Buffer, BufferMut, CollectiveError, Communicator, LaneTree, Partial, ReduceOp, Subtree,
-    TcpCommunicator, chunk_range,
+    Buffer, BufferMut, CollectiveError, Communicator, LaneTree, Partial, ProcessGroup, ReduceOp,
+    Subtree, chunk_range,
 };
 
 const WORLDS: [u32; 7] = [1, 2, 3, 4, 5, 7, 8];
@@ -62,7 +62,7 @@ fn assert_bits<T: Element>(found: &[T], expected: &[T], what: &str) {
     assert!(found == expected, "{what}: the bits differ (seed {SEED})");
 }
 
-fn check_every_operation<T: Element + Send>(rank: u32, communicator: &mut TcpCommunicator)
+fn check_every_operation<T: Element + Send>(rank: u32, communicator: &mut ProcessGroup)
 where
     for<'a> Buffer<'a>: From<&'a Vec<T>>,
     for<'a> BufferMut<'a>: From<&'a mut Vec<T>>,
@@ -272,3 +272,12 @@ fn a_long_random_script_stays_in_step() {
         }
     });
 }
+
+super::also_over_shared_memory!(
+    every_operation_on_every_world_has_the_bits_of_the_reference,
+    lanes_have_the_same_bits_on_any_number_of_ranks,
+    a_negative_zero_and_nan_survive,
+    bytes_of_different_lengths_reach_every_rank_and_too_many_are_refused,
+    two_ranks_may_send_much_to_each_other_at_the_same_time,
+    a_long_random_script_stays_in_step,
+);

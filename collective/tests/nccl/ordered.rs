@@ -2,8 +2,10 @@
 
 use collective::nccl::{DeviceElement, DeviceMemory, DevicePartial, NcclGroup};
 use collective::{
-    Buffer, BufferMut, Communicator, LaneTree, Partial, ReduceOp, TcpCommunicator, chunk_range,
+    Buffer, BufferMut, Communicator, LaneTree, Partial, ProcessGroup, ReduceOp, chunk_range,
 };
+
+use half::{bf16, f16};
 
 use crate::fake::{Counter, Fake};
 use crate::ranks::{groups, options};
@@ -42,20 +44,35 @@ fn bytes(seed: u64, len: usize) -> Vec<u8> {
     noise(seed, len).map(|bits| bits as u8).collect()
 }
 
-pub fn check_all(group: &mut NcclGroup, control: &mut TcpCommunicator) {
+fn words(seed: u64, len: usize) -> Vec<i32> {
+    noise(seed, len).map(|bits| bits as i32).collect()
+}
+
+fn brains(seed: u64, len: usize) -> Vec<bf16> {
+    floats(seed, len).into_iter().map(bf16::from_f32).collect()
+}
+
+fn halves(seed: u64, len: usize) -> Vec<f16> {
+    floats(seed, len).into_iter().map(|value| f16::from_f32(value / 1e4)).collect()
+}
+
+pub fn check_all(group: &mut NcclGroup, control: &mut ProcessGroup) {
     let tree = LaneTree::new(8);
     for len in LENGTHS {
         check(group, control, len, &floats, true);
         check(group, control, len, &doubles, true);
         check(group, control, len, &integers, false);
         check(group, control, len, &bytes, false);
+        check(group, control, len, &words, false);
+        check(group, control, len, &brains, true);
+        check(group, control, len, &halves, true);
         check_lanes(group, control, &tree, len);
     }
 }
 
 fn check<T: Copy + PartialEq + Default + 'static>(
     group: &mut NcclGroup,
-    control: &mut TcpCommunicator,
+    control: &mut ProcessGroup,
     len: usize,
     data: &dyn Fn(u64, usize) -> Vec<T>,
     divides: bool,
@@ -99,7 +116,7 @@ fn check<T: Copy + PartialEq + Default + 'static>(
     }
 }
 
-fn check_lanes(group: &mut NcclGroup, control: &mut TcpCommunicator, tree: &LaneTree, len: usize) {
+fn check_lanes(group: &mut NcclGroup, control: &mut ProcessGroup, tree: &LaneTree, len: usize) {
     let (rank, world) = (group.rank().0, group.world_size());
     let nodes = tree.owned_subtrees(tree.lanes_of(rank, world));
     let data: Vec<Vec<f32>> = nodes.iter().map(|n| floats(u64::from(n.start) + 9, len)).collect();

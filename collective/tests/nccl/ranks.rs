@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use api::{Generation, Rank, Secret};
 use collective::nccl::{Device, Libraries, NcclGroup, NcclOptions};
-use collective::{GroupOptions, Listener, TcpCommunicator};
+use collective::{GroupOptions, Listener, ProcessGroup, Reduction, Transport};
 
 /// Far beyond what any test needs on a loaded machine; a test that reaches it hangs.
 pub const HANG: Duration = Duration::from_secs(120);
@@ -24,7 +24,7 @@ pub fn options(group: &str) -> NcclOptions {
 /// Runs one thread per rank, each with a CPU group; the results by rank.
 pub fn ranks<R: Send + 'static>(
     world: u32,
-    body: impl Fn(u32, TcpCommunicator) -> R + Clone + Send + 'static,
+    body: impl Fn(u32, ProcessGroup) -> R + Clone + Send + 'static,
 ) -> Vec<R> {
     let bind = |_| Listener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
     let listeners: Vec<Listener> = (0..world).map(bind).collect();
@@ -41,6 +41,9 @@ pub fn ranks<R: Send + 'static>(
                 world_size: world,
                 secret: Secret::new("correct horse battery staple"),
                 connect_timeout: HANG,
+                reduction: Reduction::Deterministic,
+                transport: Transport::Tcp,
+                host: None,
             };
             let control = listener.connect(options, &peers).unwrap();
             // The receiver is gone only if the test has failed.
@@ -61,7 +64,7 @@ pub fn groups<R: Send + 'static>(
     libraries: &Libraries,
     (world, gpus): (u32, u32),
     options: &NcclOptions,
-    body: impl Fn(NcclGroup, &mut TcpCommunicator) -> R + Clone + Send + 'static,
+    body: impl Fn(NcclGroup, &mut ProcessGroup) -> R + Clone + Send + 'static,
 ) -> Vec<R> {
     let (libraries, options) = (libraries.clone(), options.clone());
     ranks(world, move |rank, mut control| {

@@ -29,6 +29,7 @@ mod workers;
 
 pub use decision::{Decision, Effect, Input, LeaderOptions, Millis, Refusal, SessionId};
 pub use reason::Reason;
+pub use workers::TaskPlace;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;

@@ -9,13 +9,14 @@
 #![forbid(unsafe_code)]
 #![warn(clippy::disallowed_methods)]
 
+pub mod flight;
 pub mod leader;
 pub mod records;
 pub mod retention;
 pub mod transaction;
 
 pub use leader::{
-    Decision, Effect, Input, Leader, LeaderOptions, Millis, Reason, Refusal, SessionId,
+    Decision, Effect, Input, Leader, LeaderOptions, Millis, Reason, Refusal, SessionId, TaskPlace,
 };
 pub use records::{Outcome, RecordError, Records, Versioned};
 pub use retention::Retention;

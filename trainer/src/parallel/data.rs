@@ -33,6 +33,11 @@ impl Lanes {
         }
     }
 
+    /// The fixed tree over all lanes.
+    pub fn tree(&self) -> &LaneTree {
+        &self.tree
+    }
+
     /// The lanes this rank owns.
     pub fn own(&self) -> Range<u32> {
         self.own.clone()

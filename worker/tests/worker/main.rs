@@ -3,6 +3,7 @@
 //!
 //! Nothing here sleeps to synchronise: every wait is for an event, under a generous guard.
 
+mod flights;
 mod harness;
 mod restarts;
 mod sessions;

@@ -51,7 +51,9 @@ impl Leader {
                 true
             }
             // The lease was renewed already; logs stay with the shell; a second hello is a mistake.
-            WorkerMessage::Heartbeat | WorkerMessage::Logs { .. } => false,
+            WorkerMessage::Heartbeat
+            | WorkerMessage::Logs { .. }
+            | WorkerMessage::Flight { .. } => false,
             WorkerMessage::Hello(_) => {
                 draft.because(Reason::Remark(format!("`{worker}` said hello twice")));
                 false
@@ -169,7 +171,8 @@ impl Leader {
             }
             RankReport::Checkpoint(fact) => self.checkpoint(draft, records, now, task, fact),
             RankReport::Finished(fact) => self.finished(draft, now, task, fact),
-            RankReport::Step(_) | RankReport::Evaluation(_) => {}
+            // A flight log stays with the worker.
+            RankReport::Step(_) | RankReport::Evaluation(_) | RankReport::Flight { .. } => {}
         }
     }
 

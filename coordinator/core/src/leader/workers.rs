@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use api::ids::{Name, TaskId};
+use api::ids::{Generation, Name, Rank, TaskId};
 use api::records::{KIND_JOB, WorkerView};
 use api::session::{CoordinatorMessage, ExitCause, RankOrder, TaskView, WorkerHello};
 
@@ -75,6 +75,19 @@ impl Task {
             ..known
         }
     }
+}
+
+/// Where a task runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TaskPlace {
+    /// The rank or replica.
+    pub rank: Rank,
+    /// Its worker.
+    pub worker: Name,
+    /// The worker's host.
+    pub host: String,
+    /// The worker's session, while there is one.
+    pub session: Option<SessionId>,
 }
 
 /// A worker that this leader has heard of.
@@ -356,11 +369,28 @@ impl Leader {
     }
 
     /// Whether a rank of the current gang is known to have ended.
-    pub(super) fn has_ended(&self, workload: &Workload, rank: api::Rank) -> bool {
+    pub(super) fn has_ended(&self, workload: &Workload, rank: Rank) -> bool {
         let gang = self.gangs.get(workload.name());
         let gang = gang.filter(|gang| gang.generation == workload.generation());
         workload.completed().contains(&rank)
             || gang.is_some_and(|gang| gang.exit_of(rank).is_some())
+    }
+
+    /// Where the tasks of one generation of a workload run, by rank.
+    pub fn places(&self, workload: &Name, generation: Generation) -> Vec<TaskPlace> {
+        let mut places = Vec::new();
+        for (name, worker) in &self.workers {
+            let own = worker.tasks.keys();
+            let own = own.filter(|t| t.workload == *workload && t.generation == generation);
+            places.extend(own.map(|task| TaskPlace {
+                rank: task.rank,
+                worker: name.clone(),
+                host: worker.host.clone(),
+                session: worker.session,
+            }));
+        }
+        places.sort_by_key(|place| place.rank);
+        places
     }
 
     /// The workers as the leader sees them, by name.
@@ -383,7 +413,7 @@ impl Leader {
     }
 }
 
-pub(super) fn task_id(workload: &Workload, rank: api::Rank) -> TaskId {
+pub(super) fn task_id(workload: &Workload, rank: Rank) -> TaskId {
     TaskId { workload: workload.name().clone(), generation: workload.generation(), rank }
 }
 

@@ -1,27 +1,16 @@
-//! `cluster bench`: figures anyone can make again on their own machine.
-
-use std::path::Path;
+//! `cluster bench train`: the step time and throughput of a job file on this machine.
 
 use api::config::ClusterConfig;
 use api::events::{JobEvent, StepMetrics};
 use serde::Serialize;
 use tokio_stream::StreamExt;
 
-use super::submit::load_job;
-use crate::args::{BenchCommand, Global};
+use crate::args::{BenchTrain, Global};
+use crate::commands::submit::load_job;
 use crate::embedded::{Embedded, EmbeddedOptions};
 use crate::error::{CliError, Result};
 use crate::follow::outcome;
 use crate::output;
-
-/// Runs a benchmark.
-pub async fn run(global: &Global, command: BenchCommand) -> Result<()> {
-    match command {
-        BenchCommand::Train { job, steps, warmup, overrides } => {
-            train(global, &job, steps, warmup, overrides).await
-        }
-    }
-}
 
 /// What `cluster bench train` measured. Times in seconds.
 #[derive(Debug, Serialize)]
@@ -45,13 +34,9 @@ struct TrainReport {
     fingerprint: String,
 }
 
-async fn train(
-    global: &Global,
-    job: &Path,
-    steps: u64,
-    warmup: u64,
-    mut overrides: Vec<String>,
-) -> Result<()> {
+/// Runs the job for a few steps and prints what they took.
+pub async fn run(global: &Global, args: BenchTrain) -> Result<()> {
+    let BenchTrain { job, steps, warmup, mut overrides } = args;
     if steps == 0 {
         return Err(CliError::usage("--steps 0: expected at least 1"));
     }
@@ -62,7 +47,7 @@ async fn train(
         "checkpoint.every_steps=0".into(),
         "evaluate.every_steps=0".into(),
     ]);
-    let mut spec = load_job(job, &overrides)?;
+    let mut spec = load_job(&job, &overrides)?;
     // Only steps are measured; validation at the end would be waited for and thrown away.
     spec.channels.remove("validation");
     let folder = std::env::temp_dir().join(format!("cohort-bench-{}", std::process::id()));

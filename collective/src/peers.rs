@@ -7,6 +7,7 @@ use api::{Generation, Rank};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::ops::Range;
+use std::time::Duration;
 
 use crate::abort::AbortHandle;
 use crate::call::CallSite;
@@ -47,9 +48,81 @@ impl Scratch {
     }
 }
 
+/// What a rank sends to each rank and receives from each, itself included; none where it exchanges
+/// nothing.
+#[derive(Debug)]
+pub(crate) struct Parts<'a> {
+    pub send: Vec<Option<&'a [u8]>>,
+    pub receive: Vec<Option<&'a mut [u8]>>,
+}
+
+impl<'a> Parts<'a> {
+    /// Consecutive parts of two buffers, one per rank.
+    pub(crate) fn tiling<T: Element>(
+        peers: &Peers,
+        mut input: &'a [T],
+        send: &[usize],
+        mut output: &'a mut [T],
+        receive: &[usize],
+    ) -> Self {
+        let mut parts = Self::none(peers);
+        for (rank, (out, back)) in send.iter().zip(receive).enumerate() {
+            let (head, tail) = input.split_at(*out);
+            input = tail;
+            parts.send[rank] = Some(bytemuck::cast_slice(head));
+            let (head, tail) = std::mem::take(&mut output).split_at_mut(*back);
+            output = tail;
+            parts.receive[rank] = Some(bytemuck::cast_slice_mut(head));
+        }
+        parts
+    }
+
+    /// Everyone's input to the root.
+    pub(crate) fn gathering<T: Element>(
+        peers: &Peers,
+        input: &'a [T],
+        output: Option<&'a mut [T]>,
+        root: u32,
+    ) -> Self {
+        let mut parts = Self::none(peers);
+        parts.send[root as usize] = Some(bytemuck::cast_slice(input));
+        if let Some(mut rest) = output {
+            for receive in &mut parts.receive {
+                let (head, tail) = std::mem::take(&mut rest).split_at_mut(input.len());
+                rest = tail;
+                *receive = Some(bytemuck::cast_slice_mut(head));
+            }
+        }
+        parts
+    }
+
+    /// A part of the root's input to everyone.
+    pub(crate) fn scattering<T: Element>(
+        peers: &Peers,
+        input: Option<&'a [T]>,
+        output: &'a mut [T],
+        root: u32,
+    ) -> Self {
+        let mut parts = Self::none(peers);
+        if let Some(input) = input {
+            for (rank, send) in parts.send.iter_mut().enumerate() {
+                let part = &input[rank * output.len()..(rank + 1) * output.len()];
+                *send = Some(bytemuck::cast_slice(part));
+            }
+        }
+        parts.receive[root as usize] = Some(bytemuck::cast_slice_mut(output));
+        parts
+    }
+
+    fn none(peers: &Peers) -> Self {
+        let world = peers.world as usize;
+        Self { send: vec![None; world], receive: (0..world).map(|_| None).collect() }
+    }
+}
+
 /// All connections of a rank.
 #[derive(Debug)]
-pub(crate) struct Mesh {
+pub(crate) struct Peers {
     pub rank: u32,
     pub world: u32,
     pub generation: Generation,
@@ -63,7 +136,7 @@ pub(crate) struct Mesh {
     reduced: Scratch,
 }
 
-impl Mesh {
+impl Peers {
     pub(crate) fn new(
         rank: u32,
         generation: Generation,
@@ -248,6 +321,41 @@ impl Mesh {
         if direct { Ok(()) } else { self.gather(site, 1, buffer, Some(root)) }
     }
 
+    /// Every rank's chunk of `output` to all.
+    pub(crate) fn all_gather<T: Element>(
+        &mut self,
+        site: CallSite,
+        output: &mut [T],
+    ) -> Result<(), CollectiveError> {
+        self.gather(site, 0, output, None)
+    }
+
+    /// Returns when every rank is here.
+    pub(crate) fn barrier(&mut self, site: CallSite) -> Result<(), CollectiveError> {
+        self.gather_bytes(site, &[], 0).map(|_| ())
+    }
+
+    /// One part to and one from each rank, as far as there are any.
+    pub(crate) fn exchange_parts(
+        &mut self,
+        site: CallSite,
+        parts: Parts<'_>,
+    ) -> Result<(), CollectiveError> {
+        let own = self.rank as usize;
+        let mut transfers = self.transfers();
+        for (rank, (send, receive)) in parts.send.into_iter().zip(parts.receive).enumerate() {
+            if rank == own {
+                if let (Some(send), Some(receive)) = (send, receive) {
+                    receive.copy_from_slice(send);
+                }
+                continue;
+            }
+            transfers[rank].send = send.map(|part| vec![part]);
+            transfers[rank].receive = receive.map(Sink::Exact);
+        }
+        Exchange::run(self, site, 0, transfers)
+    }
+
     /// One frame to one rank.
     pub(crate) fn send(
         &mut self,
@@ -290,6 +398,16 @@ impl Mesh {
         }
         Exchange::run(self, site, 0, transfers)?;
         Ok(all)
+    }
+
+    /// Looks once for trouble, while this rank waits for a peer elsewhere.
+    pub(crate) fn glance(
+        &mut self,
+        site: CallSite,
+        waits_for: usize,
+        waited: Duration,
+    ) -> Result<(), CollectiveError> {
+        Exchange::glance(self, site, waits_for, waited)
     }
 
     /// Most bytes of one rank in `gather_bytes`.

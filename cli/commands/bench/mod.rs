@@ -1,0 +1,29 @@
+//! `cluster bench`: figures anyone can make again on their own machine.
+
+mod buffers;
+mod collective;
+mod cost;
+mod exchange;
+mod floor;
+mod gang;
+mod plan;
+mod progress;
+mod protocol;
+mod rank;
+mod samples;
+mod train;
+mod tune;
+
+pub use rank::run_rank;
+
+use crate::args::{BenchCommand, Global};
+use crate::error::Result;
+
+/// Runs a benchmark.
+pub async fn run(global: &Global, command: BenchCommand) -> Result<()> {
+    match command {
+        BenchCommand::Train(args) => train::run(global, args).await,
+        // Blocks the main thread, which nothing else needs; the ranks die when this thread ends.
+        BenchCommand::Collective(args) => collective::run(global, &args),
+    }
+}
