@@ -3,7 +3,7 @@
 //! An abort sets the reason, wakes every `poll` of the group through a socket pair that is never
 //! drained, tells the peers, and shuts the connections down. The first reason is kept.
 
-use std::io::Write;
+use std::io::{IoSlice, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -13,7 +13,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::connect::Connection;
 use crate::error::CollectiveError;
 use crate::frame::{FrameCodec, last_words};
-use crate::link::say;
 
 /// Characters of a reason that are kept: it travels in errors and logs.
 const REASON_CHARS_MAX: usize = 1000;
@@ -68,12 +67,12 @@ impl AbortHandle {
             last_words(&codec, None, &text)
         });
         for connection in connections.drain(..) {
-            // An error means that the connection is already gone.
             if let Some(words) = &words {
-                let _ = say(&connection.words, words);
+                // An error means that the connection is already gone.
+                let _ = connection.words.write(&[IoSlice::new(words)]);
             }
-            let _ = connection.words.shutdown(Shutdown::Both);
-            let _ = connection.data.shutdown(Shutdown::Both);
+            connection.words.shutdown(Shutdown::Both);
+            connection.data.iter().for_each(|wire| wire.shutdown(Shutdown::Both));
         }
     }
 

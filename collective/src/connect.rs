@@ -1,26 +1,27 @@
 //! Forming the full mesh: each rank connects to the lower ones and accepts the higher ones.
 //!
-//! Each pair has two connections, one per [`Channel`]. One thread polls everything at once. A connection that fails its handshake is closed and told
-//! why; it never fails the group, for anybody can connect to a port. Only what a rank learns about
-//! the addresses it was *given* is final: a lower rank that refuses it or cannot prove itself.
+//! Each pair has a connection per [`Channel`]. One thread polls everything at once. A connection that
+//! fails its handshake is closed and told why; it never fails the group, for anybody can connect to
+//! a port. Only what a rank learns about the addresses it was *given* is final: a lower rank that
+//! refuses it or cannot prove itself.
 
-use std::io::{ErrorKind, Read};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::io::{ErrorKind, IoSlice};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::Rank;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::MsgFlags;
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::abort::AbortHandle;
 use crate::error::CollectiveError;
 use crate::handshake::{
     Channel, ENVELOPE_BYTES, Failure, Identity, Negotiation, Progress, body_bytes, fresh_nonce,
 };
+use crate::tls::{Session, TlsMaterial};
+use crate::wire::Wire;
 
 /// Accepted connections in a handshake at one time; more wait in the kernel's queue.
 const HANDSHAKES_MAX: usize = 64;
@@ -33,7 +34,7 @@ const RETRY_MOST: Duration = Duration::from_millis(500);
 /// Longest wait of one poll where no deadline is nearer (a timeout beyond any clock has none).
 const POLL_MOST: Duration = Duration::from_secs(60);
 
-/// One of the two connections to a rank.
+/// One of the connections to a rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Slot {
     rank: u32,
@@ -41,24 +42,29 @@ struct Slot {
 }
 
 impl Slot {
-    /// Slots in rank order.
-    fn index(self) -> usize {
-        self.rank as usize * Channel::ALL.len() + self.channel as usize
+    /// Slots in rank order, for pairs of that many streams.
+    fn index(self, streams: u8) -> usize {
+        self.rank as usize * channels(streams) + usize::from(self.channel.code())
     }
+}
+
+/// Connections of a pair.
+fn channels(streams: u8) -> usize {
+    1 + usize::from(streams)
 }
 
 /// The connections to a peer, authenticated and non-blocking.
 #[derive(Clone, Debug)]
 pub(crate) struct Connection {
-    /// For frames of calls.
-    pub data: Arc<TcpStream>,
+    /// For frames of calls, the first stream first.
+    pub data: Vec<Wire>,
     /// For why a rank failed.
-    pub words: Arc<TcpStream>,
+    pub words: Wire,
 }
 
 /// A connection in its handshake.
 struct Attempt {
-    stream: TcpStream,
+    wire: Wire,
     from: SocketAddr,
     /// The lower rank that this rank connects to; none if accepted.
     target: Option<Slot>,
@@ -93,10 +99,11 @@ pub(crate) struct Formation<'a> {
     peers: &'a [SocketAddr],
     listener: &'a TcpListener,
     abort: &'a AbortHandle,
+    tls: Option<&'a TlsMaterial>,
     timeout: Duration,
     deadline: Option<Instant>,
     /// By slot.
-    joined: Vec<Option<TcpStream>>,
+    joined: Vec<Option<Wire>>,
     attempts: Vec<Attempt>,
     /// By slot of a lower rank.
     retries: Vec<Retry>,
@@ -111,8 +118,8 @@ impl<'a> Formation<'a> {
         peers: &'a [SocketAddr],
         listener: &'a TcpListener,
         abort: &'a AbortHandle,
+        tls: Option<&'a TlsMaterial>,
         timeout: Duration,
-        deadline: Option<Instant>,
     ) -> Self {
         let retry = Retry { at: Instant::now(), wait: RETRY_FIRST };
         Self {
@@ -120,11 +127,12 @@ impl<'a> Formation<'a> {
             peers,
             listener,
             abort,
+            tls,
             timeout,
-            deadline,
-            joined: (0..peers.len() * Channel::ALL.len()).map(|_| None).collect(),
+            deadline: Instant::now().checked_add(timeout),
+            joined: (0..peers.len() * channels(identity.streams)).map(|_| None).collect(),
             attempts: Vec::new(),
-            retries: vec![retry; identity.rank as usize * Channel::ALL.len()],
+            retries: vec![retry; identity.rank as usize * channels(identity.streams)],
             heard: vec![None; peers.len()],
             refused: 0,
         }
@@ -154,13 +162,13 @@ impl<'a> Formation<'a> {
         match self.abort.raised() {
             Some(aborted) => Err(aborted),
             None => {
-                let mut streams = self.joined.into_iter();
-                let mut pair = || Some((streams.next()?, streams.next()?));
-                Ok(std::iter::from_fn(&mut pair)
-                    .map(|(data, words)| {
-                        Some(Connection { data: Arc::new(data?), words: Arc::new(words?) })
-                    })
-                    .collect())
+                let per_peer = channels(self.identity.streams);
+                let of_peer = |wires: &mut [Option<Wire>]| {
+                    let (words, data) = wires.split_first_mut()?;
+                    let data = data.iter_mut().map(Option::take).collect::<Option<Vec<_>>>()?;
+                    Some(Connection { data, words: words.take()? })
+                };
+                Ok(self.joined.chunks_exact_mut(per_peer).map(of_peer).collect())
             }
         }
     }
@@ -168,7 +176,7 @@ impl<'a> Formation<'a> {
     fn missing(&self) -> impl Iterator<Item = usize> {
         let own = self.identity.rank as usize;
         self.joined
-            .chunks_exact(Channel::ALL.len())
+            .chunks_exact(channels(self.identity.streams))
             .enumerate()
             .filter(move |(rank, streams)| *rank != own && streams.iter().any(Option::is_none))
             .map(|(rank, _)| rank)
@@ -207,14 +215,14 @@ impl<'a> Formation<'a> {
     /// Begins the connections whose time has come.
     fn connect_due(&mut self, now: Instant) -> Result<(), CollectiveError> {
         for rank in 0..self.identity.rank {
-            for channel in Channel::ALL {
+            for channel in Channel::all(self.identity.streams) {
                 let slot = Slot { rank, channel };
                 let busy = self.attempts.iter().any(|attempt| attempt.target == Some(slot));
-                let index = slot.index();
+                let index = slot.index(self.identity.streams);
                 if busy || self.joined[index].is_some() || self.retries[index].at > now {
                     continue;
                 }
-                match begin(self.identity, slot, self.peers[rank as usize])? {
+                match begin(self.identity, self.tls, slot, self.peers[rank as usize])? {
                     Ok(attempt) => self.attempts.push(attempt),
                     Err(cause) => self.retry(slot, cause),
                 }
@@ -224,7 +232,7 @@ impl<'a> Formation<'a> {
     }
 
     fn retry(&mut self, slot: Slot, cause: String) {
-        let retry = &mut self.retries[slot.index()];
+        let retry = &mut self.retries[slot.index(self.identity.streams)];
         retry.at = Instant::now() + retry.wait;
         retry.wait = (retry.wait * 2).min(RETRY_MOST);
         self.heard[slot.rank as usize] = Some(cause);
@@ -237,9 +245,11 @@ impl<'a> Formation<'a> {
         let listening = if accepting { PollFlags::POLLIN } else { PollFlags::empty() };
         descriptors.push(PollFd::new(self.listener.as_fd(), listening));
         for attempt in &self.attempts {
-            let writes = attempt.connecting || !attempt.outbox.is_empty();
-            let flags = if writes { PollFlags::POLLOUT } else { PollFlags::POLLIN };
-            descriptors.push(PollFd::new(attempt.stream.as_fd(), flags));
+            let mut flags = PollFlags::empty();
+            // Encrypted, the one may need the other.
+            flags.set(PollFlags::POLLIN, !attempt.connecting);
+            flags.set(PollFlags::POLLOUT, attempt.connecting || attempt.is_writing());
+            descriptors.push(PollFd::new(attempt.wire.descriptor(), flags));
         }
         let due = (self.retries.iter().zip(&self.joined))
             .filter(|(retry, joined)| joined.is_none() && retry.at > now)
@@ -273,12 +283,16 @@ impl<'a> Formation<'a> {
                 Err(error) if is_connection_error(&error) => continue,
                 Err(error) => return Err(CollectiveError::socket("accept a peer", error)),
             };
-            if let Err(error) = stream.set_nonblocking(true) {
-                tracing::warn!(%from, %error, "cannot use an accepted connection");
-                continue;
-            }
+            let session = self.tls.map(Session::accepting).transpose();
+            let wire = match stream.set_nonblocking(true).and(session) {
+                Ok(session) => Wire::new(stream, session),
+                Err(error) => {
+                    tracing::warn!(%from, %error, "cannot use an accepted connection");
+                    continue;
+                }
+            };
             self.attempts.push(Attempt {
-                stream,
+                wire,
                 from,
                 target: None,
                 negotiation: Negotiation::accept(nonce()?),
@@ -303,7 +317,7 @@ impl<'a> Formation<'a> {
             (Standing::Pending, _) => Ok(()),
             (Standing::Joined(slot), _) => {
                 // A higher rank that comes again has lost its first connection: the newest counts.
-                self.joined[slot.index()] = Some(attempt.stream);
+                self.joined[slot.index(self.identity.streams)] = Some(attempt.wire);
                 Ok(())
             }
             (Standing::Broken(cause), Some(target)) => {
@@ -361,6 +375,7 @@ impl<'a> Formation<'a> {
 /// Begins to connect to a lower rank; the inner error is a reason to try again.
 fn begin(
     identity: &Identity,
+    tls: Option<&TlsMaterial>,
     slot: Slot,
     address: SocketAddr,
 ) -> Result<Result<Attempt, String>, CollectiveError> {
@@ -374,8 +389,9 @@ fn begin(
         Err(error) if error.raw_os_error() == Some(Errno::EINPROGRESS as i32) => true,
         Err(error) => return Ok(Err(error.to_string())),
     };
+    let session = tls.map(Session::connecting).transpose().map_err(failed)?;
     Ok(Ok(Attempt {
-        stream: socket.into(),
+        wire: Wire::new(socket.into(), session),
         from: address,
         target: Some(slot),
         negotiation,
@@ -403,9 +419,10 @@ impl Attempt {
     /// Goes on as far as the socket lets it.
     fn advance(&mut self, identity: &Identity) -> Standing {
         if self.connecting {
-            match self.stream.take_error() {
+            let socket = self.wire.socket();
+            match socket.take_error() {
                 // A connection to a free port of this host can meet itself.
-                Ok(None) if self.stream.local_addr().is_ok_and(|own| own == self.from) => {
+                Ok(None) if socket.local_addr().is_ok_and(|own| own == self.from) => {
                     return Standing::Broken("nobody listens there".to_owned());
                 }
                 Ok(None) => self.connecting = false,
@@ -414,12 +431,15 @@ impl Attempt {
         }
         loop {
             match self.flush() {
-                Ok(true) => {}
-                Ok(false) => return Standing::Pending,
-                Err(error) => return Standing::Broken(error.to_string()),
-            }
-            if let Some(slot) = self.joined {
-                return Standing::Joined(slot);
+                Ok(true) => {
+                    if let Some(slot) = self.joined {
+                        return Standing::Joined(slot);
+                    }
+                }
+                // An encrypted connection may have to read before it can write.
+                Ok(false) if self.joined.is_some() => return Standing::Pending,
+                Ok(false) => {}
+                Err(error) => return broken(&error),
             }
             let (kind, body) = match self.read_message() {
                 Ok(Some(message)) => message,
@@ -442,18 +462,21 @@ impl Attempt {
         }
     }
 
+    /// Something is still to be written.
+    fn is_writing(&self) -> bool {
+        !self.outbox.is_empty() || self.wire.has_unwritten()
+    }
+
     /// Writes what is due; whether all is written.
     fn flush(&mut self) -> std::io::Result<bool> {
+        self.wire.flush()?;
         while !self.outbox.is_empty() {
-            let flags = MsgFlags::MSG_NOSIGNAL.bits();
-            match SockRef::from(&self.stream).send_with_flags(&self.outbox, flags) {
-                Ok(written) => drop(self.outbox.drain(..written)),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            match self.wire.write(&[IoSlice::new(&self.outbox)])? {
+                0 => return Ok(false),
+                written => drop(self.outbox.drain(..written)),
             }
         }
-        Ok(true)
+        Ok(!self.wire.has_unwritten())
     }
 
     /// Reads one message and not a byte more: frames may follow the last.
@@ -476,19 +499,26 @@ impl Attempt {
             }
             let filled = self.inbox.len();
             self.inbox.resize(need, 0);
-            let result = self.stream.read(&mut self.inbox[filled..]);
-            let read = *result.as_ref().unwrap_or(&0);
+            let result = self.wire.read(&mut self.inbox[filled..]);
+            let read = result.as_ref().ok().copied().flatten().unwrap_or(0);
             self.inbox.truncate(filled + read);
             match result {
-                Ok(0) => {
+                Ok(None) => return Ok(None),
+                Ok(Some(0)) => {
                     let cause = "it closed the connection during the handshake";
                     return Err(Standing::Broken(cause.to_owned()));
                 }
-                Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(Standing::Broken(error.to_string())),
+                Ok(Some(_)) => {}
+                Err(error) => return Err(broken(&error)),
             }
         }
+    }
+}
+
+/// What an error of a connection means: certificates that do not fit will not fit the next time.
+fn broken(error: &std::io::Error) -> Standing {
+    match error.kind() {
+        ErrorKind::InvalidData => Standing::Failed(Failure::Refused(error.to_string())),
+        _ => Standing::Broken(error.to_string()),
     }
 }

@@ -1,7 +1,7 @@
 //! The 64-byte header in front of everything that ranks send, and what may follow it.
 //!
 //! ```text
-//!  0 magic  4 version  5 kind  6 phase  7 zero   8 generation  16 group  24 call number
+//!  0 magic  4 version  5 kind  6 phase          8 generation  16 group  24 call number
 //! 32 call (operation, element, reduction, zero, detail, count)   48 payload bytes   56 checksum
 //! ```
 //! Little-endian. The payload is the elements' memory. Nothing is allocated from a length before
@@ -20,7 +20,7 @@ pub(crate) const DATA_BYTES_MAX: u64 = 1 << 40;
 /// Most bytes that follow a control frame: an error's text and a call.
 pub(crate) const CONTROL_BYTES_MAX: usize = 1024;
 const MAGIC: [u8; 4] = *b"CHRT";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// What a frame is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +36,8 @@ pub(crate) enum FrameKind {
     Waiting = 4,
     /// The sender leaves the group; no frame follows.
     Leave = 5,
+    /// A part of the elements of a call, on a stream that is not the first.
+    Stripe = 6,
 }
 
 /// A decoded header.
@@ -43,7 +45,7 @@ pub(crate) enum FrameKind {
 pub(crate) struct Header {
     pub kind: FrameKind,
     /// Which exchange of the call.
-    pub phase: u8,
+    pub phase: u16,
     pub site: CallSite,
     pub payload: u64,
 }
@@ -75,6 +77,8 @@ pub(crate) enum FrameError {
     Kind(u8),
     #[error("the header names no known call")]
     Call,
+    #[error("a part of a payload came that does not belong to the frame on the first stream")]
+    Stripe,
     #[error("a payload of {found} bytes was announced, at most {most} are allowed")]
     Payload { found: u64, most: u64 },
 }
@@ -107,7 +111,7 @@ impl FrameCodec {
         bytes[0..4].copy_from_slice(&MAGIC);
         bytes[4] = VERSION;
         bytes[5] = header.kind as u8;
-        bytes[6] = header.phase;
+        bytes[6..8].copy_from_slice(&header.phase.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.generation.0.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.group.to_le_bytes());
         bytes[24..32].copy_from_slice(&header.site.number.to_le_bytes());
@@ -119,7 +123,7 @@ impl FrameCodec {
     }
 
     pub(crate) fn decode(&self, bytes: &[u8; HEADER_BYTES]) -> Result<Header, FrameError> {
-        let [a, b, c, d, version, kind, phase, ..] = *bytes;
+        let [a, b, c, d, version, kind, phase_low, phase_high, ..] = *bytes;
         if [a, b, c, d] != MAGIC {
             return Err(FrameError::Magic { found: [a, b, c, d] });
         }
@@ -143,6 +147,7 @@ impl FrameCodec {
             FrameKind::Failed,
             FrameKind::Waiting,
             FrameKind::Leave,
+            FrameKind::Stripe,
         ]
         .into_iter()
         .find(|known| *known as u8 == kind)
@@ -151,11 +156,15 @@ impl FrameCodec {
         call.copy_from_slice(&bytes[32..48]);
         let call = Call::decode(&call).ok_or(FrameError::Call)?;
         let payload = number_at(bytes, 48);
-        let most = if kind == FrameKind::Data { DATA_BYTES_MAX } else { CONTROL_BYTES_MAX as u64 };
+        let most = match kind {
+            FrameKind::Data | FrameKind::Stripe => DATA_BYTES_MAX,
+            _ => CONTROL_BYTES_MAX as u64,
+        };
         if payload > most {
             return Err(FrameError::Payload { found: payload, most });
         }
         let site = CallSite { call, number: number_at(bytes, 24) };
+        let phase = u16::from_le_bytes([phase_low, phase_high]);
         Ok(Header { kind, phase, site, payload })
     }
 

@@ -21,6 +21,7 @@ use crate::flight::FlightRecorder;
 use crate::lane_tree::LaneTree;
 use crate::listener::Listener;
 use crate::peers::{Parts, Peers};
+use crate::selection::Selection;
 use crate::shared::Shared;
 
 /// A process group on this host's shared memory and over TCP, made by [`Listener::connect`].
@@ -99,6 +100,21 @@ impl ProcessGroup {
         }
     }
 
+    /// Chooses algorithms by another table from now on; called by all ranks, with the same table.
+    ///
+    /// # Errors
+    /// [`CollectiveError::InvalidOptions`] on all ranks, naming the first that brings another table.
+    pub fn set_selection(&mut self, selection: Selection) -> Outcome<()> {
+        let all = self.gather_bytes(&selection.digest().to_le_bytes())?;
+        if let Some(other) = all.iter().position(|theirs| *theirs != all[0]) {
+            let message = format!("r{other} brings another selection table than r0");
+            let group = self.options.group.clone();
+            return Err(CollectiveError::InvalidOptions { group, message });
+        }
+        self.core.peers.set_selection(selection);
+        Ok(())
+    }
+
     /// Numbers a collective and runs it.
     fn collective<R>(
         &mut self,
@@ -169,7 +185,8 @@ impl ProcessGroup {
                 group.ranks
             ));
         }
-        Ok((Listener::bind(self.address)?, place as u32))
+        let listener = Listener::bind(self.address)?.with_tcp(self.core.peers.tcp.clone());
+        Ok((listener, place as u32))
     }
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! connector (higher rank)                       acceptor (lower rank)
 //!   hello: generation, group, world, ranks,
-//!          channel, nonce                           →
+//!          channel, streams, table, nonce           →
 //!                                                   ←  challenge: nonce, proof
 //!   proof                                           →
 //!                                                   ←  welcome
@@ -11,8 +11,8 @@
 //! A proof is HMAC-SHA256 under the generation's secret over who proves, the job, the group, the
 //! generation, the world size, both ranks, the channel and both nonces: it cannot be replayed, reflected or moved
 //! to another pair. Proofs are compared in constant time. Either side may answer `refused: reason`.
-//! Pure: no sockets and no clock here. The frames that follow are not encrypted; a group that
-//! leaves the host belongs on a private network.
+//! Pure: no sockets and no clock here. With certificates all of it goes through an encrypted
+//! connection (see `tls`); without, a group that leaves the host belongs on a private network.
 
 use std::io::Read;
 
@@ -22,13 +22,14 @@ use sha2::Sha256;
 
 use crate::communicator::GroupOptions;
 use crate::frame::group_number;
+use crate::tcp_options::TcpOptions;
 
 /// Bytes in front of a message: magic, version, kind, length.
 pub(crate) const ENVELOPE_BYTES: usize = 8;
 /// Most bytes of a message's body: a refusal's reason.
 pub(crate) const BODY_BYTES_MAX: usize = 512;
 const MAGIC: [u8; 4] = *b"CHHS";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const NONCE_BYTES: usize = 32;
 const PROOF_BYTES: usize = 32;
 
@@ -42,14 +43,20 @@ pub(crate) struct Identity {
     pub world: u32,
     pub generation: Generation,
     pub group: u64,
+    /// Connections for frames to each peer.
+    pub streams: u8,
+    /// The digest of the table of algorithms.
+    selection: u64,
     job: String,
     group_name: String,
     secret: Secret,
 }
 
 impl Identity {
-    pub(crate) fn new(options: &GroupOptions) -> Self {
+    pub(crate) fn new(options: &GroupOptions, tcp: &TcpOptions) -> Self {
         Self {
+            streams: tcp.streams as u8,
+            selection: tcp.selection.digest(),
             rank: options.rank.0,
             world: options.world_size,
             generation: options.generation,
@@ -77,7 +84,7 @@ impl Identity {
         for number in [self.world, pair.connector, pair.acceptor] {
             mac.update(&number.to_le_bytes());
         }
-        mac.update(&[pair.channel as u8]);
+        mac.update(&[pair.channel.code()]);
         mac.update(&pair.connector_nonce);
         mac.update(&pair.acceptor_nonce);
         mac
@@ -98,21 +105,35 @@ enum Side {
     Acceptor,
 }
 
-/// Which of the two connections of a pair.
+/// Which of the connections of a pair.
 ///
 /// A frame of elements may be half written when a rank fails, so that no word fits behind it. Its
 /// last words have a connection of their own: a peer that breaks off without any died by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
 pub(crate) enum Channel {
-    /// Frames of calls.
-    Data = 0,
     /// Why a rank failed.
-    Words = 1,
+    Words,
+    /// Frames of calls; the number of the stream.
+    Data(u8),
 }
 
 impl Channel {
-    pub(crate) const ALL: [Self; 2] = [Self::Data, Self::Words];
+    /// Every channel of a pair with that many streams, in the order of their codes.
+    pub(crate) fn all(streams: u8) -> impl Iterator<Item = Self> {
+        std::iter::once(Self::Words).chain((0..streams).map(Self::Data))
+    }
+
+    /// Its number on the wire, and among the channels of a pair.
+    pub(crate) fn code(self) -> u8 {
+        match self {
+            Self::Words => 0,
+            Self::Data(stream) => stream.saturating_add(1),
+        }
+    }
+
+    fn from_code(code: u8) -> Self {
+        code.checked_sub(1).map_or(Self::Words, Self::Data)
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -140,6 +161,8 @@ struct Hello {
     from: u32,
     to: u32,
     channel: Channel,
+    streams: u8,
+    selection: u64,
     nonce: Nonce,
 }
 
@@ -172,7 +195,8 @@ impl Message {
                 for number in [hello.world, hello.from, hello.to] {
                     body.extend_from_slice(&number.to_le_bytes());
                 }
-                body.push(hello.channel as u8);
+                body.extend_from_slice(&[hello.channel.code(), hello.streams]);
+                body.extend_from_slice(&hello.selection.to_le_bytes());
                 body.extend_from_slice(&hello.nonce);
                 (1, body)
             }
@@ -199,11 +223,9 @@ impl Message {
                 world: u32::from_le_bytes(fields.take()?),
                 from: u32::from_le_bytes(fields.take()?),
                 to: u32::from_le_bytes(fields.take()?),
-                channel: match fields.take()? {
-                    [0] => Channel::Data,
-                    [1] => Channel::Words,
-                    _ => return None,
-                },
+                channel: Channel::from_code(u8::from_le_bytes(fields.take()?)),
+                streams: u8::from_le_bytes(fields.take()?),
+                selection: u64::from_le_bytes(fields.take()?),
                 nonce: fields.take()?,
             }),
             2 => Self::Challenge { nonce: fields.take()?, proof: fields.take()? },
@@ -224,6 +246,10 @@ impl Message {
 /// The bytes of a message's body, given its envelope; an error if it is no such message.
 pub(crate) fn body_bytes(envelope: &[u8; ENVELOPE_BYTES]) -> Result<usize, String> {
     let [a, b, c, d, version, _, low, high] = *envelope;
+    // The beginning of a TLS record: of its handshake, or an alert.
+    if matches!([a, b], [21 | 22, 3]) {
+        return Err("it encrypts, but this rank has no certificates".to_owned());
+    }
     if [a, b, c, d] != MAGIC {
         return Err("it does not speak the protocol of ranks".to_owned());
     }
@@ -282,6 +308,8 @@ impl Negotiation {
             from: identity.rank,
             to: peer,
             channel,
+            streams: identity.streams,
+            selection: identity.selection,
             nonce,
         });
         let negotiation =
@@ -359,7 +387,7 @@ impl Negotiation {
 
 /// Why a hello does not belong here, in words for the rank that sent it.
 fn object(identity: &Identity, hello: &Hello) -> Option<String> {
-    let Hello { generation, group, world, from, to, .. } = *hello;
+    let Hello { generation, group, world, from, to, channel, streams, selection, .. } = *hello;
     if generation != identity.generation.0 {
         let found = Generation(generation);
         return Some(format!("generation {found}, expected {}", identity.generation));
@@ -378,6 +406,15 @@ fn object(identity: &Identity, hello: &Hello) -> Option<String> {
             "a hello from r{from}, expected a rank above r{} and below {}",
             identity.rank, identity.world
         ));
+    }
+    if streams != identity.streams {
+        return Some(format!("{streams} streams per peer, expected {}", identity.streams));
+    }
+    if channel.code() > streams {
+        return Some(format!("a channel {}, expected at most {streams}", channel.code()));
+    }
+    if selection != identity.selection {
+        return Some("another table of algorithms".to_owned());
     }
     None
 }
@@ -412,7 +449,7 @@ mod tests {
             host: None,
         };
         change(&mut options);
-        Identity::new(&options)
+        Identity::new(&options, &TcpOptions { streams: 2, ..TcpOptions::default() })
     }
 
     fn deliver(to: &mut Negotiation, identity: &Identity, message: &[u8]) -> Progress {
@@ -447,6 +484,30 @@ mod tests {
         let (a, b) = negotiate(&connector, &acceptor, 1);
         assert_eq!(a, Progress::Joined(1, Channel::Words, Vec::new()));
         assert!(matches!(b, Progress::Joined(2, Channel::Words, _)));
+        for channel in Channel::all(8) {
+            assert_eq!(Channel::from_code(channel.code()), channel);
+        }
+    }
+
+    #[test]
+    fn what_the_connections_must_have_in_common_is_compared() {
+        let acceptor = identity(1, |_| ());
+        let mut connector = identity(2, |_| ());
+        connector.streams = 3;
+        let (a, _) = negotiate(&connector, &acceptor, 1);
+        let refused = |progress| match progress {
+            Progress::Failed(Failure::Refused(reason), _) => reason,
+            other => panic!("expected a refusal, found {other:?}"),
+        };
+        assert!(refused(a).contains("3 streams per peer, expected 2"));
+        let mut connector = identity(2, |_| ());
+        connector.selection += 1;
+        let (a, _) = negotiate(&connector, &acceptor, 1);
+        assert!(refused(a).contains("another table of algorithms"));
+        let connector = identity(2, |_| ());
+        let (_, hello) = Negotiation::connect(&connector, 1, Channel::Data(2), [1; 32]);
+        let end = deliver(&mut Negotiation::accept([2; 32]), &acceptor, &hello);
+        assert!(refused(end).contains("a channel 3, expected at most 2"));
     }
 
     #[test]
@@ -480,7 +541,7 @@ mod tests {
 
         // A connector that does not check: the acceptor does, and no proof of its own helps.
         let acceptor = identity(1, |_| ());
-        let (_, hello) = Negotiation::connect(&liar, 1, Channel::Data, [1; 32]);
+        let (_, hello) = Negotiation::connect(&liar, 1, Channel::Data(0), [1; 32]);
         let mut b = Negotiation::accept([2; 32]);
         let Progress::Answer(challenge) = deliver(&mut b, &acceptor, &hello) else {
             panic!("a hello is answered")

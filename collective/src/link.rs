@@ -1,21 +1,27 @@
-//! One authenticated connection to a peer: what has been read of it and what is being written.
+//! The authenticated connections to one peer: what has been read of them and what is being written.
 //!
-//! Not a protocol: it cuts the stream into frames and keeps those that came early; what a frame
+//! Not a protocol: it cuts the streams into frames and keeps those that came early; what a frame
 //! means is decided in `exchange`. Never blocks.
+//!
+//! Frames follow each other on the first stream. The payload of a large one is shared by all
+//! streams (see `stripes`); on each of the others its part has a header of its own, so that a
+//! shifted stream is found.
 
 use std::collections::VecDeque;
-use std::io::{ErrorKind, IoSlice, Read};
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::io::{ErrorKind, IoSlice};
+use std::net::{Shutdown, SocketAddr};
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
 
 use api::Rank;
-use nix::sys::socket::MsgFlags;
-use socket2::SockRef;
 
 use crate::call::CallSite;
 use crate::connect::Connection;
 use crate::frame::{CONTROL_BYTES_MAX, FrameCodec, FrameError, FrameKind, HEADER_BYTES, Header};
+use crate::inbox::Inbox;
+use crate::payload::{Payload, Slices};
+use crate::stripes::Stripes;
+use crate::wire::Wire;
 
 /// Frames read before their call, in bytes per peer: small ones are taken off the stream, so that
 /// what is behind them is compared early; large ones wait in the sockets.
@@ -25,10 +31,10 @@ const AHEAD_BYTES_MAX: usize = 64 << 10;
 const AHEAD_MESSAGE_BYTES_MAX: usize = 256 << 20;
 /// Frames read before their call, in number: bounds the empty ones.
 const AHEAD_FRAMES_MAX: usize = 1024;
-/// Memory ranges handed to the kernel in one call, well below its limit of 1,024.
-const WRITE_SLICES: usize = 64;
-/// Reads or writes of one connection before the others get their turn.
+/// Reads of one stream before the others get their turn.
 pub(crate) const TURNS: usize = 4;
+/// Bytes written to one stream before the others get their turn.
+const WRITE_TURN_BYTES: usize = 1 << 20;
 
 /// Why a connection is of no more use.
 #[derive(Debug)]
@@ -37,6 +43,12 @@ pub(crate) enum LinkError {
     Broken(String),
     /// What came is not a frame of this group.
     Frame(FrameError),
+}
+
+impl From<std::io::Error> for LinkError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Broken(error.to_string())
+    }
 }
 
 /// What came next on the stream.
@@ -65,55 +77,49 @@ pub(crate) enum Words {
     Broken(String),
 }
 
-/// A frame on its way out.
+/// A frame that was read before its call.
 #[derive(Debug)]
-pub(crate) struct Sending<'a> {
+pub(crate) struct Early {
+    pub header: Header,
+    pub payload: Vec<u8>,
+    /// Bytes that its call has taken.
+    pub taken: usize,
+}
+
+/// One of the connections for frames, with how far it is in the frames that come and go.
+#[derive(Debug)]
+struct Stream {
+    wire: Wire,
+    /// Bytes of this stream's part of the front's payload that were read.
+    read: usize,
+    /// The part's own header; unused on the first stream.
+    mark: [u8; HEADER_BYTES],
+    marked: usize,
+    /// The header of what this stream sends.
     header: [u8; HEADER_BYTES],
-    parts: Vec<&'a [u8]>,
-    total: usize,
+    /// Bytes of header and part that were handed to the kernel, and all there are.
     written: usize,
+    total: usize,
+    /// More could go than the kernel took.
+    full: bool,
 }
 
-impl<'a> Sending<'a> {
-    /// A data frame whose payload is the parts, one after another.
-    pub(crate) fn new(codec: &FrameCodec, phase: u8, site: CallSite, parts: Vec<&'a [u8]>) -> Self {
-        let payload: usize = parts.iter().map(|part| part.len()).sum();
-        let header = Header { kind: FrameKind::Data, phase, site, payload: payload as u64 };
-        let header = codec.encode(&header);
-        Self { header, parts, total: HEADER_BYTES + payload, written: 0 }
-    }
-
-    pub(crate) fn is_done(&self) -> bool {
-        self.written == self.total
-    }
-}
-
-#[derive(Debug)]
-struct Control {
-    header: Header,
-    payload: Vec<u8>,
-    filled: usize,
-}
-
-/// A connection.
+/// The connections to a peer.
 #[derive(Debug)]
 pub(crate) struct Link {
     pub rank: Rank,
     pub address: SocketAddr,
-    stream: Arc<TcpStream>,
-    words: Arc<TcpStream>,
+    streams: Vec<Stream>,
+    words: Wire,
     words_in: Vec<u8>,
-    header: [u8; HEADER_BYTES],
-    header_filled: usize,
-    control: Option<Control>,
-    /// A data frame whose header was read and whose payload is (partly) still on the stream.
+    inbox: Inbox,
+    /// A data frame whose header was read and whose payload is (partly) still on the streams.
     pub front: Option<Header>,
-    /// Bytes of the front's payload that were read.
-    pub front_read: usize,
+    stripes: Stripes,
     /// The front's payload where it is read before its call.
     early: Option<Vec<u8>>,
     /// Whole frames read before their call, in order; all of them come before the front.
-    pub ahead: VecDeque<(Header, Vec<u8>)>,
+    pub ahead: VecDeque<Early>,
     ahead_bytes: usize,
     /// The peer said that no frame follows.
     pub left: bool,
@@ -122,7 +128,8 @@ pub(crate) struct Link {
     /// Nothing more will come or go, though what was received may still be read.
     pub hung_up: bool,
     outbox: Vec<u8>,
-    mid_frame: bool,
+    /// A data frame is on its way out; how it is shared by the streams.
+    sending: Option<Stripes>,
     /// Data frames wholly handed to the kernel.
     pub frames_sent: u64,
     /// Data frames of which the header was read.
@@ -135,20 +142,66 @@ pub(crate) struct Link {
     pub waiting: Option<(CallSite, u64)>,
 }
 
+impl Stream {
+    fn new(wire: Wire) -> Self {
+        Self {
+            wire,
+            read: 0,
+            mark: [0; HEADER_BYTES],
+            marked: 0,
+            header: [0; HEADER_BYTES],
+            written: 0,
+            total: 0,
+            full: false,
+        }
+    }
+
+    /// Writes what is ready of this stream's header and part.
+    fn write(
+        &mut self,
+        index: usize,
+        stripes: Stripes,
+        peer: usize,
+        payload: &dyn Payload,
+    ) -> Result<(), LinkError> {
+        self.full = false;
+        let until = self.written + WRITE_TURN_BYTES;
+        while self.written < self.total {
+            let mut slices = Slices::new();
+            let position = self.written.saturating_sub(HEADER_BYTES);
+            if self.written < HEADER_BYTES {
+                slices.push(&self.header[self.written..]);
+            }
+            if HEADER_BYTES + position < self.total {
+                payload.ready(peer, stripes.locate(index, position), &mut slices);
+            }
+            let offered = slices.bytes();
+            if offered == 0 {
+                break;
+            }
+            let written = self.wire.write(slices.as_slice())?;
+            self.written += written;
+            if written < offered || self.written >= until {
+                self.full = self.written < self.total;
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Link {
     /// Takes over authenticated, non-blocking connections.
     pub(crate) fn new(rank: Rank, address: SocketAddr, connection: Connection) -> Self {
         Self {
             rank,
             address,
-            stream: connection.data,
+            streams: connection.data.into_iter().map(Stream::new).collect(),
             words: connection.words,
             words_in: Vec::new(),
-            header: [0; HEADER_BYTES],
-            header_filled: 0,
-            control: None,
+            inbox: Inbox::default(),
             front: None,
-            front_read: 0,
+            stripes: Stripes::default(),
             early: None,
             ahead: VecDeque::new(),
             ahead_bytes: 0,
@@ -156,7 +209,7 @@ impl Link {
             fell_silent: false,
             hung_up: false,
             outbox: Vec::new(),
-            mid_frame: false,
+            sending: None,
             frames_sent: 0,
             frames_received: 0,
             messages_sent: 0,
@@ -165,21 +218,39 @@ impl Link {
         }
     }
 
-    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
+    /// Number of streams.
+    pub(crate) fn streams(&self) -> usize {
+        self.streams.len()
+    }
+
+    pub(crate) fn descriptor(&self, stream: usize) -> BorrowedFd<'_> {
+        self.streams[stream].wire.descriptor()
     }
 
     /// Nothing of the peer's next data frame has arrived.
     pub(crate) fn is_silent(&self) -> bool {
-        self.header_filled == 0
-            && self.control.is_none()
-            && self.front.is_none()
-            && self.ahead.is_empty()
+        self.inbox.is_empty() && self.front.is_none() && self.ahead.is_empty()
     }
 
     /// The next data frame that this rank has not consumed, as far as it is known.
     pub(crate) fn next_data(&self) -> Option<&Header> {
-        self.ahead.front().map(|(header, _)| header).or(self.front.as_ref())
+        self.ahead.front().map(|early| &early.header).or(self.front.as_ref())
+    }
+
+    /// Something that was taken off the sockets waits to be looked at: no poll tells of it. A front
+    /// without a payload is such a thing.
+    pub(crate) fn has_buffered(&self) -> bool {
+        self.front.is_some_and(|front| front.payload == 0)
+            || !self.inbox.is_empty()
+            || self.streams.iter().any(|stream| stream.wire.has_buffered())
+    }
+
+    /// Whether a stream may bring something of use: only the first brings frames of its own.
+    pub(crate) fn may_bring(&self, stream: usize) -> bool {
+        match self.front {
+            None => stream == 0,
+            Some(_) => self.streams[stream].read < self.stripes.part(stream),
+        }
     }
 
     /// Whether the front may be taken off the stream before its call.
@@ -206,90 +277,146 @@ impl Link {
     /// Reads on in the front's payload, into memory of the link; whether it is whole.
     ///
     /// Only where [`Link::may_read_ahead`] allows it: the length was bounded there.
-    pub(crate) fn read_ahead(&mut self) -> Result<bool, LinkError> {
+    pub(crate) fn read_ahead(&mut self, codec: &FrameCodec) -> Result<bool, LinkError> {
         let Some(front) = self.front else { return Ok(false) };
         let mut payload = match self.early.take() {
             Some(payload) => payload,
             None => vec![0; front.payload as usize],
         };
-        while self.front_read < payload.len() {
-            let read = read_some(&self.stream, &mut payload[self.front_read..])?;
-            if read == 0 {
-                self.early = Some(payload);
-                return Ok(false);
+        for stream in 0..self.stripes.used() {
+            while let Some(range) = self.wanted(stream, codec)? {
+                if self.fill(stream, &mut payload[range])? == 0 {
+                    break;
+                }
             }
-            self.front_read += read;
         }
-        self.front = None;
+        if !self.end_front() {
+            self.early = Some(payload);
+            return Ok(false);
+        }
         self.ahead_bytes += payload.len();
-        self.ahead.push_back((front, payload));
+        self.ahead.push_back(Early { header: front, payload, taken: 0 });
         Ok(true)
     }
 
-    /// Takes the oldest frame that was read before its call.
-    pub(crate) fn take_ahead(&mut self) -> Option<(Header, Vec<u8>)> {
-        let (header, payload) = self.ahead.pop_front()?;
-        self.ahead_bytes -= payload.len();
-        Some((header, payload))
+    /// Drops the oldest frame that was read before its call.
+    pub(crate) fn drop_ahead(&mut self) {
+        if let Some(early) = self.ahead.pop_front() {
+            self.ahead_bytes -= early.payload.len();
+        }
     }
 
-    /// Reads on in the front's payload, into a caller's buffer as long as it; whether it is whole.
-    pub(crate) fn read_front(&mut self, buffer: &mut [u8]) -> Result<bool, LinkError> {
-        if self.front_read < buffer.len() {
-            self.front_read += read_some(&self.stream, &mut buffer[self.front_read..])?;
+    /// Streams that carry the front's payload.
+    pub(crate) fn front_streams(&self) -> usize {
+        if self.front.is_some() { self.stripes.used() } else { 0 }
+    }
+
+    /// Where in the front's payload the next bytes of a stream belong; none if its part is whole or
+    /// has not begun.
+    pub(crate) fn wanted(
+        &mut self,
+        stream: usize,
+        codec: &FrameCodec,
+    ) -> Result<Option<Range<usize>>, LinkError> {
+        let read = self.streams[stream].read;
+        if read == self.stripes.part(stream) || !(stream == 0 || self.read_mark(stream, codec)?) {
+            return Ok(None);
         }
-        let whole = self.front_read == buffer.len();
+        Ok(Some(self.stripes.locate(stream, read)))
+    }
+
+    /// Reads the header of a part, and compares it with the front; whether it is whole.
+    fn read_mark(&mut self, index: usize, codec: &FrameCodec) -> Result<bool, LinkError> {
+        let stream = &mut self.streams[index];
+        if stream.marked == HEADER_BYTES {
+            return Ok(true);
+        }
+        while stream.marked < HEADER_BYTES {
+            match stream.wire.read(&mut stream.mark[stream.marked..])? {
+                None => return Ok(false),
+                Some(0) => return Err(ended_inside()),
+                Some(read) => stream.marked += read,
+            }
+        }
+        let found = codec.decode(&stream.mark).map_err(LinkError::Frame)?;
+        let part = self.stripes.part(index) as u64;
+        let expected =
+            self.front.map(|front| Header { kind: FrameKind::Stripe, payload: part, ..front });
+        if Some(found) != expected {
+            return Err(LinkError::Frame(FrameError::Stripe));
+        }
+        Ok(true)
+    }
+
+    /// Reads what is there of a stream's part of the front into memory that is not empty and no
+    /// longer than [`Link::wanted`] said; how much.
+    pub(crate) fn fill(&mut self, index: usize, memory: &mut [u8]) -> Result<usize, LinkError> {
+        let stream = &mut self.streams[index];
+        let read = if index == 0 {
+            self.inbox.read(&stream.wire, memory)?
+        } else {
+            stream.wire.read(memory)?
+        };
+        if read == Some(0) {
+            return Err(ended_inside());
+        }
+        stream.read += read.unwrap_or(0);
+        Ok(read.unwrap_or(0))
+    }
+
+    /// Ends the front if its payload was read wholly; whether it was.
+    pub(crate) fn end_front(&mut self) -> bool {
+        let stripes = self.stripes;
+        let mut streams = self.streams.iter().enumerate();
+        let whole = streams.all(|(index, stream)| stream.read == stripes.part(index));
         if whole {
             self.front = None;
         }
-        Ok(whole)
+        whole
     }
 
     /// Reads the next header, and a control frame's payload. Only while there is no front.
     pub(crate) fn next_arrival(&mut self, codec: &FrameCodec) -> Result<Arrival, LinkError> {
-        if self.control.is_none() {
-            while self.header_filled < HEADER_BYTES {
-                match (&*self.stream).read(&mut self.header[self.header_filled..]) {
-                    Ok(0) if self.header_filled == 0 => return Ok(Arrival::End),
-                    Ok(0) => return Err(LinkError::Broken("it ended inside a frame".to_owned())),
-                    Ok(read) => self.header_filled += read,
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                        return Ok(Arrival::Nothing);
-                    }
-                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                    Err(error) => return Err(LinkError::Broken(error.to_string())),
-                }
-            }
-            self.header_filled = 0;
-            let header = codec.decode(&self.header).map_err(LinkError::Frame)?;
-            if header.kind == FrameKind::Data {
+        let wire = &self.streams[0].wire;
+        if !self.inbox.fill(wire, HEADER_BYTES)? {
+            return match (self.inbox.has_ended(), self.inbox.is_empty()) {
+                (false, _) => Ok(Arrival::Nothing),
+                (true, true) => Ok(Arrival::End),
+                (true, false) => Err(ended_inside()),
+            };
+        }
+        let header = codec.decode(self.inbox.header()).map_err(LinkError::Frame)?;
+        match header.kind {
+            FrameKind::Data => {
+                self.inbox.take(HEADER_BYTES);
                 self.front = Some(header);
-                self.front_read = 0;
+                let payload = usize::try_from(header.payload).unwrap_or(usize::MAX);
+                self.stripes = Stripes::new(payload, self.streams.len());
+                for stream in &mut self.streams {
+                    (stream.read, stream.marked) = (0, 0);
+                }
                 self.frames_received += 1;
-                return Ok(Arrival::Data(header));
+                Ok(Arrival::Data(header))
             }
-            // `decode` bounds the payload of a control frame.
-            let payload = vec![0; header.payload as usize];
-            self.control = Some(Control { header, payload, filled: 0 });
-        }
-        let Some(mut control) = self.control.take() else { return Ok(Arrival::Nothing) };
-        while control.filled < control.payload.len() {
-            let read = read_some(&self.stream, &mut control.payload[control.filled..])?;
-            if read == 0 {
-                self.control = Some(control);
-                return Ok(Arrival::Nothing);
+            // A part belongs to the other streams.
+            FrameKind::Stripe => Err(LinkError::Frame(FrameError::Stripe)),
+            _ => {
+                // `decode` bounds the payload of a control frame.
+                let whole = HEADER_BYTES + header.payload as usize;
+                if !self.inbox.fill(wire, whole)? {
+                    let ended = self.inbox.has_ended();
+                    return if ended { Err(ended_inside()) } else { Ok(Arrival::Nothing) };
+                }
+                let payload = self.inbox.take(whole)[HEADER_BYTES..].to_vec();
+                self.left |= header.kind == FrameKind::Leave;
+                Ok(Arrival::Control(header, payload))
             }
-            control.filled += read;
         }
-        if control.header.kind == FrameKind::Leave {
-            self.left = true;
-        }
-        Ok(Arrival::Control(control.header, control.payload))
     }
 
     /// What polls readable when the peer fails or ends.
     pub(crate) fn words_descriptor(&self) -> BorrowedFd<'_> {
-        self.words.as_fd()
+        self.words.descriptor()
     }
 
     /// Reads why the peer failed, if it has said so.
@@ -312,13 +439,12 @@ impl Link {
             }
             let filled = self.words_in.len();
             self.words_in.resize(need, 0);
-            let result = (&*self.words).read(&mut self.words_in[filled..]);
-            self.words_in.truncate(filled + *result.as_ref().unwrap_or(&0));
+            let result = self.words.read(&mut self.words_in[filled..]);
+            self.words_in.truncate(filled + result.as_ref().ok().copied().flatten().unwrap_or(0));
             match result {
-                Ok(0) => return Ok(Words::Ended),
-                Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Words::Nothing),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Ok(None) => return Ok(Words::Nothing),
+                Ok(Some(0)) => return Ok(Words::Ended),
+                Ok(Some(_)) => {}
                 Err(error) if error.kind() == ErrorKind::ConnectionReset => {
                     return Ok(Words::Ended);
                 }
@@ -327,33 +453,60 @@ impl Link {
         }
     }
 
-    /// Says why this rank failed, and ends both connections.
+    /// Says why this rank failed, and ends all connections.
     pub(crate) fn say_last_words(&self, frame: &[u8]) {
         // An error means that the connection is already gone.
-        let _ = say(&self.words, frame);
+        let _ = self.words.write(&[IoSlice::new(frame)]);
         self.shut_writing();
     }
 
+    /// Begins a data frame with a payload of that many bytes.
+    ///
+    /// # Panics
+    /// If another is on its way.
+    pub(crate) fn begin(&mut self, codec: &FrameCodec, site: CallSite, phase: u16, bytes: usize) {
+        assert!(self.sending.is_none(), "one frame after another");
+        let stripes = Stripes::new(bytes, self.streams.len());
+        for (index, stream) in self.streams.iter_mut().enumerate().take(stripes.used()) {
+            let part = stripes.part(index);
+            let (kind, payload) = if index == 0 {
+                (FrameKind::Data, bytes as u64)
+            } else {
+                (FrameKind::Stripe, part as u64)
+            };
+            stream.header = codec.encode(&Header { kind, phase, site, payload });
+            (stream.written, stream.total, stream.full) = (0, HEADER_BYTES + part, false);
+        }
+        self.sending = Some(stripes);
+    }
+
+    /// A data frame is on its way out.
+    pub(crate) fn is_sending(&self) -> bool {
+        self.sending.is_some()
+    }
+
+    /// Whether a stream waits until the kernel takes more.
+    pub(crate) fn wants_write(&self, stream: usize) -> bool {
+        let Stream { wire, full, .. } = &self.streams[stream];
+        (self.sending.is_some() && *full)
+            || wire.has_unwritten()
+            || (stream == 0 && !self.outbox.is_empty())
+    }
+
     /// Writes what the kernel takes now, control frames that are under way first.
-    pub(crate) fn write(&mut self, sending: &mut Sending<'_>) -> Result<(), LinkError> {
+    pub(crate) fn write(&mut self, peer: usize, payload: &dyn Payload) -> Result<(), LinkError> {
         if !self.flush()? {
             return Ok(());
         }
-        for _ in 0..TURNS {
-            let written = {
-                let mut slices = [IoSlice::new(&[]); WRITE_SLICES];
-                let used = remaining(sending, &mut slices);
-                self.send_some(&slices[..used])?
-            };
-            sending.written += written;
-            self.mid_frame = !sending.is_done();
-            if sending.is_done() {
-                self.frames_sent += 1;
-                return Ok(());
-            }
-            if written == 0 {
-                return Ok(());
-            }
+        let Some(stripes) = self.sending else { return Ok(()) };
+        let mut done = true;
+        for (index, stream) in self.streams.iter_mut().enumerate().take(stripes.used()) {
+            stream.write(index, stripes, peer, payload)?;
+            done &= stream.written == stream.total && !stream.wire.has_unwritten();
+        }
+        if done {
+            self.sending = None;
+            self.frames_sent += 1;
         }
         Ok(())
     }
@@ -362,7 +515,7 @@ impl Link {
     ///
     /// It may not inside a data frame.
     pub(crate) fn send_control(&mut self, frame: &[u8]) -> Result<bool, LinkError> {
-        if self.mid_frame {
+        if self.sending.is_some() {
             return Ok(false);
         }
         self.outbox.extend_from_slice(frame);
@@ -370,15 +523,15 @@ impl Link {
         Ok(true)
     }
 
-    /// Whether control frames wait to be written.
-    pub(crate) fn has_outbox(&self) -> bool {
-        !self.outbox.is_empty()
-    }
-
-    /// Writes waiting control frames; whether none is left.
+    /// Writes waiting control frames, and what the wires hold back; whether none is left.
     pub(crate) fn flush(&mut self) -> Result<bool, LinkError> {
+        for stream in &self.streams {
+            if stream.wire.has_unwritten() {
+                stream.wire.flush()?;
+            }
+        }
         while !self.outbox.is_empty() {
-            let written = self.send_some(&[IoSlice::new(&self.outbox)])?;
+            let written = self.streams[0].wire.write(&[IoSlice::new(&self.outbox)])?;
             if written == 0 {
                 return Ok(false);
             }
@@ -389,56 +542,13 @@ impl Link {
 
     /// Tells the peer that nothing more will come; what was written still arrives.
     pub(crate) fn shut_writing(&self) {
-        // An error means that the connection is already gone.
-        let _ = self.words.shutdown(Shutdown::Write);
-        let _ = self.stream.shutdown(Shutdown::Write);
-    }
-
-    /// Hands bytes to the kernel; 0 if it takes none now.
-    fn send_some(&self, slices: &[IoSlice<'_>]) -> Result<usize, LinkError> {
-        // Without this flag a write to a dead peer would raise SIGPIPE where a process has reset it.
-        let flags = MsgFlags::MSG_NOSIGNAL.bits();
-        loop {
-            match SockRef::from(&*self.stream).send_vectored_with_flags(slices, flags) {
-                Ok(written) => return Ok(written),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(0),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(LinkError::Broken(error.to_string())),
-            }
+        self.words.shutdown(Shutdown::Write);
+        for stream in &self.streams {
+            stream.wire.shutdown(Shutdown::Write);
         }
     }
 }
 
-/// Sends a small frame on a connection that carries nothing else.
-pub(crate) fn say(words: &TcpStream, frame: &[u8]) -> std::io::Result<usize> {
-    SockRef::from(words).send_with_flags(frame, MsgFlags::MSG_NOSIGNAL.bits())
-}
-
-/// The memory ranges of a frame that are still to be written; how many.
-fn remaining<'b>(sending: &'b Sending<'_>, slices: &mut [IoSlice<'b>; WRITE_SLICES]) -> usize {
-    let mut skip = sending.written;
-    let mut used = 0;
-    for part in std::iter::once(&sending.header[..]).chain(sending.parts.iter().copied()) {
-        if skip >= part.len() {
-            skip -= part.len();
-        } else if let Some(slot) = slices.get_mut(used) {
-            *slot = IoSlice::new(&part[skip..]);
-            skip = 0;
-            used += 1;
-        }
-    }
-    used
-}
-
-/// Reads what is there into a buffer that is not empty; 0 if nothing is there yet.
-fn read_some(mut stream: &TcpStream, buffer: &mut [u8]) -> Result<usize, LinkError> {
-    loop {
-        match stream.read(buffer) {
-            Ok(0) => return Err(LinkError::Broken("it ended inside a frame".to_owned())),
-            Ok(read) => return Ok(read),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(0),
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(LinkError::Broken(error.to_string())),
-        }
-    }
+fn ended_inside() -> LinkError {
+    LinkError::Broken("it ended inside a frame".to_owned())
 }

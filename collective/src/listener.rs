@@ -1,7 +1,7 @@
 //! Where a rank waits for its peers, before it knows who they are.
 
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use api::Rank;
 use socket2::{SockRef, TcpKeepalive};
@@ -16,10 +16,13 @@ use crate::handshake::Identity;
 use crate::link::Link;
 use crate::peers::Peers;
 use crate::shared::Shared;
+use crate::tcp_options::{STREAMS_MAX, TcpOptions};
+use crate::wire::Wire;
 
-/// Most ranks of one group: a rank holds two descriptors per peer, and a process commonly may have
-/// 1,024.
+/// Most ranks of one group: a rank holds at least two descriptors per peer …
 const WORLD_SIZE_MAX: u32 = 480;
+/// … and a process commonly may have 1,024, some of which it needs for other things.
+const DESCRIPTORS_MAX: usize = 960;
 /// Most characters of a group's name.
 const GROUP_CHARS_MAX: usize = 256;
 /// A host that vanished is found after 10 s + 4 · 5 s, on the connection for last words, which is
@@ -34,6 +37,7 @@ pub struct Listener {
     socket: TcpListener,
     address: SocketAddr,
     abort: AbortHandle,
+    tcp: TcpOptions,
 }
 
 impl Listener {
@@ -46,7 +50,12 @@ impl Listener {
         let socket = TcpListener::bind((address, 0)).map_err(failed)?;
         socket.set_nonblocking(true).map_err(failed)?;
         let address = socket.local_addr().map_err(failed)?;
-        Ok(Self { socket, address, abort: AbortHandle::new()? })
+        Ok(Self { socket, address, abort: AbortHandle::new()?, tcp: TcpOptions::default() })
+    }
+
+    /// Makes connections with other options.
+    pub fn with_tcp(self, tcp: TcpOptions) -> Self {
+        Self { tcp, ..self }
     }
 
     /// Where it listens.
@@ -71,9 +80,9 @@ impl Listener {
         options: GroupOptions,
         peers: &[SocketAddr],
     ) -> Result<ProcessGroup, CollectiveError> {
-        check(&options, peers)?;
-        let (abort, address) = (self.abort.clone(), self.address);
-        let identity = Identity::new(&options);
+        check(&options, &self.tcp, peers)?;
+        let (abort, address, tcp) = (self.abort.clone(), self.address, self.tcp.clone());
+        let identity = Identity::new(&options, &tcp);
         let codec = FrameCodec { generation: options.generation, group: identity.group };
         let links = if options.world_size == 1 {
             vec![None]
@@ -89,7 +98,11 @@ impl Listener {
                 })
                 .collect()
         };
-        let mut peers = Peers::new(options.rank.0, options.generation, codec, links, abort);
+        let mut peers = Peers::new(options.rank.0, options.generation, codec, links, abort).with(
+            options.reduction,
+            tcp,
+            address.ip(),
+        );
         let shared = Shared::join(&mut peers, &options)?;
         Ok(ProcessGroup::new(peers, shared, options, address.ip()))
     }
@@ -101,12 +114,11 @@ impl Listener {
         peers: &[SocketAddr],
         timeout: Duration,
     ) -> Result<Vec<Option<Connection>>, CollectiveError> {
-        let deadline = Instant::now().checked_add(timeout);
-        let formation =
-            Formation::new(identity, peers, &self.socket, &self.abort, timeout, deadline);
+        let tls = self.tcp.tls.as_deref();
+        let formation = Formation::new(identity, peers, &self.socket, &self.abort, tls, timeout);
         let connections = formation.run()?;
-        let streams = connections.iter().flatten().flat_map(|both| [&*both.data, &*both.words]);
-        for stream in streams {
+        let wires = connections.iter().flatten().flat_map(|c| c.data.iter().chain([&c.words]));
+        for stream in wires.map(Wire::socket) {
             let failed = |source| CollectiveError::socket("set up a connection to a peer", source);
             stream.set_nodelay(true).map_err(failed)?;
             let keepalive = TcpKeepalive::new()
@@ -119,10 +131,21 @@ impl Listener {
     }
 }
 
-fn check(options: &GroupOptions, peers: &[SocketAddr]) -> Result<(), CollectiveError> {
+fn check(
+    options: &GroupOptions,
+    tcp: &TcpOptions,
+    peers: &[SocketAddr],
+) -> Result<(), CollectiveError> {
     let world = options.world_size;
     let message = if world == 0 || world > WORLD_SIZE_MAX {
         format!("a world of {world} ranks, expected 1 to {WORLD_SIZE_MAX}")
+    } else if tcp.streams == 0 || tcp.streams > STREAMS_MAX {
+        format!("{} streams per peer, expected 1 to {STREAMS_MAX}", tcp.streams)
+    } else if world as usize * (1 + tcp.streams) > DESCRIPTORS_MAX {
+        format!(
+            "{} streams to each of {world} ranks take more than {DESCRIPTORS_MAX} descriptors",
+            tcp.streams
+        )
     } else if options.rank.0 >= world {
         format!("{} is not below the world size of {world}", options.rank)
     } else if peers.len() != world as usize {

@@ -1,28 +1,28 @@
-//! The connections of a rank to all others, and the few patterns of which every collective is made.
+//! The connections of a rank to all others, and the patterns that reduce nothing.
 //!
-//! Which bits come out is decided here: partials are folded by [`Plan`] in tree order, whether they
-//! are summed chunk by chunk on their owners or, when small, wholly on every rank.
+//! Reductions are in `reduce`; the state of each connection is in `link`.
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use api::{Generation, Rank};
-use std::collections::VecDeque;
-use std::net::SocketAddr;
-use std::ops::Range;
-use std::time::Duration;
 
 use crate::abort::AbortHandle;
 use crate::call::CallSite;
 use crate::chunk::chunk_range;
-use crate::combine::Plan;
-use crate::communicator::ReduceOp;
+use crate::combination::Combination;
+use crate::communicator::Reduction;
 use crate::element::Element;
 use crate::error::CollectiveError;
-use crate::exchange::{Exchange, Sink, Transfer};
+use crate::exchange::{Exchange, Pending, Ready};
 use crate::frame::{FrameCodec, FrameError, FrameKind, encode_site, last_words};
-use crate::lane_tree::{LaneTree, Subtree};
 use crate::link::Link;
+use crate::patience::Patience;
+use crate::payload::{Sink, Transfers};
+use crate::selection::Selection;
+use crate::tcp_options::TcpOptions;
 
-/// Bytes up to which every rank sends its partials to all and sums alone: one exchange, not two.
-const DIRECT_BYTES: usize = 16 << 10;
 /// Bytes up to which a root sends its whole buffer to every rank; beyond, each rank gets a chunk
 /// from the root and the ranks exchange chunks, so that the root's link is not the narrow place.
 const BROADCAST_DIRECT_BYTES: usize = 256 << 10;
@@ -39,7 +39,8 @@ const GATHER_TOTAL_BYTES_MAX: usize = 256 << 20;
 pub(crate) struct Scratch(Vec<u64>);
 
 impl Scratch {
-    fn elements<T: Element>(&mut self, count: usize) -> &mut [T] {
+    /// Memory for that many elements; what is in it is from earlier calls.
+    pub(crate) fn elements<T: Element>(&mut self, count: usize) -> &mut [T] {
         let words = (count * size_of::<T>()).div_ceil(size_of::<u64>());
         if self.0.len() < words {
             self.0.resize(words, 0);
@@ -130,10 +131,24 @@ pub(crate) struct Peers {
     /// By rank; none at this rank's place, and nowhere once the group failed.
     pub links: Vec<Option<Link>>,
     pub abort: AbortHandle,
+    /// Order of sums.
+    pub reduction: Reduction,
+    selection: Selection,
+    /// How the connections were made: those of subgroups are made the same way.
+    pub tcp: TcpOptions,
+    /// How long an exchange looks for bytes before it sleeps.
+    pub patience: Patience,
+    /// How the partials of the last reduction combined.
+    pub combination: Option<Combination>,
+    /// What peers sent.
+    pub received: Scratch,
+    /// What becomes the result where it may not be reduced in its place.
+    pub reduced: Scratch,
+    /// Memory of the last exchange.
+    pub pending: Vec<Pending>,
+    pub ready: Vec<Ready>,
     /// The last collectives, the newest last: a peer may object to one that is over here.
     recent: VecDeque<CallSite>,
-    received: Scratch,
-    reduced: Scratch,
 }
 
 impl Peers {
@@ -145,139 +160,57 @@ impl Peers {
         abort: AbortHandle,
     ) -> Self {
         let world = links.len() as u32;
-        let (recent, received, reduced) = Default::default();
-        Self { rank, world, generation, codec, links, abort, recent, received, reduced }
+        Self {
+            rank,
+            world,
+            generation,
+            codec,
+            links,
+            abort,
+            reduction: Reduction::default(),
+            selection: Selection::default(),
+            tcp: TcpOptions::default(),
+            patience: Patience::for_ranks(world as usize),
+            combination: None,
+            received: Scratch::default(),
+            reduced: Scratch::default(),
+            pending: Vec::new(),
+            ready: Vec::new(),
+            recent: VecDeque::new(),
+        }
     }
 
-    /// Reduces `buffer` over ranks, in place on every rank.
-    pub(crate) fn all_reduce<T: Element>(
-        &mut self,
-        site: CallSite,
-        op: ReduceOp,
-        buffer: &mut [T],
-    ) -> Result<(), CollectiveError> {
-        let tree = LaneTree::new(self.world);
-        let mut reduced = std::mem::take(&mut self.reduced);
-        if size_of_val(buffer) <= DIRECT_BYTES {
-            let output = reduced.elements(buffer.len());
-            let whole = 0..buffer.len();
-            self.reduce(site, op, &tree, &[buffer], |_| whole.clone(), output)?;
-            buffer.copy_from_slice(output);
-        } else {
-            let len = buffer.len();
-            let world = self.world;
-            let own = chunk_range(len, world, self.rank);
-            let output = reduced.elements(own.len());
-            let chunk = |rank| chunk_range(len, world, rank);
-            self.reduce(site, op, &tree, &[buffer], chunk, output)?;
-            buffer[own].copy_from_slice(output);
-            self.gather(site, 1, buffer, None)?;
-        }
-        self.reduced = reduced;
-        Ok(())
+    /// The same for the group's order of sums, how its connections were made, and where this rank
+    /// is: peers of its own address share its cores.
+    pub(crate) fn with(mut self, reduction: Reduction, tcp: TcpOptions, address: IpAddr) -> Self {
+        let here = |link: &&Link| link.address.ip() == address || address.is_loopback();
+        let peers = self.links.iter().flatten().filter(here).count();
+        (self.reduction, self.patience) = (reduction, Patience::for_ranks(1 + peers));
+        self.set_selection(tcp.selection.clone());
+        self.tcp = tcp;
+        self
     }
 
-    /// Reduces `input` over ranks into this rank's chunk.
-    pub(crate) fn reduce_scatter<T: Element>(
-        &mut self,
-        site: CallSite,
-        op: ReduceOp,
-        input: &[T],
-        output: &mut [T],
-    ) -> Result<(), CollectiveError> {
-        let tree = LaneTree::new(self.world);
-        let (len, world) = (input.len(), self.world);
-        self.reduce(site, op, &tree, &[input], |rank| chunk_range(len, world, rank), output)
+    /// Chooses algorithms by another table; it must be the same on all ranks.
+    pub(crate) fn set_selection(&mut self, selection: Selection) {
+        self.selection = selection;
     }
 
-    /// Sums the partials of all ranks into `output`, on every rank.
-    pub(crate) fn reduce_lanes<T: Element>(
-        &mut self,
-        site: CallSite,
-        tree: &LaneTree,
-        partials: &[&[T]],
-        output: &mut [T],
-    ) -> Result<(), CollectiveError> {
-        let (len, world) = (output.len(), self.world);
-        if size_of_val(output) <= DIRECT_BYTES {
-            return self.reduce(site, ReduceOp::Sum, tree, partials, |_| 0..len, output);
-        }
-        let own = chunk_range(len, world, self.rank);
-        let chunk = |rank| chunk_range(len, world, rank);
-        self.reduce(site, ReduceOp::Sum, tree, partials, chunk, &mut output[own])?;
-        self.gather(site, 1, output, None)
-    }
-
-    /// Phase 0: every rank sends each peer that peer's range of its partials; `output` becomes the
-    /// reduction of this rank's range.
-    fn reduce<T: Element>(
-        &mut self,
-        site: CallSite,
-        op: ReduceOp,
-        tree: &LaneTree,
-        partials: &[&[T]],
-        range: impl Fn(u32) -> Range<usize>,
-        output: &mut [T],
-    ) -> Result<(), CollectiveError> {
-        let nodes: Vec<Vec<Subtree>> = (0..self.world)
-            .map(|rank| tree.owned_subtrees(tree.lanes_of(rank, self.world)))
-            .collect();
-        let own = range(self.rank);
-        let foreign: usize = nodes.iter().map(Vec::len).sum::<usize>() - partials.len();
-        let mut received = std::mem::take(&mut self.received);
-        let mut rest = received.elements::<T>(foreign * own.len());
-        let mut transfers = self.transfers();
-        let mut places: Vec<(u32, Range<usize>)> = Vec::new();
-        let mut place = 0;
-        for rank in self.peers() {
-            let count = nodes[rank as usize].len() * own.len();
-            let (part, tail) = std::mem::take(&mut rest).split_at_mut(count);
-            rest = tail;
-            places.push((rank, place..place + count));
-            place += count;
-            let theirs = range(rank);
-            transfers[rank as usize] = Transfer {
-                send: Some(
-                    partials
-                        .iter()
-                        .map(|part| bytemuck::cast_slice(&part[theirs.clone()]))
-                        .collect(),
-                ),
-                receive: Some(Sink::Exact(bytemuck::cast_slice_mut(part))),
-            };
-        }
-        Exchange::run(self, site, 0, transfers)?;
-
-        let all: &[T] = received.elements::<T>(foreign * own.len());
-        let mut places = places.into_iter().peekable();
-        let mut parts: Vec<&[T]> = Vec::with_capacity(foreign + partials.len());
-        for (rank, nodes) in nodes.iter().enumerate() {
-            match places.next_if(|(peer, _)| *peer as usize == rank) {
-                // `chunks_exact` knows no chunk of nothing.
-                Some((_, place)) if own.is_empty() => {
-                    parts.extend(nodes.iter().map(|_| &all[place.clone()]));
-                }
-                Some((_, place)) => parts.extend(all[place].chunks_exact(own.len())),
-                None => parts.extend(partials.iter().map(|part| &part[own.clone()])),
-            }
-        }
-        let nodes = nodes.concat();
-        let plan = Plan::new(tree, &nodes).expect("runs of lanes in rank order tile the tree");
-        plan.run(&parts, output, op, self.world);
-        self.received = received;
-        Ok(())
+    /// Which algorithm carries which call.
+    pub(crate) fn selection(&self) -> &Selection {
+        &self.selection
     }
 
     /// Every rank sends its own chunk of `output` to all (but not to `except`, which has it).
     pub(crate) fn gather<T: Element>(
         &mut self,
         site: CallSite,
-        phase: u8,
+        phase: u16,
         output: &mut [T],
         except: Option<u32>,
     ) -> Result<(), CollectiveError> {
         let len = output.len();
-        let mut transfers = self.transfers();
+        let mut transfers = Transfers::none(self.world);
         let mut own: &[T] = &[];
         let mut rest = output;
         for rank in 0..self.world {
@@ -288,13 +221,13 @@ impl Peers {
                 own = part;
             } else if except != Some(self.rank) {
                 let sink = Sink::Exact(bytemuck::cast_slice_mut(part));
-                transfers[rank as usize].receive = Some(sink);
+                transfers.receive[rank as usize] = Some(sink);
             }
         }
         for rank in self.peers().filter(|rank| except != Some(*rank)) {
-            transfers[rank as usize].send = Some(vec![bytemuck::cast_slice(own)]);
+            transfers.send[rank as usize] = Some(bytemuck::cast_slice(own));
         }
-        Exchange::run(self, site, phase, transfers)
+        Exchange::run(self, site, phase, &mut transfers)
     }
 
     /// Copies the root's buffer to every rank.
@@ -307,17 +240,17 @@ impl Peers {
         let (len, world) = (buffer.len(), self.world);
         let direct = size_of_val(buffer) <= BROADCAST_DIRECT_BYTES;
         let range = |rank| if direct { 0..len } else { chunk_range(len, world, rank) };
-        let mut transfers = self.transfers();
+        let mut transfers = Transfers::none(self.world);
         if self.rank == root {
             for rank in self.peers() {
                 let part = bytemuck::cast_slice(&buffer[range(rank)]);
-                transfers[rank as usize].send = Some(vec![part]);
+                transfers.send[rank as usize] = Some(part);
             }
         } else {
             let part = bytemuck::cast_slice_mut(&mut buffer[range(self.rank)]);
-            transfers[root as usize].receive = Some(Sink::Exact(part));
+            transfers.receive[root as usize] = Some(Sink::Exact(part));
         }
-        Exchange::run(self, site, 0, transfers)?;
+        Exchange::run(self, site, 0, &mut transfers)?;
         if direct { Ok(()) } else { self.gather(site, 1, buffer, Some(root)) }
     }
 
@@ -342,7 +275,7 @@ impl Peers {
         parts: Parts<'_>,
     ) -> Result<(), CollectiveError> {
         let own = self.rank as usize;
-        let mut transfers = self.transfers();
+        let mut transfers = Transfers::none(self.world);
         for (rank, (send, receive)) in parts.send.into_iter().zip(parts.receive).enumerate() {
             if rank == own {
                 if let (Some(send), Some(receive)) = (send, receive) {
@@ -350,10 +283,10 @@ impl Peers {
                 }
                 continue;
             }
-            transfers[rank].send = send.map(|part| vec![part]);
-            transfers[rank].receive = receive.map(Sink::Exact);
+            transfers.send[rank] = send;
+            transfers.receive[rank] = receive.map(Sink::Exact);
         }
-        Exchange::run(self, site, 0, transfers)
+        Exchange::run(self, site, 0, &mut transfers)
     }
 
     /// One frame to one rank.
@@ -363,9 +296,9 @@ impl Peers {
         bytes: &[u8],
         to: u32,
     ) -> Result<(), CollectiveError> {
-        let mut transfers = self.transfers();
-        transfers[to as usize].send = Some(vec![bytes]);
-        Exchange::run(self, site, 0, transfers)
+        let mut transfers = Transfers::none(self.world);
+        transfers.send[to as usize] = Some(bytes);
+        Exchange::run(self, site, 0, &mut transfers)
     }
 
     /// One frame from one rank.
@@ -375,9 +308,9 @@ impl Peers {
         bytes: &mut [u8],
         from: u32,
     ) -> Result<(), CollectiveError> {
-        let mut transfers = self.transfers();
-        transfers[from as usize].receive = Some(Sink::Exact(bytes));
-        Exchange::run(self, site, 0, transfers)
+        let mut transfers = Transfers::none(self.world);
+        transfers.receive[from as usize] = Some(Sink::Exact(bytes));
+        Exchange::run(self, site, 0, &mut transfers)
     }
 
     /// Every rank's bytes on every rank; without bytes, a barrier.
@@ -389,14 +322,14 @@ impl Peers {
     ) -> Result<Vec<Vec<u8>>, CollectiveError> {
         let mut all = vec![Vec::new(); self.world as usize];
         all[self.rank as usize] = mine.to_vec();
-        let mut transfers = self.transfers();
-        for (rank, (transfer, bytes)) in transfers.iter_mut().zip(&mut all).enumerate() {
+        let mut transfers = Transfers::none(self.world);
+        for (rank, bytes) in all.iter_mut().enumerate() {
             if rank != self.rank as usize {
-                transfer.send = Some(vec![mine]);
-                transfer.receive = Some(Sink::Bounded(bytes, most));
+                transfers.send[rank] = Some(mine);
+                transfers.receive[rank] = Some(Sink::Bounded(bytes, most));
             }
         }
-        Exchange::run(self, site, 0, transfers)?;
+        Exchange::run(self, site, 0, &mut transfers)?;
         Ok(all)
     }
 
@@ -481,10 +414,6 @@ impl Peers {
             }
         }
         self.abort.unwatch();
-    }
-
-    fn transfers<'a>(&self) -> Vec<Transfer<'a>> {
-        (0..self.world).map(|_| Transfer::default()).collect()
     }
 
     fn peers(&self) -> impl Iterator<Item = u32> + use<> {

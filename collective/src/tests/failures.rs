@@ -99,8 +99,8 @@ const MISMATCHES: [(&str, Calls, &str, Calls); 13] = [
         |c| c.recv((&mut [0.0f32; 4]).into(), Rank(0)),
     ),
     (
-        "send(4000000 u8 to r1) #0",
-        |c| c.send((&vec![0u8; 4_000_000]).into(), Rank(1)).and_then(|()| c.barrier()),
+        "send(64000000 u8 to r1) #0",
+        |c| c.send((&vec![0u8; 64_000_000]).into(), Rank(1)).and_then(|()| c.barrier()),
         "barrier() #0",
         |c| c.barrier(),
     ),
@@ -124,6 +124,10 @@ const MISMATCHES: [(&str, Calls, &str, Calls); 13] = [
 #[test]
 fn calls_that_differ_are_an_error_on_both_ranks_that_names_both() {
     for (zero, zero_calls, one, one_calls) in MISMATCHES {
+        // A message that the sockets hold and nobody receives stands in no call's way there.
+        if super::TRANSPORT.get() == crate::Transport::Shared && zero.starts_with("send(4000000") {
+            continue;
+        }
         for world in [2, 3] {
             let results = group(world, move |rank, communicator| {
                 // The third rank does as rank 0, or leaves at once where that concerns two ranks.
@@ -407,6 +411,21 @@ fn options_that_cannot_be_are_refused() {
         let found = error(listeners.remove(0).connect(options, &peers).map(|_| ()));
         assert!(found.to_string().contains(expected), "`{found}`");
     }
+}
+
+#[test]
+fn ranks_that_choose_algorithms_by_different_tables_are_told_which_rank_differs() {
+    let texts = group(3, |rank, communicator| {
+        let same = crate::Selection::only(crate::Algorithm::Scatter);
+        communicator.set_selection(same).unwrap();
+        all_reduce(communicator, 10_000, ReduceOp::Sum).unwrap();
+        let table = match rank {
+            2 => crate::Selection::only(crate::Algorithm::Direct),
+            _ => crate::Selection::default(),
+        };
+        error(communicator.set_selection(table)).to_string()
+    });
+    assert!(texts.iter().all(|text| text.contains("r2 brings another")), "{texts:?}");
 }
 
 #[test]

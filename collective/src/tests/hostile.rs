@@ -3,7 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -14,13 +14,14 @@ use crate::buffer::ElementType;
 use crate::call::{Call, CallSite};
 use crate::frame::{DATA_BYTES_MAX, FrameCodec, FrameKind, HEADER_BYTES, Header, encode_site};
 use crate::handshake::Identity;
+use crate::wire::Wire;
 use crate::{AbortHandle, CollectiveError, Communicator, Operation, ProcessGroup};
 
 type Verdict = mpsc::Receiver<Result<(), CollectiveError>>;
 
 struct Duel {
-    stream: Arc<TcpStream>,
-    words: Arc<TcpStream>,
+    stream: TcpStream,
+    words: Wire,
     codec: FrameCodec,
     abort: AbortHandle,
     receiver: Verdict,
@@ -39,9 +40,9 @@ fn duel(
         let mut communicator = victim.connect(options(0, 2), &addresses).unwrap();
         let _ = sender.send(calls(&mut communicator));
     });
-    let identity = Identity::new(&options(1, 2));
+    let identity = Identity::new(&options(1, 2), &Default::default());
     let connection = raw.form(&identity, &peers, HANG).unwrap().swap_remove(0).unwrap();
-    let (stream, words) = (connection.data, connection.words);
+    let (stream, words) = (connection.data[0].socket().try_clone().unwrap(), connection.words);
     stream.set_nonblocking(false).unwrap();
     let codec = FrameCodec { generation: Generation(3), group: identity.group };
     Duel { stream, words, codec, abort, receiver }
@@ -70,19 +71,19 @@ fn verdict(receiver: &Verdict) -> String {
 fn lengths_beyond_the_bounds_are_refused_before_memory_is_taken() {
     for payload in [DATA_BYTES_MAX + 1, u64::MAX] {
         let Duel { stream, codec, receiver, words: _words, .. } = duel(|c| c.barrier());
-        (&*stream).write_all(&codec.encode(&data(barrier(), payload))).unwrap();
+        (&stream).write_all(&codec.encode(&data(barrier(), payload))).unwrap();
         let text = verdict(&receiver);
         assert!(text.contains(&format!("a payload of {payload} bytes was announced")), "{text}");
     }
     // Within the bound of a frame, but not what the call expects.
     let Duel { stream, codec, receiver, words: _words, .. } = duel(|c| c.barrier());
-    (&*stream).write_all(&codec.encode(&data(barrier(), DATA_BYTES_MAX))).unwrap();
+    (&stream).write_all(&codec.encode(&data(barrier(), DATA_BYTES_MAX))).unwrap();
     let text = verdict(&receiver);
     assert!(text.contains("at most 0 are allowed"), "{text}");
 
     let Duel { stream, codec, receiver, words: _words, .. } =
         duel(|c| c.recv((&mut [0u8; 8]).into(), Rank(1)));
-    (&*stream).write_all(&codec.encode(&data(message(8), 9))).unwrap();
+    (&stream).write_all(&codec.encode(&data(message(8), 9))).unwrap();
     let text = verdict(&receiver);
     assert!(text.contains("a payload of 9 bytes, expected 8"), "{text}");
 
@@ -90,7 +91,7 @@ fn lengths_beyond_the_bounds_are_refused_before_memory_is_taken() {
     let mut control = codec.control(FrameKind::Failed, barrier(), b"");
     let huge = Header { kind: FrameKind::Failed, phase: 0, site: barrier(), payload: 1 << 40 };
     control.copy_from_slice(&codec.encode(&huge));
-    (&*stream).write_all(&control).unwrap();
+    (&stream).write_all(&control).unwrap();
     assert!(verdict(&receiver).contains("at most 1024 are allowed"));
 }
 
@@ -100,10 +101,10 @@ fn a_huge_message_nobody_asked_for_is_left_in_the_sockets() {
     let Duel { stream, codec, receiver, words, .. } =
         duel(|c| c.send((&vec![0u8; 64 << 20]).into(), Rank(1)));
     let huge = message(1 << 39);
-    (&*stream).write_all(&codec.encode(&data(huge, 1 << 39))).unwrap();
-    (&*stream).write_all(&[7; 1000]).unwrap();
+    (&stream).write_all(&codec.encode(&data(huge, 1 << 39))).unwrap();
+    (&stream).write_all(&[7; 1000]).unwrap();
     let mut header = [0; HEADER_BYTES];
-    (&*stream).read_exact(&mut header).unwrap();
+    (&stream).read_exact(&mut header).unwrap();
     drop((stream, words));
     let text = verdict(&receiver);
     assert!(text.contains("lost r1 at"), "{text}");
@@ -113,7 +114,7 @@ fn a_huge_message_nobody_asked_for_is_left_in_the_sockets() {
 fn a_frame_of_an_older_generation_is_refused() {
     let Duel { stream, codec, receiver, words: _words, .. } = duel(|c| c.barrier());
     let stale = FrameCodec { generation: Generation(2), ..codec };
-    (&*stream).write_all(&stale.encode(&data(barrier(), 0))).unwrap();
+    (&stream).write_all(&stale.encode(&data(barrier(), 0))).unwrap();
     let text = verdict(&receiver);
     assert!(text.contains("r1 at") && text.contains("generation g2, expected g3"), "{text}");
 }
@@ -121,13 +122,13 @@ fn a_frame_of_an_older_generation_is_refused() {
 #[test]
 fn nonsense_and_replays_are_refused() {
     let Duel { stream, receiver, words: _words, .. } = duel(|c| c.barrier());
-    (&*stream).write_all(&[b'x'; HEADER_BYTES]).unwrap();
+    (&stream).write_all(&[b'x'; HEADER_BYTES]).unwrap();
     assert!(verdict(&receiver).contains("where a frame begins"));
 
     // The same frame twice: the second is of a call that is over.
     let Duel { stream, codec, receiver, words: _words, .. } =
         duel(|c| c.barrier().and_then(|()| c.barrier()));
-    (&*stream).write_all(&codec.encode(&data(barrier(), 0)).repeat(2)).unwrap();
+    (&stream).write_all(&codec.encode(&data(barrier(), 0)).repeat(2)).unwrap();
     let text = verdict(&receiver);
     assert!(text.contains("`barrier() #0` came during `barrier() #1`"), "{text}");
 }
@@ -136,8 +137,8 @@ fn nonsense_and_replays_are_refused() {
 fn a_connection_that_ends_inside_a_payload_is_a_lost_peer() {
     let Duel { stream, codec, receiver, words, .. } =
         duel(|c| c.recv((&mut vec![0u8; 1000]).into(), Rank(1)));
-    (&*stream).write_all(&codec.encode(&data(message(1000), 1000))).unwrap();
-    (&*stream).write_all(&[1; 999]).unwrap();
+    (&stream).write_all(&codec.encode(&data(message(1000), 1000))).unwrap();
+    (&stream).write_all(&[1; 999]).unwrap();
     drop((stream, words));
     let text = verdict(&receiver);
     assert!(text.contains("lost r1 at `127.0.0.1:"), "{text}");
@@ -158,12 +159,12 @@ fn the_last_words_of_a_peer_are_heard_although_its_frames_broke_off() {
     ] {
         let Duel { stream, words, codec, receiver, .. } =
             duel(|c| c.send((&vec![0u8; 64 << 20]).into(), Rank(1)));
-        (&*stream).write_all(&codec.encode(&data(message(100_000), 100_000))).unwrap();
-        (&*stream).write_all(&[0; 50_000]).unwrap();
+        (&stream).write_all(&codec.encode(&data(message(100_000), 100_000))).unwrap();
+        (&stream).write_all(&[0; 50_000]).unwrap();
         let mut header = [0; HEADER_BYTES];
-        (&*stream).read_exact(&mut header).unwrap();
+        (&stream).read_exact(&mut header).unwrap();
         let other = CallSite { call: Call::plain(Operation::GatherBytes), number: 5 };
-        (&*words).write_all(&codec.control(kind, other, &payload)).unwrap();
+        words.socket().write_all(&codec.control(kind, other, &payload)).unwrap();
         drop((stream, words));
         let text = verdict(&receiver);
         assert!(text.contains(expected), "{text}");
@@ -175,7 +176,7 @@ fn a_peer_whose_frames_break_off_may_take_a_moment_to_say_why() {
     let Duel { stream, words, codec, receiver, .. } = duel(|c| c.barrier());
     stream.shutdown(std::net::Shutdown::Both).unwrap();
     let other = CallSite { call: Call::plain(Operation::GatherBytes), number: 5 };
-    (&*words).write_all(&codec.control(FrameKind::Failed, other, &[0xff; 4])).unwrap();
+    words.socket().write_all(&codec.control(FrameKind::Failed, other, &[0xff; 4])).unwrap();
     let text = verdict(&receiver);
     assert!(text.contains("r1 at") && text.contains("failed: "), "{text}");
 }
@@ -183,7 +184,7 @@ fn a_peer_whose_frames_break_off_may_take_a_moment_to_say_why() {
 #[test]
 fn last_words_among_the_frames_of_calls_are_refused() {
     let Duel { stream, codec, receiver, words: _words, .. } = duel(|c| c.barrier());
-    (&*stream).write_all(&codec.control(FrameKind::Failed, barrier(), b"oops")).unwrap();
+    (&stream).write_all(&codec.control(FrameKind::Failed, barrier(), b"oops")).unwrap();
     assert!(verdict(&receiver).contains("last words among the frames of calls"));
 }
 
@@ -193,7 +194,7 @@ fn an_abort_reaches_a_rank_that_is_certainly_blocked() {
         duel(|c| c.recv((&mut [0u8; 8]).into(), Rank(1)));
     // A rank says so when it is blocked.
     let mut header = [0; HEADER_BYTES];
-    (&*stream).read_exact(&mut header).unwrap();
+    (&stream).read_exact(&mut header).unwrap();
     let header = codec.decode(&header).unwrap();
     assert_eq!(header.kind, FrameKind::Waiting);
     assert_eq!(header.site.to_string(), "recv(8 u8 from r1) #0");
@@ -203,5 +204,5 @@ fn an_abort_reaches_a_rank_that_is_certainly_blocked() {
     // The peer sees the end of the connection, not silence.
     stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let mut rest = Vec::new();
-    (&*stream).read_to_end(&mut rest).unwrap();
+    (&stream).read_to_end(&mut rest).unwrap();
 }
