@@ -150,12 +150,53 @@ pub enum CollectiveError {
         /// Why not.
         source: Arc<io::Error>,
     },
+    /// A library, or a function of it, that is not on this machine.
+    #[error("`{what}` is not available: {message}")]
+    Unavailable {
+        /// Which.
+        what: String,
+        /// What was looked for, and what to do.
+        message: String,
+    },
+    /// A call on device memory whose arguments do not fit each other.
+    #[error("`{call}` is not a valid call on device memory: {message}")]
+    InvalidDeviceCall {
+        /// The call.
+        call: String,
+        /// What was found, what was expected.
+        message: String,
+    },
+    /// NCCL refused a call, or found that the group is broken.
+    #[error("{call} failed with NCCL error {code}: {message}")]
+    Nccl {
+        /// The function of NCCL, and the group.
+        call: String,
+        /// The `ncclResult_t`.
+        code: i32,
+        /// What NCCL says.
+        message: String,
+    },
+    /// The CUDA driver refused a call.
+    #[error("{call} failed with CUDA error {code}: {message}")]
+    Cuda {
+        /// The function of the driver.
+        call: String,
+        /// The `CUresult`.
+        code: i32,
+        /// What the driver says.
+        message: String,
+    },
 }
 
 impl CollectiveError {
     /// A refusal of the operating system.
     pub(crate) fn socket(doing: impl Into<String>, source: impl Into<io::Error>) -> Self {
         Self::Socket { doing: doing.into(), source: Arc::new(source.into()) }
+    }
+
+    /// Something that is not on this machine.
+    pub(crate) fn unavailable(what: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Unavailable { what: what.into(), message: message.into() }
     }
 
     /// Whether it was broken off by [`crate::AbortHandle::abort`].
@@ -179,7 +220,11 @@ impl CollectiveError {
             | Self::InvalidCall { .. }
             | Self::InvalidOptions { .. }
             | Self::ConnectTimeout { .. }
-            | Self::Socket { .. } => None,
+            | Self::Socket { .. }
+            | Self::Unavailable { .. }
+            | Self::InvalidDeviceCall { .. }
+            | Self::Nccl { .. }
+            | Self::Cuda { .. } => None,
         }
     }
 
@@ -194,11 +239,16 @@ impl CollectiveError {
             | Self::WrongGeneration { .. }
             | Self::WrongSecret { .. }
             | Self::Refused { .. }
-            | Self::Socket { .. } => true,
+            | Self::Socket { .. }
+            | Self::Cuda { .. } => true,
+            // An invalid argument or usage stays one; whatever else NCCL says may pass.
+            Self::Nccl { code, .. } => !matches!(code, 4 | 5),
             Self::Mismatch { .. }
             | Self::Protocol { .. }
             | Self::InvalidCall { .. }
-            | Self::InvalidOptions { .. } => false,
+            | Self::InvalidOptions { .. }
+            | Self::Unavailable { .. }
+            | Self::InvalidDeviceCall { .. } => false,
         }
     }
 }

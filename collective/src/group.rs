@@ -509,7 +509,7 @@ impl Communicator for ProcessGroup {
 }
 
 /// Tells groups of tensors apart that have the same length together.
-fn lengths_hash(lengths: impl Iterator<Item = usize>) -> u32 {
+pub(crate) fn lengths_hash(lengths: impl Iterator<Item = usize>) -> u32 {
     let mut hasher = blake3::Hasher::new();
     lengths.for_each(|len| {
         hasher.update(&(len as u64).to_le_bytes());

@@ -32,6 +32,7 @@ mod lane_fold;
 mod lane_tree;
 mod link;
 mod listener;
+pub mod nccl;
 mod patience;
 mod payload;
 mod peers;
