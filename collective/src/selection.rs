@@ -198,7 +198,7 @@ struct Unchecked {
 }
 
 impl Default for Selection {
-    /// Measured with the example `tcp_bench`: one step while a message costs more than its bytes.
+    /// An estimate, not tuned by a measurement: one step while a message costs more than its bytes.
     fn default() -> Self {
         let rule = |operation, world_max, bytes_max, algorithm| Rule {
             operation,
