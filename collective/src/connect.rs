@@ -18,7 +18,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::abort::AbortHandle;
 use crate::error::CollectiveError;
 use crate::handshake::{
-    Channel, ENVELOPE_BYTES, Failure, Identity, Negotiation, Progress, body_bytes, fresh_nonce,
+    Channel, ENCRYPTS, ENVELOPE_BYTES, Failure, Identity, Negotiation, Progress, body_bytes,
+    encrypts, fresh_nonce, refusal,
 };
 use crate::tls::{Session, TlsMaterial};
 use crate::wire::Wire;
@@ -485,8 +486,15 @@ impl Attempt {
             let need = match self.inbox.first_chunk::<ENVELOPE_BYTES>() {
                 None => ENVELOPE_BYTES,
                 Some(envelope) => {
-                    let body = body_bytes(envelope)
-                        .map_err(|reason| Standing::Failed(Failure::Refused(reason)))?;
+                    let body = match body_bytes(envelope) {
+                        Ok(body) => body,
+                        Err(reason) => {
+                            self.outbox = refusal(&reason);
+                            // As above.
+                            let _ = self.flush();
+                            return Err(Standing::Failed(Failure::Refused(reason)));
+                        }
+                    };
                     ENVELOPE_BYTES + body
                 }
             };
@@ -504,11 +512,15 @@ impl Attempt {
             self.inbox.truncate(filled + read);
             match result {
                 Ok(None) => return Ok(None),
+                Ok(Some(1..)) => {}
+                // An alert of TLS is shorter than an envelope.
+                Ok(Some(0)) | Err(_) if encrypts(&self.inbox) => {
+                    return Err(Standing::Failed(Failure::Refused(ENCRYPTS.to_owned())));
+                }
                 Ok(Some(0)) => {
                     let cause = "it closed the connection during the handshake";
                     return Err(Standing::Broken(cause.to_owned()));
                 }
-                Ok(Some(_)) => {}
                 Err(error) => return Err(broken(&error)),
             }
         }

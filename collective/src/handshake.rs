@@ -243,12 +243,19 @@ impl Message {
     }
 }
 
+/// What it means that a peer begins with TLS.
+pub(crate) const ENCRYPTS: &str = "it encrypts, but this rank has no certificates";
+
+/// Whether bytes are the beginning of a TLS record: of its handshake, or an alert.
+pub(crate) fn encrypts(bytes: &[u8]) -> bool {
+    matches!(bytes, [21 | 22, 3, ..])
+}
+
 /// The bytes of a message's body, given its envelope; an error if it is no such message.
 pub(crate) fn body_bytes(envelope: &[u8; ENVELOPE_BYTES]) -> Result<usize, String> {
     let [a, b, c, d, version, _, low, high] = *envelope;
-    // The beginning of a TLS record: of its handshake, or an alert.
-    if matches!([a, b], [21 | 22, 3]) {
-        return Err("it encrypts, but this rank has no certificates".to_owned());
+    if encrypts(envelope) {
+        return Err(ENCRYPTS.to_owned());
     }
     if [a, b, c, d] != MAGIC {
         return Err("it does not speak the protocol of ranks".to_owned());
@@ -419,8 +426,13 @@ fn object(identity: &Identity, hello: &Hello) -> Option<String> {
     None
 }
 
+/// What tells a peer why it is refused.
+pub(crate) fn refusal(reason: &str) -> Vec<u8> {
+    Message::Refused { reason: reason.to_owned() }.encode()
+}
+
 fn refuse(reason: String) -> Progress {
-    let message = Message::Refused { reason: reason.clone() }.encode();
+    let message = refusal(&reason);
     Progress::Failed(Failure::Refused(reason), message)
 }
 

@@ -122,7 +122,7 @@ const MISMATCHES: [(&str, Calls, &str, Calls); 13] = [
 ];
 
 #[test]
-fn calls_that_differ_are_an_error_on_both_ranks_that_names_both() {
+pub(super) fn calls_that_differ_are_an_error_on_both_ranks_that_names_both() {
     for (zero, zero_calls, one, one_calls) in MISMATCHES {
         // A message that the sockets hold and nobody receives stands in no call's way there.
         if super::TRANSPORT.get() == crate::Transport::Shared && zero.starts_with("send(4000000") {
@@ -210,7 +210,7 @@ fn a_rank_of_another_generation_is_refused_by_name() {
 }
 
 #[test]
-fn strangers_do_not_keep_a_group_from_forming() {
+pub(super) fn strangers_do_not_keep_a_group_from_forming() {
     let strangers: usize = 80;
     let results = in_parallel(3, move |rank, listener, peers| {
         let mut kept = Vec::new();
@@ -233,7 +233,7 @@ fn strangers_do_not_keep_a_group_from_forming() {
 }
 
 #[test]
-fn a_peer_that_dies_is_named_at_once_in_whatever_call() {
+pub(super) fn a_peer_that_dies_is_named_at_once_in_whatever_call() {
     let cases: [Calls; 4] = [
         |c| c.barrier(),
         |c| all_reduce(c, 3_000_000, ReduceOp::Sum),
@@ -265,7 +265,7 @@ fn a_peer_that_dies_is_named_at_once_in_whatever_call() {
 }
 
 #[test]
-fn a_peer_that_leaves_while_it_is_needed_is_named() {
+pub(super) fn a_peer_that_leaves_while_it_is_needed_is_named() {
     let results = group(3, |rank, communicator| {
         // The end of one call does not wait for the end of the last: a rank that fails in the
         // second ends the first of a slower one.
@@ -287,7 +287,7 @@ fn a_peer_that_leaves_while_it_is_needed_is_named() {
 }
 
 #[test]
-fn an_abort_ends_a_call_and_every_later_one_and_is_told_to_the_peers() {
+pub(super) fn an_abort_ends_a_call_and_every_later_one_and_is_told_to_the_peers() {
     let over = Arc::new(Barrier::new(2));
     let results = group(2, move |rank, communicator| {
         if rank == 1 {
@@ -355,7 +355,7 @@ fn a_peer_that_never_comes_is_named() {
 }
 
 #[test]
-fn a_wrong_call_of_one_rank_is_told_to_all() {
+pub(super) fn a_wrong_call_of_one_rank_is_told_to_all() {
     let cases: [(&str, Calls); 5] = [
         ("an average of i64 would round", |c| c.all_reduce((&mut [0i64; 2]).into(), ReduceOp::Avg)),
         ("the output holds 7 elements, expected", |c| {

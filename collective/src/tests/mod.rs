@@ -1,11 +1,15 @@
 //! Groups of several ranks as threads over real loopback sockets: results, failures, hostile peers.
 
+mod algorithms;
+mod connections;
 mod failures;
 mod hostile;
+mod moves;
 mod queue;
 mod results;
+mod scripts;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
@@ -13,7 +17,9 @@ use std::time::Duration;
 
 use api::{Generation, Rank, Secret};
 
-use crate::{CollectiveError, GroupOptions, Listener, ProcessGroup, Transport};
+use crate::{
+    CollectiveError, GroupOptions, Listener, ProcessGroup, Reduction, TcpOptions, Transport,
+};
 
 /// Far beyond what any test needs on a loaded machine; a test that reaches it hangs.
 const HANG: Duration = Duration::from_secs(120);
@@ -23,6 +29,8 @@ const QUICK: Duration = Duration::from_secs(20);
 thread_local! {
     /// What groups of this test use.
     static TRANSPORT: Cell<Transport> = const { Cell::new(Transport::Tcp) };
+    static REDUCTION: Cell<Reduction> = const { Cell::new(Reduction::Deterministic) };
+    static TCP: RefCell<TcpOptions> = RefCell::default();
 }
 
 /// Runs tests of this folder once more over shared memory.
@@ -50,14 +58,17 @@ fn options(rank: u32, world_size: u32) -> GroupOptions {
         world_size,
         secret: Secret::new("correct horse battery staple"),
         connect_timeout: HANG,
-        reduction: Default::default(),
+        reduction: REDUCTION.get(),
         transport: TRANSPORT.get(),
         host: None,
     }
 }
 
 fn listeners(world: u32) -> (Vec<Listener>, Vec<SocketAddr>) {
-    let bind = |_| Listener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
+    let bind = |_| {
+        let listener = Listener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
+        listener.with_tcp(TCP.with_borrow(Clone::clone))
+    };
     let listeners: Vec<Listener> = (0..world).map(bind).collect();
     let peers = listeners.iter().map(Listener::address).collect();
     (listeners, peers)
@@ -72,9 +83,12 @@ fn in_parallel<R: Send + 'static>(
     let (sender, receiver) = mpsc::channel();
     for (rank, listener) in listeners.into_iter().enumerate() {
         let (body, sender, peers) = (body.clone(), sender.clone(), peers.clone());
-        let transport = TRANSPORT.get();
+        let (transport, reduction) = (TRANSPORT.get(), REDUCTION.get());
+        let tcp = TCP.with_borrow(Clone::clone);
         thread::spawn(move || {
             TRANSPORT.set(transport);
+            REDUCTION.set(reduction);
+            TCP.set(tcp);
             let result = body(rank as u32, listener, peers);
             // The receiver is gone only if the test has failed.
             let _ = sender.send((rank, result));
@@ -114,6 +128,8 @@ fn error<R: std::fmt::Debug>(result: Result<R, CollectiveError>) -> CollectiveEr
     result.expect_err("the call fails")
 }
 
+const POWERS: [f64; 13] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6];
+
 /// A small seeded generator (splitmix64, Steele et al. 2014): the same numbers everywhere.
 struct Random(u64);
 
@@ -133,6 +149,6 @@ impl Random {
     /// Magnitudes from 1e-6 to 1e6, so that another order of a sum gives other bits.
     fn float(&mut self) -> f64 {
         let unit = (self.next() >> 11) as f64 / (1u64 << 53) as f64;
-        (unit - 0.5) * 10f64.powi(self.below(13) as i32 - 6)
+        (unit - 0.5) * POWERS[self.below(13) as usize]
     }
 }

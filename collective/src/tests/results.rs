@@ -2,18 +2,20 @@
 
 use api::Rank;
 
+use half::{bf16, f16};
+
 use super::{Random, error, group};
+use crate::buffer::ElementType;
 use crate::element::Element;
 use crate::{
     Buffer, BufferMut, CollectiveError, Communicator, LaneTree, Partial, ProcessGroup, ReduceOp,
     Subtree, chunk_range,
 };
 
-const WORLDS: [u32; 7] = [1, 2, 3, 4, 5, 7, 8];
-/// Empty, shorter than the world, not divisible, around a block, and beyond one frame of the small
-/// path.
+const WORLDS: [u32; 8] = [1, 2, 3, 4, 5, 6, 7, 8];
+/// Empty, shorter than the world, not divisible, around a block, and beyond the small path.
 const LENGTHS: [usize; 6] = [0, 1, 5, 1000, 4097, 33_001];
-const SEED: u64 = 20_260_801;
+pub(super) const SEED: u64 = 20_260_801;
 
 /// The sum (or another reduction) as the tree says, over leaves in order.
 fn tree_reduce<T: Element>(node: Subtree, leaves: &[T], op: ReduceOp) -> T {
@@ -27,36 +29,45 @@ fn tree_reduce<T: Element>(node: Subtree, leaves: &[T], op: ReduceOp) -> T {
 }
 
 /// [`tree_reduce`] of every element of several buffers.
-fn tree_reduce_all<T: Element>(node: Subtree, buffers: &[Vec<T>], op: ReduceOp) -> Vec<T> {
-    let mut leaves = Vec::with_capacity(buffers.len());
+pub(super) fn tree_reduce_all<T: Element>(
+    node: Subtree,
+    buffers: &[Vec<T>],
+    op: ReduceOp,
+) -> Vec<T> {
+    let mut leaves = vec![T::zeroed(); buffers.len()];
     (0..buffers[0].len())
         .map(|i| {
-            leaves.clear();
-            leaves.extend(buffers.iter().map(|buffer| buffer[i]));
+            leaves.iter_mut().zip(buffers).for_each(|(leaf, buffer)| *leaf = buffer[i]);
             tree_reduce(node, &leaves, op)
         })
         .collect()
 }
 
 /// The elements that a rank brings: the same on whichever rank they are made.
-fn data<T: Element>(rank: u32, len: usize) -> Vec<T> {
+pub(super) fn data<T: Element>(rank: u32, len: usize) -> Vec<T> {
     let mut random = Random(SEED ^ (u64::from(rank) << 32) ^ len as u64);
     (0..len)
         .map(|_| {
             let float = random.float();
             let bits = random.next();
-            let bytes = match size_of::<T>() {
-                1 => vec![bits as u8],
-                4 => (float as f32).to_le_bytes().to_vec(),
-                _ if T::DIVIDES => float.to_le_bytes().to_vec(),
-                _ => bits.to_le_bytes().to_vec(),
-            };
-            bytemuck::pod_read_unaligned(&bytes)
+            let mut bytes = bits.to_le_bytes();
+            match T::TYPE {
+                ElementType::F32 => bytes[..4].copy_from_slice(&(float as f32).to_le_bytes()),
+                ElementType::F64 => bytes = float.to_le_bytes(),
+                ElementType::Bf16 => {
+                    bytes[..2].copy_from_slice(&bf16::from_f64(float).to_le_bytes());
+                }
+                ElementType::F16 => {
+                    bytes[..2].copy_from_slice(&f16::from_f64(float).to_le_bytes());
+                }
+                ElementType::I64 | ElementType::I32 | ElementType::U8 => {}
+            }
+            bytemuck::pod_read_unaligned(&bytes[..size_of::<T>()])
         })
         .collect()
 }
 
-fn assert_bits<T: Element>(found: &[T], expected: &[T], what: &str) {
+pub(super) fn assert_bits<T: Element>(found: &[T], expected: &[T], what: &str) {
     let (found, expected): (&[u8], &[u8]) =
         (bytemuck::cast_slice(found), bytemuck::cast_slice(expected));
     assert!(found == expected, "{what}: the bits differ (seed {SEED})");
@@ -90,9 +101,29 @@ where
             let input = &all[rank as usize];
             communicator.reduce_scatter(input.into(), (&mut chunk).into(), *op).unwrap();
             assert_bits(&chunk, &expected[own.clone()], &format!("reduce_scatter of {what}"));
+
+            let mut output = vec![T::zeroed(); len];
+            communicator.all_reduce_into(input.into(), (&mut output).into(), *op).unwrap();
+            assert_bits(&output, &expected, &format!("all_reduce_into {op:?} of {what}"));
+
+            let mut buffer = input.clone();
+            communicator.reduce_scatter_in_place((&mut buffer).into(), *op).unwrap();
+            let mut expected_buffer = input.clone();
+            expected_buffer[own.clone()].copy_from_slice(&expected[own.clone()]);
+            assert_bits(&buffer, &expected_buffer, &format!("in place of {what}"));
+
+            let (mut left, mut right) = (input.clone(), input[..len / 3].to_vec());
+            let mut buffers = [(&mut left).into(), (&mut right).into()];
+            communicator.all_reduce_many(&mut buffers, *op).unwrap();
+            assert_bits(&left, &expected, &format!("all_reduce_many of {what}"));
+            assert_bits(&right, &expected[..len / 3], &format!("all_reduce_many of {what}"));
         }
 
         let whole = &all[0];
+        let mut output = vec![T::zeroed(); len];
+        output[own.clone()].copy_from_slice(&whole[own.clone()]);
+        communicator.all_gather_in_place((&mut output).into()).unwrap();
+        assert_bits(&output, whole, &format!("all_gather_in_place of {what}"));
         let mut output = vec![T::zeroed(); len];
         communicator.all_gather((&whole[own].to_vec()).into(), (&mut output).into()).unwrap();
         assert_bits(&output, whole, &format!("all_gather of {what}"));
@@ -116,19 +147,22 @@ where
 }
 
 #[test]
-fn every_operation_on_every_world_has_the_bits_of_the_reference() {
+pub(super) fn every_operation_on_every_world_has_the_bits_of_the_reference() {
     for world in WORLDS {
         group(world, |rank, communicator| {
             check_every_operation::<f32>(rank, communicator);
             check_every_operation::<f64>(rank, communicator);
             check_every_operation::<i64>(rank, communicator);
             check_every_operation::<u8>(rank, communicator);
+            check_every_operation::<bf16>(rank, communicator);
+            check_every_operation::<f16>(rank, communicator);
+            check_every_operation::<i32>(rank, communicator);
         });
     }
 }
 
 /// This rank's partials of the lanes' sums, as a trainer would fold them.
-fn partials<T: Element>(
+pub(super) fn partials<T: Element>(
     tree: &LaneTree,
     lanes: &[Vec<T>],
     rank: u32,
@@ -192,7 +226,7 @@ fn a_negative_zero_and_nan_survive() {
 }
 
 #[test]
-fn bytes_of_different_lengths_reach_every_rank_and_too_many_are_refused() {
+pub(super) fn bytes_of_different_lengths_reach_every_rank_and_too_many_are_refused() {
     group(4, |rank, communicator| {
         for round in 0..3usize {
             let bytes = |rank: u32| vec![rank as u8; rank as usize * 100_000 * round];
@@ -215,7 +249,7 @@ fn bytes_of_different_lengths_reach_every_rank_and_too_many_are_refused() {
 }
 
 #[test]
-fn two_ranks_may_send_much_to_each_other_at_the_same_time() {
+pub(super) fn two_ranks_may_send_much_to_each_other_at_the_same_time() {
     // Far more than the sockets hold.
     const LEN: usize = 3 << 20;
     group(3, |rank, communicator| {
@@ -235,7 +269,7 @@ fn two_ranks_may_send_much_to_each_other_at_the_same_time() {
 }
 
 #[test]
-fn a_long_random_script_stays_in_step() {
+pub(super) fn a_long_random_script_stays_in_step() {
     // Ranks run ahead of each other where a call lets them; nothing may be taken for another call.
     const WORLD: u32 = 4;
     println!("seed {SEED}");
