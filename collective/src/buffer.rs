@@ -41,6 +41,11 @@ impl ElementType {
         }
     }
 
+    /// Whether an average of it means anything: floats only, an integer's would round.
+    pub const fn is_float(self) -> bool {
+        matches!(self, Self::F32 | Self::F64 | Self::Bf16 | Self::F16)
+    }
+
     /// Its name, as in a call's text.
     pub const fn name(self) -> &'static str {
         match self {

@@ -6,7 +6,7 @@ use std::fmt;
 
 use api::Rank;
 
-use crate::buffer::ElementType;
+use crate::buffer::{BufferMut, ElementType};
 use crate::communicator::ReduceOp;
 
 /// Bytes of an encoded call.
@@ -120,6 +120,17 @@ impl Call {
         Self { element: Some(element), count: count as u64, ..Self::plain(operation) }
     }
 
+    /// A reduction of several buffers as one; their lengths are compared through a hash.
+    pub(crate) fn over_many(buffers: &[BufferMut<'_>], op: ReduceOp) -> Self {
+        let Some(first) = buffers.first() else {
+            return Self::plain(Operation::AllReduceMany).reducing(op);
+        };
+        let total = buffers.iter().map(BufferMut::len).sum();
+        Self::over(Operation::AllReduceMany, first.element(), total)
+            .reducing(op)
+            .with_detail(lengths_hash(buffers.iter().map(BufferMut::len)))
+    }
+
     /// The same with a reduction.
     pub(crate) fn reducing(self, op: ReduceOp) -> Self {
         Self { reduce: Some(op), ..self }
@@ -189,6 +200,16 @@ impl fmt::Display for Call {
             _ => write!(f, "{})", Rank(self.detail)),
         }
     }
+}
+
+/// Tells groups of tensors apart that have the same length together.
+fn lengths_hash(lengths: impl Iterator<Item = usize>) -> u32 {
+    let mut hasher = blake3::Hasher::new();
+    lengths.for_each(|len| {
+        hasher.update(&(len as u64).to_le_bytes());
+    });
+    let [a, b, c, d, ..] = *hasher.finalize().as_bytes();
+    u32::from_le_bytes([a, b, c, d])
 }
 
 /// A call and its number: the collectives of a group and the messages of a pair are counted.

@@ -4,7 +4,7 @@
 use api::Rank;
 
 use crate::buffer::{Buffer, BufferMut};
-use crate::call::CallSite;
+use crate::call::{Call, CallSite};
 use crate::chunk::chunk_range;
 use crate::communicator::{Partial, ReduceOp};
 use crate::element::Element;
@@ -18,14 +18,17 @@ pub(crate) fn invalid<R>(site: CallSite, message: impl Into<String>) -> Outcome<
     Err(CollectiveError::InvalidCall { call: site, message: message.into() })
 }
 
-pub(crate) fn check_average<T: Element>(site: CallSite, op: ReduceOp) -> Outcome<()> {
-    if op == ReduceOp::Avg && !T::DIVIDES {
-        return invalid(
-            site,
-            format!("an average of {} would round: expected f32 or f64, or a sum", T::TYPE),
-        );
+/// An average of integers would round.
+pub(crate) fn check_average(site: CallSite) -> Outcome<()> {
+    match site.call {
+        Call { element: Some(element), reduce: Some(ReduceOp::Avg), .. } if !element.is_float() => {
+            invalid(
+                site,
+                format!("an average of {element} would round: expected a float, or a sum"),
+            )
+        }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 pub(crate) fn typed<'a, T: Element>(site: CallSite, input: Buffer<'a>) -> Outcome<&'a [T]> {

@@ -11,13 +11,11 @@ use crate::buffer::{Buffer, BufferMut, ElementType};
 pub(crate) trait Element: bytemuck::Pod {
     /// Its name on the wire.
     const TYPE: ElementType;
-    /// Whether an average of it means anything.
-    const DIVIDES: bool;
 
     fn sum(self, other: Self) -> Self;
     fn largest(self, other: Self) -> Self;
     fn smallest(self, other: Self) -> Self;
-    /// Divided by a count; only called where `DIVIDES`.
+    /// Divided by a count; only called for floats.
     fn divided(self, by: u32) -> Self;
     /// The view of this type, if the buffer has it.
     fn view(buffer: Buffer<'_>) -> Option<&[Self]>;
@@ -43,7 +41,6 @@ macro_rules! float {
     ($float:ident, $variant:ident) => {
         impl Element for $float {
             views!($variant);
-            const DIVIDES: bool = true;
 
             #[inline(always)]
             fn sum(self, other: Self) -> Self {
@@ -85,7 +82,6 @@ macro_rules! integer {
     ($integer:ident, $variant:ident) => {
         impl Element for $integer {
             views!($variant);
-            const DIVIDES: bool = false;
 
             #[inline(always)]
             fn sum(self, other: Self) -> Self {
@@ -116,7 +112,6 @@ macro_rules! half_float {
     ($float:ident, $variant:ident, $narrow:path) => {
         impl Element for $float {
             views!($variant);
-            const DIVIDES: bool = true;
 
             #[inline(always)]
             fn sum(self, other: Self) -> Self {
@@ -157,6 +152,23 @@ half_float!(f16, F16, f16::from_f32);
 integer!(i64, I64);
 integer!(i32, I32);
 integer!(u8, U8);
+
+/// Runs a body with a name set to the type of the elements of a buffer.
+macro_rules! with_element {
+    ($buffer:expr, $element:ident => $body:expr) => {
+        with_element!(@ $buffer, $element, $body,
+            F32: f32, F64: f64, I64: i64, U8: u8, Bf16: half::bf16, F16: half::f16, I32: i32)
+    };
+    (@ $buffer:expr, $element:ident, $body:expr, $($variant:ident: $type:ty),*) => {
+        match $buffer.element() {
+            $(crate::buffer::ElementType::$variant => {
+                type $element = $type;
+                $body
+            })*
+        }
+    };
+}
+pub(crate) use with_element;
 
 #[cfg(test)]
 mod tests {

@@ -16,6 +16,7 @@ use crate::checks::{
 };
 use crate::chunk::chunk_range;
 use crate::communicator::{Communicator, GroupOptions, Partial, ReduceOp};
+use crate::element::with_element;
 use crate::error::CollectiveError;
 use crate::flight::FlightRecorder;
 use crate::lane_tree::LaneTree;
@@ -37,6 +38,8 @@ pub struct ProcessGroup {
     /// Where subgroups listen.
     address: IpAddr,
     name: Arc<str>,
+    /// The job's ranks, in the order of this group's.
+    members: Vec<Rank>,
     recorder: FlightRecorder,
 }
 
@@ -46,22 +49,6 @@ pub(crate) struct Core {
     pub peers: Peers,
     /// The memory of all ranks, if they are on one host and may share it.
     pub shared: Option<Shared>,
-}
-
-/// Runs a body with `T` set to the element type of a buffer.
-macro_rules! with_element {
-    ($buffer:expr, $element:ident => $body:expr) => {
-        with_element!(@ $buffer, $element, $body,
-            F32: f32, F64: f64, I64: i64, U8: u8, Bf16: half::bf16, F16: half::f16, I32: i32)
-    };
-    (@ $buffer:expr, $element:ident, $body:expr, $($variant:ident: $type:ty),*) => {
-        match $buffer.element() {
-            $(crate::buffer::ElementType::$variant => {
-                type $element = $type;
-                $body
-            })*
-        }
-    };
 }
 
 /// Hands a call to shared memory if there is any, else to the connections.
@@ -83,8 +70,9 @@ impl ProcessGroup {
     ) -> Self {
         let recorder = FlightRecorder::new(peers.generation, Rank(peers.rank), peers.world);
         let name = options.group.as_str().into();
+        let members = (0..peers.world).map(Rank).collect();
         let core = Core { peers, shared };
-        Self { core, number: 0, failed: None, options, address, name, recorder }
+        Self { core, members, number: 0, failed: None, options, address, name, recorder }
     }
 
     /// From now on its calls are recorded there, together with those of the rank's other groups.
@@ -211,7 +199,7 @@ impl Communicator for ProcessGroup {
         let call = Call::over(Operation::AllReduce, buffer.element(), buffer.len()).reducing(op);
         self.collective(call, |core, site| {
             with_element!(buffer, T => {
-                check_average::<T>(site, op)?;
+                check_average(site)?;
                 carry!(core, all_reduce(site, op, typed_mut::<T>(site, buffer)?))
             })
         })
@@ -227,7 +215,7 @@ impl Communicator for ProcessGroup {
         self.collective(call, |core, site| {
             check_equal(site, input.len(), output.len())?;
             with_element!(input, T => {
-                check_average::<T>(site, op)?;
+                check_average(site)?;
                 let output = typed_mut::<T>(site, output)?;
                 output.copy_from_slice(typed::<T>(site, input)?);
                 carry!(core, all_reduce(site, op, output))
@@ -236,22 +224,18 @@ impl Communicator for ProcessGroup {
     }
 
     fn all_reduce_many(&mut self, buffers: &mut [BufferMut<'_>], op: ReduceOp) -> Outcome<()> {
-        let Some(element) = buffers.first().map(BufferMut::element) else {
-            let call = Call::plain(Operation::AllReduceMany).reducing(op);
+        let call = Call::over_many(buffers, op);
+        if buffers.is_empty() {
             return self.collective(call, |core, site| carry!(core, barrier(site)));
-        };
-        let total = buffers.iter().map(BufferMut::len).sum();
-        let call = Call::over(Operation::AllReduceMany, element, total)
-            .reducing(op)
-            .with_detail(lengths_hash(buffers.iter().map(BufferMut::len)));
+        }
         self.collective(call, |core, site| {
             with_element!(buffers[0], T => {
-                check_average::<T>(site, op)?;
+                check_average(site)?;
                 let mut parts: Vec<&mut [T]> = Vec::with_capacity(buffers.len());
                 for buffer in buffers.iter_mut() {
                     parts.push(typed_mut::<T>(site, buffer.reborrow())?);
                 }
-                let mut together: Vec<T> = Vec::with_capacity(total);
+                let mut together: Vec<T> = Vec::new();
                 parts.iter().for_each(|part| together.extend_from_slice(part));
                 carry!(core, all_reduce(site, op, &mut together))?;
                 let mut rest = together.as_slice();
@@ -275,7 +259,7 @@ impl Communicator for ProcessGroup {
         self.collective(call, |core, site| {
             check_chunk(&core.peers, site, "output", output.len(), input.len())?;
             with_element!(input, T => {
-                check_average::<T>(site, op)?;
+                check_average(site)?;
                 let output = typed_mut::<T>(site, output)?;
                 carry!(core, reduce_scatter(site, op, typed::<T>(site, input)?, output))
             })
@@ -286,7 +270,7 @@ impl Communicator for ProcessGroup {
         let call = Call::over(Operation::ReduceScatter, buffer.element(), buffer.len());
         self.collective(call.reducing(op), |core, site| {
             with_element!(buffer, T => {
-                check_average::<T>(site, op)?;
+                check_average(site)?;
                 let buffer = typed_mut::<T>(site, buffer)?;
                 let own = chunk_range(buffer.len(), core.peers.world, core.peers.rank);
                 let mut output = vec![<T as bytemuck::Zeroable>::zeroed(); own.len()];
@@ -499,6 +483,8 @@ impl Communicator for ProcessGroup {
             ..self.options.clone()
         };
         let mut subgroup = listener.connect(options, &peers)?;
+        subgroup.members = group.ranks.iter().map(|rank| self.members[*rank as usize]).collect();
+        self.recorder.join(&subgroup.name, subgroup.generation(), &subgroup.members);
         subgroup.set_recorder(self.recorder.clone());
         Ok(Box::new(subgroup))
     }
@@ -506,16 +492,6 @@ impl Communicator for ProcessGroup {
     fn abort_handle(&self) -> AbortHandle {
         self.core.peers.abort.clone()
     }
-}
-
-/// Tells groups of tensors apart that have the same length together.
-pub(crate) fn lengths_hash(lengths: impl Iterator<Item = usize>) -> u32 {
-    let mut hasher = blake3::Hasher::new();
-    lengths.for_each(|len| {
-        hasher.update(&(len as u64).to_le_bytes());
-    });
-    let [a, b, c, d, ..] = *hasher.finalize().as_bytes();
-    u32::from_le_bytes([a, b, c, d])
 }
 
 impl Drop for ProcessGroup {

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use api::units::ByteSize;
+use collective::nccl::{Libraries, LibraryPaths};
 use collective::{ElementType, Reduction, Transport};
 use serde::{Deserialize, Serialize};
 
@@ -103,11 +104,17 @@ impl Carrier {
             Self::Auto => Ok(Transport::Auto),
             Self::Shm => Ok(Transport::Shared),
             Self::Tcp => Ok(Transport::Tcp),
-            Self::Nccl => Err(CliError::usage(
-                "--transport nccl: CUDA and NCCL were not found, expected an NVIDIA GPU, its \
-                 driver and NCCL's library",
-            )
-            .with_hint("`--transport shm` or `tcp` needs none of them")),
+            Self::Nccl => {
+                let reason = match Libraries::open(&LibraryPaths::from_environment()) {
+                    Ok(libraries) => format!(
+                        "NCCL {} is here, but this command measures shared memory and TCP only",
+                        libraries.nccl_version()
+                    ),
+                    Err(error) => error.to_string(),
+                };
+                Err(CliError::usage(format!("--transport nccl: {reason}"))
+                    .with_hint("`--transport shm` or `tcp` needs no NCCL"))
+            }
         }
     }
 }

@@ -11,7 +11,7 @@ use std::ffi::c_int;
 
 use crate::error::CollectiveError;
 use crate::nccl::calls::NcclCall;
-use crate::nccl::element::nccl_op;
+use crate::nccl::element::{nccl_op, nccl_type};
 use crate::nccl::ffi::{
     Config, Handle, IN_PROGRESS, REVOKE_DEFAULT, SHRINK_ABORT, SHRINK_DEFAULT, SPLIT_NO_COLOR,
     SUCCESS, UniqueId,
@@ -113,22 +113,22 @@ impl Comm {
         unsafe {
             match call {
                 NcclCall::AllReduce { input, output, op } => {
-                    let kind = input.element().nccl();
+                    let kind = nccl_type(input.element());
                     let (from, to) = (input.address(), output.address());
                     (nccl.all_reduce)(from, to, input.len(), kind, nccl_op(*op), comm, stream)
                 }
                 NcclCall::Reduce { input, output, op, root } => {
-                    let kind = input.element().nccl();
+                    let kind = nccl_type(input.element());
                     let (from, to, op) = (input.address(), output.address(), nccl_op(*op));
                     (nccl.reduce)(from, to, input.len(), kind, op, *root, comm, stream)
                 }
                 NcclCall::ReduceScatter { input, output, op } => {
-                    let kind = input.element().nccl();
+                    let kind = nccl_type(input.element());
                     let (from, to) = (input.address(), output.address());
                     (nccl.reduce_scatter)(from, to, output.len(), kind, nccl_op(*op), comm, stream)
                 }
                 NcclCall::AllGather { input, output } => {
-                    let kind = input.element().nccl();
+                    let kind = nccl_type(input.element());
                     (nccl.all_gather)(
                         input.address(),
                         output.address(),
@@ -139,16 +139,16 @@ impl Comm {
                     )
                 }
                 NcclCall::Broadcast { input, output, root } => {
-                    let kind = output.element().nccl();
+                    let kind = nccl_type(output.element());
                     let (from, to) = (input.address(), output.address());
                     (nccl.broadcast)(from, to, output.len(), kind, *root, comm, stream)
                 }
                 NcclCall::Send { buffer, to } => {
-                    let kind = buffer.element().nccl();
+                    let kind = nccl_type(buffer.element());
                     (nccl.send)(buffer.address(), buffer.len(), kind, *to, comm, stream)
                 }
                 NcclCall::Recv { buffer, from } => {
-                    let kind = buffer.element().nccl();
+                    let kind = nccl_type(buffer.element());
                     (nccl.recv)(buffer.address(), buffer.len(), kind, *from, comm, stream)
                 }
             }

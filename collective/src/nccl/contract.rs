@@ -4,16 +4,14 @@ use api::{Generation, Rank};
 
 use crate::abort::AbortHandle;
 use crate::axes::Group;
-use crate::buffer::{Buffer, BufferMut};
+use crate::buffer::{Buffer, BufferMut, ElementType};
 use crate::call::{Call, CallSite, Operation};
 use crate::checks::{Outcome, check_equal, invalid};
 use crate::chunk::chunk_range;
 use crate::communicator::{Communicator, Partial, ReduceOp};
 use crate::error::CollectiveError;
-use crate::group::lengths_hash;
 use crate::lane_tree::{LaneTree, Subtree};
 use crate::nccl::batch::Step;
-use crate::nccl::element::DeviceElement;
 use crate::nccl::host::{NcclCommunicator, SITE_BYTES, check_types, decode, encode, words_of};
 use crate::nccl::memory::DeviceMemory;
 
@@ -66,22 +64,18 @@ impl Communicator for NcclCommunicator {
     }
 
     fn all_reduce_many(&mut self, buffers: &mut [BufferMut<'_>], op: ReduceOp) -> Outcome<()> {
+        let call = Call::over_many(buffers, op);
         let Some(element) = buffers.first().map(BufferMut::element) else {
-            let call = Call::plain(Operation::AllReduceMany).reducing(op);
             // The comparison of the calls is all that is to do.
             return self.collective(call, |_, _| Ok(()));
         };
-        let total = buffers.iter().map(BufferMut::len).sum();
-        let call = Call::over(Operation::AllReduceMany, element, total)
-            .reducing(op)
-            .with_detail(lengths_hash(buffers.iter().map(BufferMut::len)));
         self.collective(call, |own, site| {
-            let mut together = Vec::with_capacity(total * element.bytes());
+            let mut together = Vec::new();
             for buffer in buffers.iter() {
                 check_types(site, element, buffer.element())?;
                 together.extend_from_slice(buffer.as_buffer().as_bytes());
             }
-            let result = own.reduce_own(site, (op, false), &together, total)?;
+            let result = own.reduce_own(site, (op, false), &together, call.count as usize)?;
             own.take(result, &mut together);
             let mut rest = together.as_slice();
             for buffer in buffers {
@@ -190,7 +184,7 @@ impl Communicator for NcclCommunicator {
                 own.check_parts(site, "output", output.len(), input.len())?;
             }
             let lens = [input.len(), output.as_ref().map_or(0, BufferMut::len)];
-            let mut places = own.places(input.element().into(), &lens)?;
+            let mut places = own.places(input.element(), &lens)?;
             let (part, whole) = (places.remove(0), places.remove(0));
             let mut calls = own.group.calls();
             calls.gather(&part, output.is_some().then_some(&whole), root)?;
@@ -221,7 +215,7 @@ impl Communicator for NcclCommunicator {
                 own.check_parts(site, "input", input.len(), output.len())?;
             }
             let lens = [output.len(), input.as_ref().map_or(0, Buffer::len)];
-            let mut places = own.places(output.element().into(), &lens)?;
+            let mut places = own.places(output.element(), &lens)?;
             let (part, whole) = (places.remove(0), places.remove(0));
             let mut calls = own.group.calls();
             calls.scatter(input.is_some().then_some(&whole), &part, root)?;
@@ -234,7 +228,7 @@ impl Communicator for NcclCommunicator {
         let call = Call::over(Operation::Broadcast, buffer.element(), buffer.len());
         self.collective(call.with_detail(root.0), |own, site| {
             own.check_peer(site, root)?;
-            let element = DeviceElement::from(buffer.element());
+            let element = buffer.element();
             let whole = own.places(element, &[buffer.len()])?.remove(0);
             let mut calls = own.group.calls();
             calls.broadcast(&whole, &whole, root)?;
@@ -257,7 +251,7 @@ impl Communicator for NcclCommunicator {
             let bytes = buffer.as_bytes();
             let all = SITE_BYTES + bytes.len();
             let memory = DeviceMemory::new(&own.group.device, all)?;
-            let whole = memory.buffer(DeviceElement::U8, all)?;
+            let whole = memory.buffer(ElementType::U8, all)?;
             let mut stage = own.stage(all)?;
             stage.as_mut_slice()[..SITE_BYTES].copy_from_slice(&encode(site));
             stage.as_mut_slice()[SITE_BYTES..all].copy_from_slice(bytes);
@@ -331,7 +325,7 @@ impl Communicator for NcclCommunicator {
             }
             let lens: Vec<usize> = lens.into_iter().map(|len| len as usize).collect();
             let total = lens.iter().sum();
-            let whole = own.places(DeviceElement::U8, &[total])?.remove(0);
+            let whole = own.places(ElementType::U8, &[total])?.remove(0);
             let at: usize = lens[..rank].iter().sum();
             let mut calls = own.group.calls();
             let part = whole.slice(at..at + mine.len())?;

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use api::{Generation, Rank};
 
 use crate::abort::AbortHandle;
+use crate::buffer::ElementType;
 use crate::communicator::Communicator;
 use crate::error::CollectiveError;
 use crate::nccl::batch::{Batch, Command, Pending, Reply, Step, owner_gone};
 use crate::nccl::calls::Calls;
 use crate::nccl::connect::meet;
 use crate::nccl::device::Device;
-use crate::nccl::element::DeviceElement;
 use crate::nccl::memory::{DeviceBuffer, DeviceMemory, PinnedMemory};
 use crate::nccl::owner::{CLOSE_WAIT, Origin, Setup, run};
 use crate::nccl::stream::Compute;
@@ -190,7 +190,7 @@ impl NcclGroup {
     /// one lives as long as a batch uses it.
     pub(super) fn scratch(
         &mut self,
-        element: DeviceElement,
+        element: ElementType,
         len: usize,
     ) -> Result<DeviceBuffer, CollectiveError> {
         let bytes = len.checked_mul(element.bytes()).ok_or_else(|| {

@@ -17,14 +17,13 @@ use api::Rank;
 
 use crate::buffer::ElementType;
 use crate::call::{CALL_BYTES, Call, CallSite, Operation};
-use crate::checks::{Outcome, invalid};
+use crate::checks::{Outcome, check_average, invalid};
 use crate::chunk::chunk_range;
 use crate::communicator::{ReduceOp, Reduction};
 use crate::error::CollectiveError;
 use crate::lane_tree::{LaneTree, Subtree};
 use crate::nccl::batch::{Pending, Step};
 use crate::nccl::calls::Calls;
-use crate::nccl::element::DeviceElement;
 use crate::nccl::group::NcclGroup;
 use crate::nccl::memory::{DeviceBuffer, DeviceMemory, PinnedMemory};
 use crate::nccl::ordered::{DevicePartial, Request, Staged};
@@ -160,10 +159,10 @@ impl NcclCommunicator {
     /// Bytes of this communicator's device memory.
     pub(super) fn memory(&mut self, bytes: usize) -> Outcome<DeviceBuffer> {
         match &self.memory {
-            Some(memory) if memory.bytes() >= bytes => memory.buffer(DeviceElement::U8, bytes),
+            Some(memory) if memory.bytes() >= bytes => memory.buffer(ElementType::U8, bytes),
             _ => {
                 let memory = DeviceMemory::new(&self.group.device, bytes.next_power_of_two())?;
-                self.memory.insert(memory).buffer(DeviceElement::U8, bytes)
+                self.memory.insert(memory).buffer(ElementType::U8, bytes)
             }
         }
     }
@@ -171,7 +170,7 @@ impl NcclCommunicator {
     /// Device memory for several buffers of a type, one after another at aligned places.
     pub(super) fn places(
         &mut self,
-        element: DeviceElement,
+        element: ElementType,
         lens: &[usize],
     ) -> Outcome<Vec<DeviceBuffer>> {
         const ALIGNMENT: usize = 256;
@@ -209,7 +208,7 @@ impl NcclCommunicator {
         inputs: &[(Subtree, &[u8])],
         len: usize,
     ) -> Outcome<(PinnedMemory, usize)> {
-        let Some(element) = site.call.element.map(DeviceElement::from) else {
+        let Some(element) = site.call.element else {
             return invalid(site, "it has no elements");
         };
         let mut lens: Vec<usize> =
@@ -254,7 +253,7 @@ impl NcclCommunicator {
         bytes: &[u8],
         len: usize,
     ) -> Outcome<(PinnedMemory, usize)> {
-        check_average(site, op)?;
+        check_average(site)?;
         let tree = LaneTree::new(self.group.world);
         let leaf = Subtree { start: self.group.rank, len: 1 };
         self.reduce(site, (tree, op, scatter), &[(leaf, bytes)], len)
@@ -330,7 +329,7 @@ impl NcclCommunicator {
     ) -> Outcome<()> {
         let (world, rank) = (self.group.world, self.group.rank);
         let len = output.len() / element.bytes();
-        let whole = self.places(element.into(), &[len])?.remove(0);
+        let whole = self.places(element, &[len])?.remove(0);
         let own = whole.slice(chunk_range(len, world, rank))?;
         let lens: Vec<usize> = (0..world).map(|rank| chunk_range(len, world, rank).len()).collect();
         let mut calls = self.group.calls();
@@ -347,7 +346,7 @@ impl NcclCommunicator {
         (output, receive): (&mut [u8], &[usize]),
     ) -> Outcome<()> {
         let lens = [input.len() / element.bytes(), output.len() / element.bytes()];
-        let mut places = self.places(element.into(), &lens)?;
+        let mut places = self.places(element, &lens)?;
         let (to, from) = (places.remove(0), places.remove(0));
         let mut calls = self.group.calls();
         calls.all_to_all_v(&to, send, &from, receive)?;
@@ -402,7 +401,7 @@ impl NcclCommunicator {
         all: &mut [u8],
     ) -> Outcome<()> {
         let at = self.group.rank as usize * mine.len();
-        let whole = self.places(DeviceElement::U8, &[all.len()])?.remove(0);
+        let whole = self.places(ElementType::U8, &[all.len()])?.remove(0);
         let own = whole.slice(at..at + mine.len())?;
         let mut calls = self.group.calls();
         calls.all_gather(&own, &whole)?;
@@ -554,16 +553,4 @@ pub(super) fn check_types(site: CallSite, input: ElementType, output: ElementTyp
         return invalid(site, format!("the input holds {input}, the output {output}"));
     }
     Ok(())
-}
-
-fn check_average(site: CallSite, op: ReduceOp) -> Outcome<()> {
-    match site.call.element {
-        Some(element) if op == ReduceOp::Avg && !DeviceElement::from(element).is_float() => {
-            invalid(
-                site,
-                format!("an average of {element} would round: expected a float, or a sum"),
-            )
-        }
-        _ => Ok(()),
-    }
 }

@@ -6,10 +6,10 @@
 use std::ffi::{CString, c_void};
 use std::rc::Rc;
 
+use crate::buffer::ElementType;
 use crate::communicator::ReduceOp;
 use crate::error::CollectiveError;
 use crate::nccl::device::Device;
-use crate::nccl::element::DeviceElement;
 use crate::nccl::ffi::Handle;
 use crate::nccl::memory::DeviceBuffer;
 use crate::nccl::stream::Stream;
@@ -21,10 +21,10 @@ const BLOCK_THREADS: u32 = 256;
 const BLOCKS_MAX: usize = 4096;
 
 /// What a kernel is there for; the rest is combined on the host.
-pub(super) const fn has_kernel(element: DeviceElement, op: ReduceOp) -> bool {
+pub(super) const fn has_kernel(element: ElementType, op: ReduceOp) -> bool {
     match op {
-        ReduceOp::Sum => !matches!(element, DeviceElement::Bf16 | DeviceElement::F16),
-        ReduceOp::Avg => matches!(element, DeviceElement::F32 | DeviceElement::F64),
+        ReduceOp::Sum => !matches!(element, ElementType::Bf16 | ElementType::F16),
+        ReduceOp::Avg => matches!(element, ElementType::F32 | ElementType::F64),
         // PTX has maxima that keep a NaN, but only from sm_80 on and with another NaN's bits.
         ReduceOp::Max | ReduceOp::Min => false,
     }
@@ -34,8 +34,8 @@ pub(super) const fn has_kernel(element: DeviceElement, op: ReduceOp) -> bool {
 pub(super) struct Kernels {
     device: Device,
     module: Handle,
-    sums: Vec<(DeviceElement, Handle)>,
-    divisions: Vec<(DeviceElement, Handle)>,
+    sums: Vec<(ElementType, Handle)>,
+    divisions: Vec<(ElementType, Handle)>,
     /// Launched by the thread that owns the stream.
     stays: std::marker::PhantomData<Rc<()>>,
 }
@@ -57,7 +57,7 @@ impl Kernels {
             divisions: Vec::new(),
             stays: std::marker::PhantomData,
         };
-        for element in DeviceElement::ALL {
+        for element in ElementType::ALL {
             if has_kernel(element, ReduceOp::Sum) {
                 kernels.sums.push((element, kernels.function(&format!("sum_{element}"))?));
             }
@@ -121,7 +121,7 @@ impl Kernels {
         #[allow(clippy::cast_precision_loss, reason = "as the CPU does it: a rank count")]
         let (mut single, mut double) = (by as f32, f64::from(by));
         let divisor: *mut c_void = match buffer.element() {
-            DeviceElement::F64 => (&raw mut double).cast(),
+            ElementType::F64 => (&raw mut double).cast(),
             _ => (&raw mut single).cast(),
         };
         let (mut address, mut count) = (buffer.address(), buffer.len() as u64);
@@ -173,7 +173,7 @@ impl Drop for Kernels {
 }
 
 fn find(
-    functions: &[(DeviceElement, Handle)],
+    functions: &[(ElementType, Handle)],
     into: &DeviceBuffer,
     operands: &[&DeviceBuffer],
 ) -> Result<Handle, CollectiveError> {

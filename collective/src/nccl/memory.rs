@@ -12,9 +12,9 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use crate::buffer::ElementType;
 use crate::error::CollectiveError;
 use crate::nccl::device::{Device, Garbage};
-use crate::nccl::element::DeviceElement;
 use crate::nccl::ffi::{HOST_PORTABLE, Handle};
 
 /// The driver refuses to allocate nothing; this is its own granularity.
@@ -25,7 +25,7 @@ const ALLOCATION_BYTES_MIN: usize = 256;
 pub struct DeviceBuffer {
     address: u64,
     len: usize,
-    element: DeviceElement,
+    element: ElementType,
     keep: Arc<dyn Any + Send + Sync>,
 }
 
@@ -38,7 +38,7 @@ impl DeviceBuffer {
     pub unsafe fn from_raw(
         address: u64,
         len: usize,
-        element: DeviceElement,
+        element: ElementType,
         keep: Arc<dyn Any + Send + Sync>,
     ) -> Self {
         Self { address, len, element, keep }
@@ -60,7 +60,7 @@ impl DeviceBuffer {
     }
 
     /// What an element is.
-    pub fn element(&self) -> DeviceElement {
+    pub fn element(&self) -> ElementType {
         self.element
     }
 
@@ -84,7 +84,7 @@ impl DeviceBuffer {
 
     /// The same memory as bytes.
     pub fn as_bytes(&self) -> Self {
-        let (len, element) = (self.bytes(), DeviceElement::U8);
+        let (len, element) = (self.bytes(), ElementType::U8);
         Self { address: self.address, len, element, keep: self.keep.clone() }
     }
 
@@ -142,7 +142,7 @@ impl DeviceMemory {
     /// [`CollectiveError::InvalidDeviceCall`] if it is shorter.
     pub fn buffer(
         &self,
-        element: DeviceElement,
+        element: ElementType,
         len: usize,
     ) -> Result<DeviceBuffer, CollectiveError> {
         if len.checked_mul(element.bytes()).is_none_or(|bytes| bytes > self.bytes()) {

@@ -65,7 +65,6 @@ mod version;
 pub use batch::Pending;
 pub use calls::Calls;
 pub use device::Device;
-pub use element::DeviceElement;
 pub use group::{NcclGroup, NcclOptions};
 pub use host::NcclCommunicator;
 pub use library::{LIBRARY_VARIABLE, Libraries, LibraryPaths};

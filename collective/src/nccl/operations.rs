@@ -2,12 +2,12 @@
 
 use api::Rank;
 
+use crate::buffer::ElementType;
 use crate::buffer::{Buffer, BufferMut};
 use crate::communicator::ReduceOp;
 use crate::error::CollectiveError;
 use crate::nccl::batch::{Pending, Step};
 use crate::nccl::calls::Calls;
-use crate::nccl::element::DeviceElement;
 use crate::nccl::group::NcclGroup;
 use crate::nccl::memory::{DeviceBuffer, PinnedMemory};
 
@@ -106,7 +106,7 @@ impl NcclGroup {
 
     /// Begins a barrier: an all-reduce of one element.
     pub fn barrier(&mut self) -> Result<Pending, CollectiveError> {
-        let flag = self.scratch(DeviceElement::I32, 1)?;
+        let flag = self.scratch(ElementType::I32, 1)?;
         self.begin("barrier", |calls| calls.all_reduce(&flag, &flag, ReduceOp::Max))
     }
 

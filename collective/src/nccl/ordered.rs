@@ -5,15 +5,12 @@
 //! 16-bit floats, a driver that refused the kernels) the local part is computed on the host, by the
 //! very code of the specification; the exchange is the same.
 
-use half::{bf16, f16};
-
 use crate::combine::Plan;
 use crate::communicator::ReduceOp;
-use crate::element::Element;
+use crate::element::{Element, with_element};
 use crate::error::CollectiveError;
 use crate::lane_tree::{LaneTree, Subtree};
 use crate::nccl::batch::{Pending, Step};
-use crate::nccl::element::DeviceElement;
 use crate::nccl::group::NcclGroup;
 use crate::nccl::kernel::has_kernel;
 use crate::nccl::memory::{DeviceBuffer, PinnedMemory};
@@ -59,11 +56,7 @@ impl NcclGroup {
         output: &DeviceBuffer,
         op: ReduceOp,
     ) -> Result<Pending, CollectiveError> {
-        let partials = [self.own_partial(input)];
-        let tree = LaneTree::new(self.world);
-        let name = "all_reduce_ordered";
-        let (partials, scatter) = (&partials, false);
-        self.ordered(Request { name, tree, partials, output, op, scatter }, Staged::default())
+        self.over_ranks("all_reduce_ordered", input, (output, false), op)
     }
 
     /// Reduces in the fixed order of the ranks' tree; each rank gets its [`crate::chunk_range`].
@@ -76,11 +69,7 @@ impl NcclGroup {
         output: &DeviceBuffer,
         op: ReduceOp,
     ) -> Result<Pending, CollectiveError> {
-        let partials = [self.own_partial(input)];
-        let tree = LaneTree::new(self.world);
-        let name = "reduce_scatter_ordered";
-        let (partials, scatter) = (&partials, true);
-        self.ordered(Request { name, tree, partials, output, op, scatter }, Staged::default())
+        self.over_ranks("reduce_scatter_ordered", input, (output, true), op)
     }
 
     /// Sums over lanes as [`crate::Communicator::reduce_lanes`] does.
@@ -96,6 +85,19 @@ impl NcclGroup {
         let (name, tree, op) = ("reduce_lanes", tree.clone(), ReduceOp::Sum);
         let request = Request { name, tree, partials, output, op, scatter: false };
         self.ordered(request, Staged::default())
+    }
+
+    /// One partial per rank; `output` and whether it is this rank's chunk only.
+    fn over_ranks(
+        &mut self,
+        name: &'static str,
+        input: &DeviceBuffer,
+        (output, scatter): (&DeviceBuffer, bool),
+        op: ReduceOp,
+    ) -> Result<Pending, CollectiveError> {
+        let partials = &[self.own_partial(input)];
+        let tree = LaneTree::new(self.world);
+        self.ordered(Request { name, tree, partials, output, op, scatter }, Staged::default())
     }
 
     pub(super) fn own_partial(&self, data: &DeviceBuffer) -> DevicePartial {
@@ -200,15 +202,8 @@ impl NcclGroup {
         let stage = self.submit(request.name, steps, Some(stage))?.wait_stage()?;
         let Some(mut stage) = stage else { return invalid(request.name, "it lost its stage") };
         let bytes = &mut stage.as_mut_slice()[..slots.bytes()];
-        let result = match request.output.element() {
-            DeviceElement::F32 => fold::<f32>(bytes, layout, request, self.world),
-            DeviceElement::F64 => fold::<f64>(bytes, layout, request, self.world),
-            DeviceElement::Bf16 => fold::<bf16>(bytes, layout, request, self.world),
-            DeviceElement::F16 => fold::<f16>(bytes, layout, request, self.world),
-            DeviceElement::I32 => fold::<i32>(bytes, layout, request, self.world),
-            DeviceElement::I64 => fold::<i64>(bytes, layout, request, self.world),
-            DeviceElement::U8 => fold::<u8>(bytes, layout, request, self.world),
-        };
+        let result =
+            with_element!(request.output, T => fold::<T>(bytes, layout, request, self.world));
         let Some(result) = result else {
             let element = request.output.element();
             return invalid(request.name, format!("no sum of {element} on the host"));

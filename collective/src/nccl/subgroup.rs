@@ -6,10 +6,10 @@ use std::sync::mpsc::SyncSender;
 use api::Rank;
 
 use crate::abort::AbortHandle;
+use crate::buffer::ElementType;
 use crate::error::CollectiveError;
 use crate::nccl::batch::Command;
 use crate::nccl::comm::Comm;
-use crate::nccl::element::DeviceElement;
 use crate::nccl::group::{NcclGroup, NcclOptions};
 use crate::nccl::memory::DeviceBuffer;
 use crate::nccl::owner::Origin;
@@ -126,7 +126,7 @@ impl NcclGroup {
     ) -> Result<Vec<u32>, CollectiveError> {
         let word = |color: Option<u32>| color.map_or(-1, i64::from);
         let world = self.world as usize;
-        let all = self.scratch(DeviceElement::I64, 2 * world)?;
+        let all = self.scratch(ElementType::I64, 2 * world)?;
         let own = all.slice(2 * self.rank as usize..2 * self.rank as usize + 2)?;
         self.write(&own, (&[word(color), i64::from(key)]).into())?;
         self.all_gather(&own, &all)?.wait()?;

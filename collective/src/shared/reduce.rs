@@ -26,6 +26,17 @@ const DIRECT_BYTES: usize = 32 << 10;
 /// Pieces begin on cache lines.
 const LINE: usize = 64;
 
+/// A reduction under way.
+struct Reducing<'a, T> {
+    site: CallSite,
+    op: ReduceOp,
+    plan: Plan,
+    /// Partials of each rank, and the most that any has.
+    counts: Vec<usize>,
+    most: usize,
+    operands: &'a Operands<T>,
+}
+
 /// What a rank brings and gets. Pointers, because the caller's buffer may be both.
 struct Operands<T> {
     /// Each `len` elements.
@@ -106,12 +117,12 @@ impl Shared {
         let most = counts.iter().copied().max().unwrap_or(1).max(1);
         let plan =
             Plan::new(tree, &nodes.concat()).expect("runs of lanes in rank order tile the tree");
-        let direct =
-            operands.len * size_of::<T>() * most <= DIRECT_BYTES.min(self.segment.window());
-        if direct {
-            self.direct(peers, site, op, &plan, &counts, operands)?;
+        let bytes = operands.len * size_of::<T>() * most;
+        let reducing = Reducing { site, op, plan, counts, most, operands };
+        if bytes <= DIRECT_BYTES.min(self.segment.window()) {
+            self.direct(peers, &reducing)?;
         } else {
-            self.pieces(peers, site, op, &plan, &counts, operands)?;
+            self.pieces(peers, &reducing)?;
         }
         self.end_call(site);
         Ok(())
@@ -121,12 +132,10 @@ impl Shared {
     fn direct<T: Element>(
         &mut self,
         peers: &mut Peers,
-        site: CallSite,
-        op: ReduceOp,
-        plan: &Plan,
-        counts: &[usize],
-        operands: &Operands<T>,
+        reducing: &Reducing<'_, T>,
     ) -> Result<(), CollectiveError> {
+        let Reducing { site, op, plan, counts, most: _, operands } = reducing;
+        let (site, op) = (*site, *op);
         let len = operands.len;
         self.begin(peers, site)?;
         for (index, partial) in operands.partials.iter().enumerate() {
@@ -165,14 +174,11 @@ impl Shared {
     fn pieces<T: Element>(
         &mut self,
         peers: &mut Peers,
-        site: CallSite,
-        op: ReduceOp,
-        plan: &Plan,
-        counts: &[usize],
-        operands: &Operands<T>,
+        reducing: &Reducing<'_, T>,
     ) -> Result<(), CollectiveError> {
+        let Reducing { site, op, plan, counts, most, operands } = reducing;
+        let (site, op) = (*site, *op);
         let (len, ranks) = (operands.len, self.ranks);
-        let most = counts.iter().copied().max().unwrap_or(1).max(1);
         let slots = (ranks - 1) * most;
         let piece = self.segment.window() / slots / LINE * LINE / size_of::<T>();
         if piece == 0 {

@@ -1,12 +1,12 @@
 //! Operations that move elements and add nothing: all to all, to a root, from a root; and subgroups.
 
-use api::Rank;
+use api::{Generation, Rank};
 use half::{bf16, f16};
 
 use super::group;
 use super::results::{assert_bits, data};
 use crate::element::Element;
-use crate::{Buffer, BufferMut, Communicator, Group, ReduceOp};
+use crate::{Buffer, BufferMut, Communicator, FlightRecorder, Group, ReduceOp};
 
 /// The elements that one rank has for another.
 fn between<T: Element>(from: u32, to: u32, len: usize) -> Vec<T> {
@@ -79,6 +79,8 @@ pub(super) fn subgroups_of_subgroups_work_beside_their_parents() {
             name: format!("every-{by}-{}", rank % by),
             ranks: (0..of).filter(|other| other % by == rank % by).collect(),
         };
+        let recorder = FlightRecorder::new(Generation(3), Rank(rank), 8);
+        communicator.set_recorder(recorder.clone());
         let mut half = communicator.subgroup(&split(rank, 2, 8)).unwrap();
         assert_eq!((half.rank(), half.world_size()), (Rank(rank / 2), 4));
         let mut quarter = half.subgroup(&split(rank / 2, 2, 4)).unwrap();
@@ -94,6 +96,10 @@ pub(super) fn subgroups_of_subgroups_work_beside_their_parents() {
             assert_eq!(sum(half.as_mut()), 4 * i64::from(rank % 2) + 12);
             assert_eq!(sum(communicator), 28);
         }
+        // Flight logs name the job's ranks, also of a group within a group.
+        let log = recorder.snapshot();
+        let found = log.groups.iter().find(|group| group.name == quarter.name()).unwrap();
+        assert_eq!(found.members, [Rank(rank % 4), Rank(rank % 4 + 4)]);
         check_moves::<f32>(rank / 4, quarter.as_mut());
         check_moves::<f32>(rank / 2, half.as_mut());
     });

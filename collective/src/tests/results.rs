@@ -81,7 +81,7 @@ where
     let world = communicator.world_size();
     let tree = LaneTree::new(world);
     let mut ops = vec![ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min];
-    if T::DIVIDES {
+    if T::TYPE.is_float() {
         ops.push(ReduceOp::Avg);
     }
     for len in LENGTHS {

@@ -29,7 +29,7 @@ static void pause_locked(void) { pthread_cond_wait(&changed, &lock); }
 /* ---- counters and faults, for the tests ---- */
 static long counters[16];
 enum { ABORTS, DESTROYS, ALLOCATIONS, FREES, REGISTERED, DEREGISTERED, LAUNCHES, GROUPS, OPERATIONS,
-       USES_AFTER_END, FINALIZES, CONTEXTS };
+       USES_AFTER_END, FINALIZES, CONTEXTS, FORMINGS };
 long fake_counter(int which) { enter(); long found = counters[which]; leave(); return found; }
 static void count(int which) { enter(); counters[which]++; leave(); }
 
@@ -230,7 +230,7 @@ int ncclCommInitRankConfig(Comm** comm, int size, Id id, int rank, Config* confi
   enter();
   World* w = world_locked(id.bytes, size);
   if (!w) { leave(); return INVALID_USAGE; }
-  Comm* c = calloc(1, sizeof *c); c->world = w; c->rank = rank; c->state = IN_PROGRESS; w->joined += rank != absent_rank;
+  Comm* c = calloc(1, sizeof *c); c->world = w; c->rank = rank; c->state = IN_PROGRESS; w->joined += rank != absent_rank; counters[FORMINGS]++;
   *comm = c; leave(); return IN_PROGRESS;
 }
 /* Counts a use of what was destroyed or aborted: a fault of the caller. Ended ones are leaked. */

@@ -1,16 +1,17 @@
 //! Small whole numbers as elements of every type, exact in all of them.
 
-use collective::nccl::{DeviceBuffer, DeviceElement, DeviceMemory, NcclGroup};
+use collective::ElementType;
+use collective::nccl::{DeviceBuffer, DeviceMemory, NcclGroup};
 
-pub fn encode(element: DeviceElement, values: &[i64]) -> Vec<u8> {
+pub fn encode(element: ElementType, values: &[i64]) -> Vec<u8> {
     let bytes = |value: &i64| match element {
-        DeviceElement::F32 => (*value as f32).to_le_bytes().to_vec(),
-        DeviceElement::F64 => (*value as f64).to_le_bytes().to_vec(),
-        DeviceElement::Bf16 => (((*value as f32).to_bits() >> 16) as u16).to_le_bytes().to_vec(),
-        DeviceElement::F16 => half(*value).to_le_bytes().to_vec(),
-        DeviceElement::I32 => (*value as i32).to_le_bytes().to_vec(),
-        DeviceElement::I64 => value.to_le_bytes().to_vec(),
-        DeviceElement::U8 => vec![*value as u8],
+        ElementType::F32 => (*value as f32).to_le_bytes().to_vec(),
+        ElementType::F64 => (*value as f64).to_le_bytes().to_vec(),
+        ElementType::Bf16 => (((*value as f32).to_bits() >> 16) as u16).to_le_bytes().to_vec(),
+        ElementType::F16 => half(*value).to_le_bytes().to_vec(),
+        ElementType::I32 => (*value as i32).to_le_bytes().to_vec(),
+        ElementType::I64 => value.to_le_bytes().to_vec(),
+        ElementType::U8 => vec![*value as u8],
     };
     values.iter().flat_map(bytes).collect()
 }
@@ -27,7 +28,7 @@ fn half(value: i64) -> u16 {
 }
 
 /// Device memory of a group's GPU with these elements.
-pub fn upload(group: &mut NcclGroup, element: DeviceElement, values: &[i64]) -> DeviceBuffer {
+pub fn upload(group: &mut NcclGroup, element: ElementType, values: &[i64]) -> DeviceBuffer {
     let bytes = encode(element, values);
     let memory = DeviceMemory::new(group.device(), bytes.len()).unwrap();
     let buffer = memory.buffer(element, values.len()).unwrap();

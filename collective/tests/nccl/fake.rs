@@ -3,14 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use collective::CollectiveError;
 use collective::nccl::{Libraries, LibraryPaths};
 
+use crate::ranks::HANG;
+
 /// Two tests must not run the compiler for the same file.
 static BUILDING: Mutex<()> = Mutex::new(());
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 #[repr(i32)]
 pub enum Counter {
     Aborts = 0,
@@ -22,6 +25,8 @@ pub enum Counter {
     Launches = 6,
     UsesAfterEnd = 9,
     Contexts = 11,
+    /// Communicators whose initialisation has begun.
+    Formings = 12,
 }
 
 /// A copy of the fake library.
@@ -83,12 +88,15 @@ impl Fake {
     /// Waits until a counter has a value: frees happen on another thread.
     #[track_caller]
     pub fn expect(&self, counter: Counter, value: i64) {
-        for _ in 0..2000 {
-            if self.count(counter) == value {
+        // The library is C and tells nobody: only looking helps, up to a generous deadline.
+        let deadline = Instant::now() + HANG;
+        loop {
+            let found = self.count(counter);
+            if found == value {
                 return;
             }
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            assert!(Instant::now() < deadline, "{counter:?} is {found}, expected {value}");
+            std::thread::yield_now();
         }
-        panic!("counter {} is {}, not {value}", counter as i32, self.count(counter));
     }
 }

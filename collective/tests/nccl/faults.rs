@@ -6,9 +6,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use api::Rank;
-use collective::nccl::{
-    Compute, Device, DeviceElement, ForeignStream, NcclGroup, NcclOptions, NcclVersion,
-};
+use collective::ElementType;
+use collective::nccl::{Compute, Device, ForeignStream, NcclGroup, NcclOptions, NcclVersion};
 use collective::{CollectiveError, Communicator, ReduceOp};
 
 use crate::elements::{assert_holds, upload};
@@ -39,7 +38,7 @@ fn a_missing_optional_function_is_an_error_that_harms_nothing() {
     let Some(fake) = Fake::build("no-optional", &defines) else { return };
     let libraries = fake.open().unwrap();
     groups(&libraries, (2, 8), &options("world"), |mut group, _| {
-        let data = upload(&mut group, DeviceElement::F32, &[1; 8]);
+        let data = upload(&mut group, ElementType::F32, &[1; 8]);
         let gone = Rank(1 - group.rank().0);
         let shown = |error: CollectiveError| {
             assert!(matches!(error, CollectiveError::Unavailable { .. }), "{error}");
@@ -108,10 +107,12 @@ fn an_abort_of_the_control_group_ends_the_forming() {
     let Some(fake) = Fake::build("abort-forming", &[]) else { return };
     let libraries = fake.open().unwrap();
     fake.switch("fake_absent", 1);
+    let watched = fake.clone();
     ranks(2, move |rank, mut control| {
-        let abort = control.abort_handle();
+        let (abort, watched) = (control.abort_handle(), watched.clone());
         thread::spawn(move || {
-            thread::sleep(Duration::from_millis(200));
+            // Both are inside NCCL's initialisation, which the absent rank keeps from ending.
+            watched.expect(Counter::Formings, 2);
             abort.abort("generation 4 begins");
         });
         let device = Device::new(&libraries, rank);
@@ -127,7 +128,7 @@ fn an_abort_ends_a_blocked_operation_within_a_second_and_once() {
     let libraries = fake.open().unwrap();
     fake.switch("fake_hang", 1);
     groups(&libraries, (2, 8), &options("world"), |mut group, _| {
-        let data = upload(&mut group, DeviceElement::F32, &[1; 8]);
+        let data = upload(&mut group, ElementType::F32, &[1; 8]);
         let (handle, again) = (group.abort_handle(), group.abort_handle());
         let (sender, pushed) = mpsc::channel();
         let pending = group.all_reduce(&data, &data, ReduceOp::Sum).unwrap();
@@ -160,7 +161,7 @@ fn an_asynchronous_error_ends_the_group_with_what_nccl_says() {
     let libraries = fake.open().unwrap();
     fake.switch("fake_break", 0);
     groups(&libraries, (2, 8), &options("data"), |mut group, control| {
-        let data = upload(&mut group, DeviceElement::F32, &[1; 8]);
+        let data = upload(&mut group, ElementType::F32, &[1; 8]);
         let pending = group.all_reduce(&data, &data, ReduceOp::Sum).unwrap();
         if group.rank().0 == 0 {
             let error = pending.wait().unwrap_err();
@@ -186,7 +187,7 @@ fn survivors_shrink_the_group_and_go_on() {
     fake.switch("fake_hang", 1);
     let copy = fake.clone();
     groups(&libraries, (3, 8), &options, move |mut group, control| {
-        let data = upload(&mut group, DeviceElement::I32, &[1; 8]);
+        let data = upload(&mut group, ElementType::I32, &[1; 8]);
         let pending = group.all_reduce(&data, &data, ReduceOp::Sum).unwrap();
         assert!(pending.wait_timeout(Duration::from_millis(50)).is_none());
         if group.rank().0 == 1 {
@@ -205,7 +206,7 @@ fn survivors_shrink_the_group_and_go_on() {
         // The old group is finished, the new one works without it.
         assert!(group.barrier().unwrap().wait().is_err());
         drop(group);
-        let data = upload(&mut survivors, DeviceElement::I32, &[1; 8]);
+        let data = upload(&mut survivors, ElementType::I32, &[1; 8]);
         survivors.all_reduce(&data, &data, ReduceOp::Sum).unwrap().wait().unwrap();
         assert_holds(&mut survivors, &data, &[2; 8], "all_reduce of the survivors");
     });
@@ -230,7 +231,7 @@ fn a_split_makes_groups_by_color_in_the_order_of_the_keys() {
         if let Some(mut half) = half {
             assert_eq!(half.world_size(), 2);
             assert_eq!(half.rank().0, [0, 1, 1, 0][rank as usize]);
-            let data = upload(&mut half, DeviceElement::I64, &[i64::from(rank); 4]);
+            let data = upload(&mut half, ElementType::I64, &[i64::from(rank); 4]);
             half.all_reduce(&data, &data, ReduceOp::Sum).unwrap().wait().unwrap();
             assert_holds(&mut half, &data, &[if rank % 2 == 0 { 2 } else { 4 }; 4], "half");
             // The parent goes on beside it.
@@ -247,7 +248,7 @@ fn registrations_end_with_their_guard_or_with_the_group() {
     let libraries = fake.open().unwrap();
     let copy = fake.clone();
     groups(&libraries, (1, 8), &options("world"), move |mut group, _| {
-        let data = upload(&mut group, DeviceElement::F32, &[1; 8]);
+        let data = upload(&mut group, ElementType::F32, &[1; 8]);
         let first = group.register(&data).unwrap();
         let second = group.register(&data).unwrap();
         assert_eq!(copy.count(Counter::Registered), 2);
@@ -268,7 +269,7 @@ fn a_group_left_while_a_peer_hangs_aborts_in_bounded_time() {
     let libraries = fake.open().unwrap();
     fake.switch("fake_hang", 0);
     groups(&libraries, (2, 8), &options("world"), |mut group, _| {
-        let data = upload(&mut group, DeviceElement::F32, &[1; 8]);
+        let data = upload(&mut group, ElementType::F32, &[1; 8]);
         let pending = group.all_reduce(&data, &data, ReduceOp::Sum).unwrap();
         let begun = Instant::now();
         drop(group);
@@ -284,7 +285,7 @@ fn a_panicking_user_aborts_instead_of_waiting() {
     let libraries = fake.open().unwrap();
     groups(&libraries, (1, 8), &options("world"), |mut group, _| {
         let user = thread::spawn(move || {
-            let _data = upload(&mut group, DeviceElement::F32, &[1; 8]);
+            let _data = upload(&mut group, ElementType::F32, &[1; 8]);
             panic!("a bug of the trainer, on purpose");
         });
         assert!(user.join().is_err());
@@ -297,7 +298,7 @@ fn many_operations_begun_at_once_run_in_order() {
     let Some(fake) = Fake::build("many", &[]) else { return };
     let libraries = fake.open().unwrap();
     groups(&libraries, (2, 8), &options("world"), |mut group, _| {
-        let data = upload(&mut group, DeviceElement::I64, &[1; 4]);
+        let data = upload(&mut group, ElementType::I64, &[1; 4]);
         // More than may be in flight: the owner thread takes them as the stream finishes.
         let pending: Vec<_> = (0..40)
             .flat_map(|_| {
@@ -325,7 +326,7 @@ fn compute_streams_are_ordered_against_communication() {
     groups(&libraries, (2, 8), &options("world"), move |mut group, _| {
         let library = copy.library();
         let rank = group.rank().0 as i32;
-        let data = upload(&mut group, DeviceElement::I64, &[0; 4]);
+        let data = upload(&mut group, ElementType::I64, &[0; 4]);
         // SAFETY: the fake's own functions, with the types of cuda.h; the stream is never
         // destroyed, and host memory lives until the stream is idle.
         unsafe {

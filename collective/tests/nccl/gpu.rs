@@ -6,8 +6,9 @@
 
 use std::time::{Duration, Instant};
 
+use collective::ElementType;
 use collective::nccl::{
-    Compute, Device, DeviceElement, Libraries, LibraryPaths, NcclGroup, NcclOptions, NcclVersion,
+    Compute, Device, Libraries, LibraryPaths, NcclGroup, NcclOptions, NcclVersion,
 };
 use collective::{Communicator, ReduceOp};
 
@@ -76,7 +77,7 @@ fn ordered_sums_on_two_ranks_have_the_bits_of_the_cpu() {
         // Integers of every width wrap alike, floats round alike: equal, not close.
         ordered::check_all(&mut group, control);
         let values = [i64::from(i32::MAX), 7, -5, 0];
-        let data = upload(&mut group, DeviceElement::I32, &values);
+        let data = upload(&mut group, ElementType::I32, &values);
         group.all_reduce_ordered(&data, &data, ReduceOp::Sum).unwrap().wait().unwrap();
         assert_holds(&mut group, &data, &[-2, 14, -10, 0], "i32");
     });
@@ -91,7 +92,7 @@ fn the_fast_sum_is_near_a_reference_in_double() {
         let len = 100_003;
         let of = |rank: u64| doubles(rank + 1, len);
         let mine: Vec<f32> = of(u64::from(group.rank().0)).iter().map(|v| *v as f32).collect();
-        let data = upload(&mut group, DeviceElement::F32, &vec![0; len]);
+        let data = upload(&mut group, ElementType::F32, &vec![0; len]);
         group.write(&data, (&mine).into()).unwrap();
         group.all_reduce(&data, &data, ReduceOp::Sum).unwrap().wait().unwrap();
         let mut found = vec![0f32; len];
@@ -118,7 +119,7 @@ fn an_abort_ends_an_all_reduce_that_the_peer_never_joins() {
     let Some(gpus) = two_ranks(&libraries, "an_abort") else { return };
     groups(&libraries, (2, gpus), &options("world"), move |mut group, control| {
         if group.rank().0 == 0 {
-            let data = upload(&mut group, DeviceElement::F32, &vec![1; 1 << 20]);
+            let data = upload(&mut group, ElementType::F32, &vec![1; 1 << 20]);
             let pending = group.all_reduce(&data, &data, ReduceOp::Sum).unwrap();
             assert!(pending.wait_timeout(Duration::from_millis(500)).is_none());
             let pushed = Instant::now();
@@ -146,7 +147,7 @@ fn splits_registrations_and_context_order_on_two_ranks() {
     let Some(gpus) = two_ranks(&libraries, "splits") else { return };
     let options = NcclOptions { max_ctas: Some(2), ..options("world") };
     groups(&libraries, (2, gpus), &options, move |mut group, _| {
-        let data = upload(&mut group, DeviceElement::F32, &[1; 1024]);
+        let data = upload(&mut group, ElementType::F32, &[1; 1024]);
         let registration = group.register(&data).unwrap();
         // Ranks that share a GPU and a process share its context: they would wait for each other.
         let own_context = gpus == 2;

@@ -1,8 +1,9 @@
 //! Every operation on device memory, of every type, in place and out of place.
 
 use api::Rank;
+use collective::ElementType;
 use collective::ReduceOp;
-use collective::nccl::{DeviceElement, NcclGroup};
+use collective::nccl::NcclGroup;
 
 use crate::elements::{assert_holds, upload};
 use crate::fake::{Counter, Fake};
@@ -34,7 +35,7 @@ fn reduced(world: u32, op: ReduceOp, len: usize) -> Option<Vec<i64>> {
 }
 
 pub fn check_all(group: &mut NcclGroup) {
-    for element in DeviceElement::ALL {
+    for element in ElementType::ALL {
         check_reductions(group, element);
         check_gathers(group, element);
         check_exchanges(group, element);
@@ -42,7 +43,7 @@ pub fn check_all(group: &mut NcclGroup) {
     }
 }
 
-fn check_reductions(group: &mut NcclGroup, element: DeviceElement) {
+fn check_reductions(group: &mut NcclGroup, element: ElementType) {
     let (world, rank) = (group.world_size(), group.rank().0);
     let n = 7;
     let len = n * world as usize;
@@ -85,7 +86,7 @@ fn check_reductions(group: &mut NcclGroup, element: DeviceElement) {
     }
 }
 
-fn check_gathers(group: &mut NcclGroup, element: DeviceElement) {
+fn check_gathers(group: &mut NcclGroup, element: ElementType) {
     let (world, rank) = (group.world_size(), group.rank().0);
     let n = 5;
     let own = rank as usize * n..(rank as usize + 1) * n;
@@ -131,7 +132,7 @@ fn check_gathers(group: &mut NcclGroup, element: DeviceElement) {
     assert_holds(group, &part, &all[own], "scatter");
 }
 
-fn check_exchanges(group: &mut NcclGroup, element: DeviceElement) {
+fn check_exchanges(group: &mut NcclGroup, element: ElementType) {
     let (world, rank) = (group.world_size(), group.rank().0);
     let n = 3;
     // What rank r has for rank s.
@@ -201,8 +202,8 @@ fn wrong_arguments_are_refused_before_anything_runs() {
     let Some(fake) = Fake::build("arguments", &[]) else { return };
     let libraries = fake.open().unwrap();
     groups(&libraries, (2, 8), &options("world"), |mut group, _| {
-        let a = upload(&mut group, DeviceElement::F32, &[1; 8]);
-        let b = upload(&mut group, DeviceElement::F64, &[1; 8]);
+        let a = upload(&mut group, ElementType::F32, &[1; 8]);
+        let b = upload(&mut group, ElementType::F64, &[1; 8]);
         let op = ReduceOp::Sum;
         assert!(group.all_reduce(&a, &b, op).is_err(), "types differ");
         assert!(group.all_reduce(&a, &a.slice(0..4).unwrap(), op).is_err(), "lengths differ");

@@ -1,6 +1,7 @@
 //! Sums in a fixed order have the bits of the specification.
 
-use collective::nccl::{DeviceElement, DeviceMemory, DevicePartial, NcclGroup};
+use collective::ElementType;
+use collective::nccl::{DeviceMemory, DevicePartial, NcclGroup};
 use collective::{
     Buffer, BufferMut, Communicator, LaneTree, Partial, ProcessGroup, ReduceOp, chunk_range,
 };
@@ -84,7 +85,7 @@ fn check<T: Copy + PartialEq + Default + 'static>(
     let mut ops = vec![ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min];
     ops.extend(divides.then_some(ReduceOp::Avg));
     let mine = data(u64::from(rank) + 1, len);
-    let element = DeviceElement::from(Buffer::from(&mine).element());
+    let element = Buffer::from(&mine).element();
     let memory = || DeviceMemory::new(group.device(), len * element.bytes()).unwrap();
     let (input, output) = (memory(), memory());
     let input = input.buffer(element, len).unwrap();
@@ -130,12 +131,12 @@ fn check_lanes(group: &mut NcclGroup, control: &mut ProcessGroup, tree: &LaneTre
     let mut on_device = Vec::new();
     for (subtree, data) in nodes.iter().zip(&data) {
         let memory = DeviceMemory::new(group.device(), 4 * len).unwrap();
-        let buffer = memory.buffer(DeviceElement::F32, len).unwrap();
+        let buffer = memory.buffer(ElementType::F32, len).unwrap();
         group.write(&buffer, data.into()).unwrap();
         on_device.push(DevicePartial { subtree: *subtree, data: buffer });
     }
     let output = DeviceMemory::new(group.device(), 4 * len).unwrap();
-    let output = output.buffer(DeviceElement::F32, len).unwrap();
+    let output = output.buffer(ElementType::F32, len).unwrap();
     group.reduce_lanes(tree, &on_device, &output).unwrap().wait().unwrap();
     let mut found = vec![0f32; len];
     group.read(&output, (&mut found).into()).unwrap();
