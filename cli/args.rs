@@ -391,10 +391,6 @@ pub struct BenchCollective {
     #[arg(long)]
     pub floor: bool,
     /// Compare deterministic with fast sums, alternating.
-    #[arg(long, conflicts_with_all = ["floor", "tune", "reduction"])]
+    #[arg(long, conflicts_with_all = ["floor", "reduction"])]
     pub cost: bool,
-    /// Measure the algorithms per size and number of ranks, and write the table that selects among
-    /// them.
-    #[arg(long, value_name = "FILE", conflicts_with = "floor")]
-    pub tune: Option<PathBuf>,
 }

@@ -22,7 +22,6 @@ use crate::flight::FlightRecorder;
 use crate::lane_tree::LaneTree;
 use crate::listener::Listener;
 use crate::peers::{Parts, Peers};
-use crate::selection::Selection;
 use crate::shared::Shared;
 
 /// A process group on this host's shared memory and over TCP, made by [`Listener::connect`].
@@ -80,27 +79,12 @@ impl ProcessGroup {
         self.recorder = recorder;
     }
 
-    /// What moves the data: `shm`, `tcp`, or both.
+    /// What moves the data: `shm` or `tcp`.
     pub fn transport(&self) -> &'static str {
         match self.core.shared {
             Some(_) => "shm",
             None => "tcp",
         }
-    }
-
-    /// Chooses algorithms by another table from now on; called by all ranks, with the same table.
-    ///
-    /// # Errors
-    /// [`CollectiveError::InvalidOptions`] on all ranks, naming the first that brings another table.
-    pub fn set_selection(&mut self, selection: Selection) -> Outcome<()> {
-        let all = self.gather_bytes(&selection.digest().to_le_bytes())?;
-        if let Some(other) = all.iter().position(|theirs| *theirs != all[0]) {
-            let message = format!("r{other} brings another selection table than r0");
-            let group = self.options.group.clone();
-            return Err(CollectiveError::InvalidOptions { group, message });
-        }
-        self.core.peers.set_selection(selection);
-        Ok(())
     }
 
     /// Numbers a collective and runs it.
@@ -463,8 +447,11 @@ impl Communicator for ProcessGroup {
     }
 
     fn subgroup(&mut self, group: &Group) -> Outcome<Box<dyn Communicator>> {
-        let (listener, place) = self.listen_for(group)?;
-        let addresses = self.gather_bytes(listener.address().to_string().as_bytes())?;
+        let listening = self.listen_for(group);
+        // A rank that cannot take part says so by no address: nobody waits for it.
+        let address = listening.as_ref().map(|(listener, _)| listener.address().to_string());
+        let addresses = self.gather_bytes(address.unwrap_or_default().as_bytes())?;
+        let (listener, place) = listening?;
         let peers = group
             .ranks
             .iter()
@@ -472,7 +459,9 @@ impl Communicator for ProcessGroup {
                 let text = String::from_utf8_lossy(&addresses[*rank as usize]).into_owned();
                 text.parse().map_err(|_| CollectiveError::InvalidOptions {
                     group: group.name.clone(),
-                    message: format!("r{rank} named `{text}` as its address"),
+                    message: format!(
+                        "r{rank} does not take part: it named `{text}` as its address"
+                    ),
                 })
             })
             .collect::<Outcome<Vec<_>>>()?;

@@ -3,7 +3,8 @@
 //! ```text
 //! connector (higher rank)                       acceptor (lower rank)
 //!   hello: generation, group, world, ranks,
-//!          channel, streams, table, nonce           →
+//!          channel, streams, table, order of
+//!          sums, transport, nonce                →
 //!                                                   ←  challenge: nonce, proof
 //!   proof                                           →
 //!                                                   ←  welcome
@@ -20,7 +21,7 @@ use api::{Generation, Secret};
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
-use crate::communicator::GroupOptions;
+use crate::communicator::{GroupOptions, Reduction, Transport};
 use crate::frame::group_number;
 use crate::tcp_options::TcpOptions;
 
@@ -47,6 +48,8 @@ pub(crate) struct Identity {
     pub streams: u8,
     /// The digest of the table of algorithms.
     selection: u64,
+    reduction: Reduction,
+    transport: Transport,
     job: String,
     group_name: String,
     secret: Secret,
@@ -57,6 +60,8 @@ impl Identity {
         Self {
             streams: tcp.streams as u8,
             selection: tcp.selection.digest(),
+            reduction: options.reduction,
+            transport: options.transport,
             rank: options.rank.0,
             world: options.world_size,
             generation: options.generation,
@@ -163,6 +168,8 @@ struct Hello {
     channel: Channel,
     streams: u8,
     selection: u64,
+    reduction: u8,
+    transport: u8,
     nonce: Nonce,
 }
 
@@ -197,6 +204,7 @@ impl Message {
                 }
                 body.extend_from_slice(&[hello.channel.code(), hello.streams]);
                 body.extend_from_slice(&hello.selection.to_le_bytes());
+                body.extend_from_slice(&[hello.reduction, hello.transport]);
                 body.extend_from_slice(&hello.nonce);
                 (1, body)
             }
@@ -226,6 +234,8 @@ impl Message {
                 channel: Channel::from_code(u8::from_le_bytes(fields.take()?)),
                 streams: u8::from_le_bytes(fields.take()?),
                 selection: u64::from_le_bytes(fields.take()?),
+                reduction: u8::from_le_bytes(fields.take()?),
+                transport: u8::from_le_bytes(fields.take()?),
                 nonce: fields.take()?,
             }),
             2 => Self::Challenge { nonce: fields.take()?, proof: fields.take()? },
@@ -317,6 +327,8 @@ impl Negotiation {
             channel,
             streams: identity.streams,
             selection: identity.selection,
+            reduction: identity.reduction as u8,
+            transport: identity.transport as u8,
             nonce,
         });
         let negotiation =
@@ -395,6 +407,7 @@ impl Negotiation {
 /// Why a hello does not belong here, in words for the rank that sent it.
 fn object(identity: &Identity, hello: &Hello) -> Option<String> {
     let Hello { generation, group, world, from, to, channel, streams, selection, .. } = *hello;
+    let Hello { reduction, transport, .. } = *hello;
     if generation != identity.generation.0 {
         let found = Generation(generation);
         return Some(format!("generation {found}, expected {}", identity.generation));
@@ -422,6 +435,13 @@ fn object(identity: &Identity, hello: &Hello) -> Option<String> {
     }
     if selection != identity.selection {
         return Some("another table of algorithms".to_owned());
+    }
+    // Ranks that differ in these would wait for each other in calls that cannot meet.
+    if reduction != identity.reduction as u8 {
+        return Some(format!("another order of sums, expected {:?}", identity.reduction));
+    }
+    if transport != identity.transport as u8 {
+        return Some(format!("another transport, expected {:?}", identity.transport));
     }
     None
 }
@@ -516,6 +536,12 @@ mod tests {
         connector.selection += 1;
         let (a, _) = negotiate(&connector, &acceptor, 1);
         assert!(refused(a).contains("another table of algorithms"));
+        let connector = identity(2, |o| o.reduction = Reduction::Fast);
+        let (a, _) = negotiate(&connector, &acceptor, 1);
+        assert!(refused(a).contains("another order of sums, expected Deterministic"));
+        let connector = identity(2, |o| o.transport = Transport::Tcp);
+        let (a, _) = negotiate(&connector, &acceptor, 1);
+        assert!(refused(a).contains("another transport, expected Auto"));
         let connector = identity(2, |_| ());
         let (_, hello) = Negotiation::connect(&connector, 1, Channel::Data(2), [1; 32]);
         let end = deliver(&mut Negotiation::accept([2; 32]), &acceptor, &hello);

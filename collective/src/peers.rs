@@ -186,14 +186,9 @@ impl Peers {
         let here = |link: &&Link| link.address.ip() == address || address.is_loopback();
         let peers = self.links.iter().flatten().filter(here).count();
         (self.reduction, self.patience) = (reduction, Patience::for_ranks(1 + peers));
-        self.set_selection(tcp.selection.clone());
+        self.selection = tcp.selection.clone();
         self.tcp = tcp;
         self
-    }
-
-    /// Chooses algorithms by another table; it must be the same on all ranks.
-    pub(crate) fn set_selection(&mut self, selection: Selection) {
-        self.selection = selection;
     }
 
     /// Which algorithm carries which call.

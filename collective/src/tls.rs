@@ -1,6 +1,6 @@
 //! Certificates of ranks, and the encryption of one connection.
 //!
-//! The certificates are the cluster's, as `cluster certificates` makes them: every host has one of
+//! The certificates are the cluster's, as `cluster certs` makes them: every host has one of
 //! the cluster's authority, and all carry one name, so that a host may be reached by any address.
 //! Which job and which rank the other side is, the handshake of ranks proves inside the encrypted
 //! connection.

@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::cost;
 use super::floor::{CopyLimit, exchange};
 use super::gang::Gang;
 use super::plan::{Case, Op, Plan};
 use super::progress::Progress;
 use super::protocol::Work;
 use super::samples::{Samples, Times};
-use super::{cost, tune};
 use crate::args::{BenchCollective, Global};
 use crate::error::Result;
 use crate::output;
@@ -70,9 +70,6 @@ struct Floor {
 /// Measures and prints.
 pub fn run(global: &Global, args: &BenchCollective) -> Result<()> {
     let plan = Plan::new(args)?;
-    if let Some(file) = &args.tune {
-        return tune::run(&plan, file);
-    }
     if args.cost {
         return cost::run(global, &plan);
     }

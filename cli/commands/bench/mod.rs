@@ -12,7 +12,6 @@ mod protocol;
 mod rank;
 mod samples;
 mod train;
-mod tune;
 
 pub use rank::run_rank;
 

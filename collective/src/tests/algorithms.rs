@@ -1,10 +1,9 @@
 //! Every algorithm against the scalar reference: the same bits, but for the ring.
 
-use super::results::{assert_bits, data, partials, tree_reduce_all};
+use super::results::{assert_bits, data, partials, tree_reduce_all, views};
 use super::{REDUCTION, TCP, group};
 use crate::{
-    Algorithm, Communicator, LaneTree, Partial, ProcessGroup, ReduceOp, Reduction, Selection,
-    TcpOptions,
+    Algorithm, Communicator, LaneTree, ProcessGroup, ReduceOp, Reduction, Selection, TcpOptions,
 };
 
 /// Around a segment of the pipeline and of several, and less than an element per rank.
@@ -19,10 +18,7 @@ fn check_lanes(rank: u32, communicator: &mut ProcessGroup, lanes: u32, len: usiz
     let (tree, world) = (LaneTree::new(lanes), communicator.world_size());
     let all: Vec<Vec<f32>> = (0..lanes).map(|lane| data(lane, len)).collect();
     let own = partials(&tree, &all, rank, world);
-    let own: Vec<Partial<'_>> = own
-        .iter()
-        .map(|(subtree, data)| Partial { subtree: *subtree, data: data.into() })
-        .collect();
+    let own = views(&own);
     let mut output = vec![f32::NAN; len];
     communicator.reduce_lanes(&tree, &own, (&mut output).into()).unwrap();
     let expected = tree_reduce_all(tree.root(), &all, ReduceOp::Sum);
@@ -84,10 +80,7 @@ fn a_fast_reduction_is_the_same_on_every_rank_and_near_the_sum() {
                     let all: Vec<Vec<f32>> =
                         (0..lanes).map(|lane| vec![0.1 * (lane + 1) as f32; len]).collect();
                     let own = partials(&tree, &all, rank, world);
-                    let own: Vec<Partial<'_>> = own
-                        .iter()
-                        .map(|(subtree, data)| Partial { subtree: *subtree, data: data.into() })
-                        .collect();
+                    let own = views(&own);
                     let mut output = vec![f32::NAN; len];
                     communicator.reduce_lanes(&tree, &own, (&mut output).into()).unwrap();
                     assert!(output.iter().all(|value| (value - 2.8).abs() < 1e-5));

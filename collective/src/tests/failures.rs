@@ -414,18 +414,19 @@ fn options_that_cannot_be_are_refused() {
 }
 
 #[test]
-fn ranks_that_choose_algorithms_by_different_tables_are_told_which_rank_differs() {
+fn a_rank_that_is_not_in_the_subgroup_it_asks_for_lets_nobody_wait() {
     let texts = group(3, |rank, communicator| {
-        let same = crate::Selection::only(crate::Algorithm::Scatter);
-        communicator.set_selection(same).unwrap();
-        all_reduce(communicator, 10_000, ReduceOp::Sum).unwrap();
-        let table = match rank {
-            2 => crate::Selection::only(crate::Algorithm::Direct),
-            _ => crate::Selection::default(),
-        };
-        error(communicator.set_selection(table)).to_string()
+        let ranks = if rank == 2 { vec![0, 1] } else { vec![0, 1, 2] };
+        let group = crate::Group { name: "odd".to_owned(), ranks };
+        let found = error(communicator.subgroup(&group).map(|_| ()));
+        // The group itself goes on.
+        communicator.barrier().unwrap();
+        found.to_string()
     });
-    assert!(texts.iter().all(|text| text.contains("r2 brings another")), "{texts:?}");
+    assert!(texts[2].contains("r2 is not one of its ranks [0, 1]"), "{}", texts[2]);
+    for text in &texts[..2] {
+        assert!(text.contains("r2 does not take part"), "{text}");
+    }
 }
 
 #[test]
@@ -449,4 +450,5 @@ super::also_over_shared_memory!(
     partials_that_are_not_this_ranks_are_refused,
     options_that_cannot_be_are_refused,
     operations_are_point_to_point_or_not,
+    a_rank_that_is_not_in_the_subgroup_it_asks_for_lets_nobody_wait,
 );

@@ -174,6 +174,14 @@ pub(super) fn partials<T: Element>(
         .collect()
 }
 
+/// The same to read, as a call takes them.
+pub(super) fn views<T>(own: &[(Subtree, Vec<T>)]) -> Vec<Partial<'_>>
+where
+    for<'a> Buffer<'a>: From<&'a Vec<T>>,
+{
+    own.iter().map(|(subtree, data)| Partial { subtree: *subtree, data: data.into() }).collect()
+}
+
 #[test]
 fn lanes_have_the_same_bits_on_any_number_of_ranks() {
     const LANES: [u32; 6] = [1, 2, 3, 6, 8, 11];
@@ -185,10 +193,7 @@ fn lanes_have_the_same_bits_on_any_number_of_ranks() {
                 for len in LENGTHS {
                     let lanes: Vec<Vec<f32>> = (0..lane_count).map(|l| data(l, len)).collect();
                     let own = partials(&tree, &lanes, rank, world);
-                    let own: Vec<Partial<'_>> = own
-                        .iter()
-                        .map(|(subtree, data)| Partial { subtree: *subtree, data: data.into() })
-                        .collect();
+                    let own = views(&own);
                     let mut output = vec![f32::NAN; len];
                     communicator.reduce_lanes(&tree, &own, (&mut output).into()).unwrap();
                     let expected = tree_reduce_all(tree.root(), &lanes, ReduceOp::Sum);
@@ -198,10 +203,7 @@ fn lanes_have_the_same_bits_on_any_number_of_ranks() {
                 // Metric sums are f64.
                 let lanes: Vec<Vec<f64>> = (0..lane_count).map(|l| data(l, 3)).collect();
                 let own = partials(&tree, &lanes, rank, world);
-                let own: Vec<Partial<'_>> = own
-                    .iter()
-                    .map(|(subtree, data)| Partial { subtree: *subtree, data: data.into() })
-                    .collect();
+                let own = views(&own);
                 let mut output = [0.0f64; 3];
                 communicator.reduce_lanes(&tree, &own, (&mut output).into()).unwrap();
                 let expected = partials(&tree, &lanes, 0, 1).remove(0).1;

@@ -3,12 +3,11 @@
 use api::Rank;
 use collective::nccl::{NcclCommunicator, NcclGroup};
 use collective::{
-    CollectiveError, Communicator, Group, LaneTree, Partial, ProcessGroup, ReduceOp, Reduction,
-    chunk_range,
+    CollectiveError, Communicator, Group, LaneTree, ProcessGroup, ReduceOp, Reduction, chunk_range,
 };
 
 use crate::fake::{Counter, Fake};
-use crate::ordered::floats;
+use crate::ordered::{floats, lane_sums, views};
 use crate::ranks::{groups, options};
 
 const LENGTHS: [usize; 4] = [0, 3, 1000, 40_001];
@@ -61,15 +60,9 @@ fn everything(group: &mut dyn Communicator, len: usize) -> Vec<Vec<u32>> {
         results.push(bytes.into_iter().map(f32::from).collect());
     }
     let tree = LaneTree::new(8);
-    let nodes = tree.owned_subtrees(tree.lanes_of(rank, world));
-    let data: Vec<Vec<f32>> = nodes.iter().map(|n| floats(u64::from(n.start) + 9, len)).collect();
-    let partials: Vec<Partial<'_>> = nodes
-        .iter()
-        .zip(&data)
-        .map(|(subtree, data)| Partial { subtree: *subtree, data: data.into() })
-        .collect();
+    let own = lane_sums(&tree, rank, world, len);
     let mut sum = vec![0f32; len];
-    group.reduce_lanes(&tree, &partials, (&mut sum).into()).unwrap();
+    group.reduce_lanes(&tree, &views(&own), (&mut sum).into()).unwrap();
     results.push(sum);
     results.extend(exchanges(group, &mine));
     if world > 1 {

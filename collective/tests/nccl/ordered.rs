@@ -3,7 +3,8 @@
 use collective::ElementType;
 use collective::nccl::{DeviceMemory, DevicePartial, NcclGroup};
 use collective::{
-    Buffer, BufferMut, Communicator, LaneTree, Partial, ProcessGroup, ReduceOp, chunk_range,
+    Buffer, BufferMut, Communicator, LaneTree, Partial, ProcessGroup, ReduceOp, Subtree,
+    chunk_range,
 };
 
 use half::{bf16, f16};
@@ -117,19 +118,24 @@ fn check<T: Copy + PartialEq + Default + 'static>(
     }
 }
 
+/// What a rank folded of its lanes.
+pub fn lane_sums(tree: &LaneTree, rank: u32, world: u32, len: usize) -> Vec<(Subtree, Vec<f32>)> {
+    let nodes = tree.owned_subtrees(tree.lanes_of(rank, world));
+    nodes.into_iter().map(|node| (node, floats(u64::from(node.start) + 9, len))).collect()
+}
+
+/// The same to read, as a call takes them.
+pub fn views(own: &[(Subtree, Vec<f32>)]) -> Vec<Partial<'_>> {
+    own.iter().map(|(subtree, data)| Partial { subtree: *subtree, data: data.into() }).collect()
+}
+
 fn check_lanes(group: &mut NcclGroup, control: &mut ProcessGroup, tree: &LaneTree, len: usize) {
     let (rank, world) = (group.rank().0, group.world_size());
-    let nodes = tree.owned_subtrees(tree.lanes_of(rank, world));
-    let data: Vec<Vec<f32>> = nodes.iter().map(|n| floats(u64::from(n.start) + 9, len)).collect();
-    let partials: Vec<Partial<'_>> = nodes
-        .iter()
-        .zip(&data)
-        .map(|(subtree, data)| Partial { subtree: *subtree, data: data.into() })
-        .collect();
+    let own = lane_sums(tree, rank, world, len);
     let mut expected = vec![0f32; len];
-    control.reduce_lanes(tree, &partials, (&mut expected).into()).unwrap();
+    control.reduce_lanes(tree, &views(&own), (&mut expected).into()).unwrap();
     let mut on_device = Vec::new();
-    for (subtree, data) in nodes.iter().zip(&data) {
+    for (subtree, data) in &own {
         let memory = DeviceMemory::new(group.device(), 4 * len).unwrap();
         let buffer = memory.buffer(ElementType::F32, len).unwrap();
         group.write(&buffer, data.into()).unwrap();
