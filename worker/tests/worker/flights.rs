@@ -6,6 +6,7 @@ use api::flight::FlightLog;
 use api::session::{ExitCause, RankOrder, TaskEvent, WorkerMessage};
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 
 use crate::harness::{Coordinator, Host, task};
@@ -56,7 +57,11 @@ async fn questions_pass_through_and_last_words_are_kept() {
     session.deliver(&asked, question(7)).await;
     assert!(matches!(session.message().await, WorkerMessage::Flight { request: 7, .. }));
     // Of one that is stopped the worker knows more than that it does not answer.
-    kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("it runs");
+    let process = Pid::from_raw(pid);
+    kill(process, Signal::SIGSTOP).expect("it runs");
+    // A signal is on its way for a while: only a process that has stopped is known to be.
+    let stopped = WaitPidFlag::WSTOPPED | WaitPidFlag::WNOWAIT;
+    waitid(Id::Pid(process), stopped).expect("it is a child of this process");
     session.deliver(&deaf, question(8)).await;
     let WorkerMessage::Flight { request: 8, log: None, why, .. } = session.message().await else {
         panic!("expected the answer to 8")
