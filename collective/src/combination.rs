@@ -31,8 +31,13 @@ pub(crate) struct Combination {
 
 impl Combination {
     pub(crate) fn new(tree: &LaneTree, own: Rank, world: u32) -> Self {
-        let nodes: Vec<Vec<Subtree>> =
+        let nodes =
             (0..world).map(|rank| tree.owned_subtrees(tree.lanes_of(rank, world))).collect();
+        Self::of(tree, own, nodes)
+    }
+
+    /// The partials of members that have these nodes, in lane order; this process is one of them.
+    pub(crate) fn of(tree: &LaneTree, own: Rank, nodes: Vec<Vec<Subtree>>) -> Self {
         let counts: Vec<usize> = nodes.iter().map(Vec::len).collect();
         let mut foreign = 0;
         let mut before = Vec::with_capacity(counts.len());

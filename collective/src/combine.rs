@@ -33,8 +33,13 @@ pub(crate) struct Plan {
 impl Plan {
     /// The walk for partials of these nodes, in lane order; none if they do not tile the tree.
     pub(crate) fn new(tree: &LaneTree, nodes: &[Subtree]) -> Option<Self> {
+        Self::of(tree.root(), nodes)
+    }
+
+    /// The walk for the sum of one node of the tree.
+    pub(crate) fn of(node: Subtree, nodes: &[Subtree]) -> Option<Self> {
         let mut plan = Self { steps: Vec::new(), depth: 0, parts: 0 };
-        plan.visit(tree.root(), nodes, 0)?;
+        plan.visit(node, nodes, 0)?;
         (plan.parts == nodes.len()).then_some(plan)
     }
 
@@ -79,15 +84,32 @@ impl Plan {
 
     #[inline(always)]
     fn run_blocks<T: Element>(&self, parts: &[&[T]], output: &mut [T], op: ReduceOp, count: u32) {
-        // Two parts of one sum, the case of two ranks: one pass.
-        if let ([Step::Load(left), Step::ReduceWith(right)], true) =
-            (self.steps.as_slice(), op == ReduceOp::Sum)
-        {
-            let pairs = parts[*left].iter().zip(parts[*right]);
-            for (sum, (left, right)) in output.iter_mut().zip(pairs) {
-                *sum = left.sum(*right);
+        // The sums of two and of four ranks: one pass.
+        if op == ReduceOp::Sum {
+            match *self.steps.as_slice() {
+                [Step::Load(a), Step::ReduceWith(b)] => {
+                    let pairs = parts[a].iter().zip(parts[b]);
+                    for (sum, (a, b)) in output.iter_mut().zip(pairs) {
+                        *sum = a.sum(*b);
+                    }
+                    return;
+                }
+                [
+                    Step::Load(a),
+                    Step::ReduceWith(b),
+                    Step::Load(c),
+                    Step::ReduceWith(d),
+                    Step::Reduce,
+                ] => {
+                    let left = parts[a].iter().zip(parts[b]);
+                    let right = parts[c].iter().zip(parts[d]);
+                    for (sum, ((a, b), (c, d))) in output.iter_mut().zip(left.zip(right)) {
+                        *sum = a.sum(*b).sum(c.sum(*d));
+                    }
+                    return;
+                }
+                _ => {}
             }
-            return;
         }
         let mut above = vec![T::zeroed(); (self.depth - 1) * BLOCK.min(output.len())];
         for (index, block) in output.chunks_mut(BLOCK).enumerate() {

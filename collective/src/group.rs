@@ -10,6 +10,7 @@ use crate::abort::AbortHandle;
 use crate::axes::Group;
 use crate::buffer::{Buffer, BufferMut};
 use crate::call::{Call, CallSite, Operation};
+use crate::carrier::Carrier;
 use crate::checks::{
     Outcome, check_average, check_chunk, check_counts, check_equal, check_partials, check_parts,
     check_peer, invalid, typed, typed_mut,
@@ -22,7 +23,6 @@ use crate::flight::FlightRecorder;
 use crate::lane_tree::LaneTree;
 use crate::listener::Listener;
 use crate::peers::{Parts, Peers};
-use crate::shared::Shared;
 
 /// A process group on this host's shared memory and over TCP, made by [`Listener::connect`].
 ///
@@ -46,16 +46,16 @@ pub struct ProcessGroup {
 #[derive(Debug)]
 pub(crate) struct Core {
     pub peers: Peers,
-    /// The memory of all ranks, if they are on one host and may share it.
-    pub shared: Option<Shared>,
+    pub carrier: Carrier,
 }
 
-/// Hands a call to shared memory if there is any, else to the connections.
+/// Hands a call to what carries it.
 macro_rules! carry {
     ($core:expr, $method:ident($($argument:expr),*)) => {
-        match $core.shared.as_mut() {
-            Some(shared) => shared.$method(&mut $core.peers, $($argument),*),
-            None => $core.peers.$method($($argument),*),
+        match &mut $core.carrier {
+            Carrier::Sockets => $core.peers.$method($($argument),*),
+            Carrier::Memory(shared) => shared.$method(&mut $core.peers, $($argument),*),
+            Carrier::Mixed(mixed) => mixed.$method(&mut $core.peers, $($argument),*),
         }
     };
 }
@@ -63,14 +63,14 @@ macro_rules! carry {
 impl ProcessGroup {
     pub(crate) fn new(
         peers: Peers,
-        shared: Option<Shared>,
+        carrier: Carrier,
         options: GroupOptions,
         address: IpAddr,
     ) -> Self {
         let recorder = FlightRecorder::new(peers.generation, Rank(peers.rank), peers.world);
         let name = options.group.as_str().into();
         let members = (0..peers.world).map(Rank).collect();
-        let core = Core { peers, shared };
+        let core = Core { peers, carrier };
         Self { core, members, number: 0, failed: None, options, address, name, recorder }
     }
 
@@ -79,12 +79,9 @@ impl ProcessGroup {
         self.recorder = recorder;
     }
 
-    /// What moves the data: `shm` or `tcp`.
+    /// What moves the data: `shm`, `tcp`, or `shm+tcp` where only some ranks share a host.
     pub fn transport(&self) -> &'static str {
-        match self.core.shared {
-            Some(_) => "shm",
-            None => "tcp",
-        }
+        self.core.carrier.name()
     }
 
     /// Numbers a collective and runs it.
@@ -124,7 +121,7 @@ impl ProcessGroup {
             tracing::debug!(%group, rank, call = %site, %error, "the group failed");
             self.recorder.finish(token, Err(&error.to_string()));
             self.core.peers.give_up(&error);
-            self.core.shared = None;
+            self.core.carrier = Carrier::Sockets;
             self.failed = Some(error.clone());
             error
         })

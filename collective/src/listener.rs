@@ -7,6 +7,7 @@ use api::Rank;
 use socket2::{SockRef, TcpKeepalive};
 
 use crate::abort::AbortHandle;
+use crate::carrier::Carrier;
 use crate::communicator::GroupOptions;
 use crate::connect::{Connection, Formation};
 use crate::error::CollectiveError;
@@ -15,7 +16,6 @@ use crate::group::ProcessGroup;
 use crate::handshake::Identity;
 use crate::link::Link;
 use crate::peers::Peers;
-use crate::shared::Shared;
 use crate::tcp_options::{STREAMS_MAX, TcpOptions};
 use crate::wire::Wire;
 
@@ -104,9 +104,9 @@ impl Listener {
             address.ip(),
         );
         // Whoever goes on hears why this rank does not.
-        let shared =
-            Shared::join(&mut peers, &options).inspect_err(|error| peers.give_up(error))?;
-        Ok(ProcessGroup::new(peers, shared, options, address.ip()))
+        let carrier =
+            Carrier::agree(&mut peers, &options).inspect_err(|error| peers.give_up(error))?;
+        Ok(ProcessGroup::new(peers, carrier, options, address.ip()))
     }
 
     /// Authenticated connections by rank; none at this rank's place.

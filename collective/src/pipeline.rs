@@ -32,6 +32,8 @@ pub(crate) struct Pipeline<'a, T> {
     schedule: Schedule<'a>,
     combination: &'a Combination,
     op: ReduceOp,
+    /// What an average is divided by.
+    count: u32,
     input: Input<'a, T>,
     /// The whole buffer, or this rank's chunk of it.
     output: &'a mut [T],
@@ -55,14 +57,24 @@ impl<'a, T: Element> Pipeline<'a, T> {
         own: usize,
         schedule: Schedule<'a>,
         combination: &'a Combination,
-        op: ReduceOp,
+        (op, count): (ReduceOp, u32),
         input: Input<'a, T>,
         (output, base): (&'a mut [T], usize),
         scratch: &'a mut [T],
     ) -> Self {
-        let (came, reduced) = ([0; SLOTS], 0);
-        let mut pipeline =
-            Self { own, schedule, combination, op, input, output, base, scratch, came, reduced };
+        let mut pipeline = Self {
+            own,
+            schedule,
+            combination,
+            op,
+            count,
+            input,
+            output,
+            base,
+            scratch,
+            came: [0; SLOTS],
+            reduced: 0,
+        };
         // Segments of nothing, and those of a group of one, need no partial of a peer.
         pipeline.advance();
         pipeline
@@ -119,13 +131,13 @@ impl<'a, T: Element> Pipeline<'a, T> {
             }
         }
         let others = &self.scratch[slot..slot + foreign * len];
-        let world = self.counts().len() as u32;
+        let (op, count) = (self.op, self.count);
         let output = &mut self.output[segment.start - self.base..segment.end - self.base];
         match self.input {
-            Input::InPlace => self.combination.run_in_place(others, output, self.op, world),
+            Input::InPlace => self.combination.run_in_place(others, output, op, count),
             Input::Partials(partials) => {
                 let own: Vec<&[T]> = partials.iter().map(|part| &part[segment.clone()]).collect();
-                self.combination.run(&own, others, output, self.op, world);
+                self.combination.run(&own, others, output, op, count);
             }
         }
     }

@@ -163,6 +163,7 @@ impl Peers {
         let mut received = std::mem::take(&mut self.received);
         let scratch = received.elements(scratch_elements(&schedule, combination));
         let (own, output) = (self.rank as usize, (output, base));
+        let op = (op, self.world);
         let mut payload = Pipeline::new(own, schedule, combination, op, input, output, scratch);
         Exchange::run(self, site, 0, &mut payload)?;
         self.received = received;

@@ -14,23 +14,24 @@ mod segment;
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use crate::call::{Call, CallSite, Operation};
-use crate::communicator::{GroupOptions, Transport};
+use crate::carrier::tell;
 use crate::error::CollectiveError;
 use crate::handshake::fresh_nonce;
 use crate::peers::Peers;
 use counter::Patience;
+pub(crate) use reduce::{Reducing, Sums};
 use segment::{Layout, NONCE_BYTES, Segment};
-
-/// Most bytes that a rank tells while a group forms.
-const TOLD_BYTES_MAX: usize = 4096;
 
 /// This rank's end of the memory.
 #[derive(Debug)]
 pub(crate) struct Shared {
     segment: Segment,
+    /// The group's rank that is the first of this host: ranks here are counted from it.
+    first: usize,
     rank: usize,
     ranks: usize,
     /// Rounds so far; the same on all ranks between two calls.
@@ -42,40 +43,63 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// Shares memory with all ranks if all are on this host and may; none where TCP must do.
+    /// Shares memory with the ranks of this host, as every host does with its own; or all ranks of
+    /// the group know why one of them cannot.
     pub(crate) fn join(
         peers: &mut Peers,
-        options: &GroupOptions,
-    ) -> Result<Option<Self>, CollectiveError> {
-        if peers.world == 1 || options.transport == Transport::Tcp {
-            return Ok(None);
-        }
-        let host = options.host.clone().or_else(this_host);
-        let hosts = tell(peers, 0, host.unwrap_or_default().as_bytes())?;
-        let together = hosts.iter().all(|host| !host.is_empty() && *host == hosts[0]);
-        let shared =
-            if together { share(peers)? } else { Err("its ranks name other hosts".into()) };
-        match shared {
-            Ok(shared) => Ok(Some(shared)),
-            Err(reason) if options.transport == Transport::Shared => {
-                let message = format!("shared memory was asked for, but {reason}");
-                Err(CollectiveError::InvalidOptions { group: options.group.clone(), message })
-            }
-            Err(reason) => {
-                if together {
-                    let (group, rank) = (&options.group, peers.rank);
-                    tracing::warn!(%group, rank, %reason, "no shared memory: TCP is used");
+        here: Range<u32>,
+    ) -> Result<Result<Self, String>, CollectiveError> {
+        let (first, ranks) = (here.start as usize, here.len());
+        let rank = peers.rank as usize - first;
+        let layout = Layout::new(ranks);
+        let mut made: Option<(Segment, OwnedFd)> = None;
+        let mut told = Vec::new();
+        let mut trouble = None;
+        if rank == 0 {
+            let attempt =
+                fresh_nonce().and_then(|nonce| Ok((Segment::create(layout, &nonce)?, nonce)));
+            match attempt {
+                Ok(((segment, file), nonce)) => {
+                    told.extend_from_slice(&nonce);
+                    let place = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+                    told.extend_from_slice(place.as_bytes());
+                    made = Some((segment, file));
                 }
-                Ok(None)
+                Err(error) => trouble = Some(format!("r{first} cannot make it: {error}")),
             }
         }
+        let all = tell(peers, 1, &told)?;
+        let mut segment = None;
+        if let (Some((nonce, place)), None) = (all[first].split_first_chunk(), &trouble) {
+            let opened = match made.take() {
+                Some((own, file)) => {
+                    Segment::allocate(&file, layout, rank).map(|()| (own, Some(file)))
+                }
+                None => open(place, layout, nonce, rank).map(|segment| (segment, None)),
+            };
+            match opened {
+                Ok(found) => segment = Some(found),
+                Err(error) => trouble = Some(format!("r{} cannot open it: {error}", peers.rank)),
+            }
+        }
+        // The descriptor stays open until everyone has told how it went.
+        let troubles = tell(peers, 2, trouble.unwrap_or_default().as_bytes())?;
+        let trouble = troubles.iter().find(|trouble| !trouble.is_empty());
+        Ok(match (segment, trouble) {
+            (Some((segment, _)), None) => Ok(Self::new(segment, first, rank, ranks)),
+            (_, trouble) => {
+                let trouble = trouble.map(|text| String::from_utf8_lossy(text).into_owned());
+                Err(trouble.unwrap_or_else(|| format!("r{first} did not make it")))
+            }
+        })
     }
 
-    fn new(segment: Segment, rank: usize, ranks: usize) -> Self {
+    fn new(segment: Segment, first: usize, rank: usize, ranks: usize) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let call = Call::plain(Operation::Join);
         Self {
             segment,
+            first,
             rank,
             ranks,
             round: 0,
@@ -84,49 +108,6 @@ impl Shared {
             history: 0,
         }
     }
-}
-
-/// All ranks share this rank's or another's memory, or all know why not.
-fn share(peers: &mut Peers) -> Result<Result<Shared, String>, CollectiveError> {
-    let (rank, ranks) = (peers.rank as usize, peers.world as usize);
-    let layout = Layout::new(ranks);
-    let mut made: Option<(Segment, OwnedFd)> = None;
-    let mut told = Vec::new();
-    let mut trouble = None;
-    if rank == 0 {
-        let attempt = fresh_nonce().and_then(|nonce| Ok((Segment::create(layout, &nonce)?, nonce)));
-        match attempt {
-            Ok(((segment, file), nonce)) => {
-                told.extend_from_slice(&nonce);
-                let place = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
-                told.extend_from_slice(place.as_bytes());
-                made = Some((segment, file));
-            }
-            Err(error) => trouble = Some(format!("r0 cannot make it: {error}")),
-        }
-    }
-    let all = tell(peers, 1, &told)?;
-    let mut segment = None;
-    if let (Some((nonce, place)), None) = (all[0].split_first_chunk::<NONCE_BYTES>(), &trouble) {
-        let opened = match made.take() {
-            Some((own, file)) => Segment::allocate(&file, layout, rank).map(|()| (own, Some(file))),
-            None => open(place, layout, nonce, rank).map(|segment| (segment, None)),
-        };
-        match opened {
-            Ok(found) => segment = Some(found),
-            Err(error) => trouble = Some(format!("r{rank} cannot open it: {error}")),
-        }
-    }
-    // The descriptor stays open until everyone has told how it went.
-    let troubles = tell(peers, 2, trouble.unwrap_or_default().as_bytes())?;
-    let trouble = troubles.iter().find(|trouble| !trouble.is_empty());
-    Ok(match (segment, trouble) {
-        (Some((segment, _)), None) => Ok(Shared::new(segment, rank, ranks)),
-        (_, trouble) => {
-            let trouble = trouble.map(|text| String::from_utf8_lossy(text).into_owned());
-            Err(trouble.unwrap_or_else(|| "r0 did not make it".to_owned()))
-        }
-    })
 }
 
 fn open(
@@ -146,18 +127,4 @@ fn open(
     let segment = Segment::open(&file, layout, nonce)?;
     Segment::allocate(&file, layout, rank)?;
     Ok(segment)
-}
-
-/// Exchanges a few bytes while the group forms, before any call.
-fn tell(peers: &mut Peers, number: u64, mine: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
-    let site = CallSite { call: Call::plain(Operation::Join), number };
-    peers.gather_bytes(site, mine, TOLD_BYTES_MAX)
-}
-
-/// What is the same for processes that can see each other's descriptors: the running kernel and the
-/// process namespace. Absent where the system does not tell.
-fn this_host() -> Option<String> {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    let namespace = std::fs::read_link("/proc/self/ns/pid").ok()?;
-    Some(format!("{} {}", boot.trim(), namespace.display()))
 }

@@ -3,6 +3,8 @@
 
 #![allow(unsafe_code, reason = "copies to and from memory that other processes share")]
 
+use std::ops::Range;
+
 use super::Shared;
 use crate::call::CallSite;
 use crate::chunk::chunk_range;
@@ -20,11 +22,21 @@ impl Shared {
         peers: &mut Peers,
         site: CallSite,
     ) -> Result<(), CollectiveError> {
+        self.meet(peers, site)?;
+        self.end_call(site);
+        Ok(())
+    }
+
+    /// One round of nothing.
+    pub(crate) fn meet(
+        &mut self,
+        peers: &mut Peers,
+        site: CallSite,
+    ) -> Result<(), CollectiveError> {
         self.begin(peers, site)?;
         self.publish(site, 1);
         self.await_all_staged(peers, site)?;
         self.end_round();
-        self.end_call(site);
         Ok(())
     }
 
@@ -36,8 +48,20 @@ impl Shared {
         buffer: &mut [T],
         root: u32,
     ) -> Result<(), CollectiveError> {
-        let (root, window) = (root as usize, self.segment.window());
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(buffer);
+        self.copy_from(peers, site, bytemuck::cast_slice_mut(buffer), root as usize)?;
+        self.end_call(site);
+        Ok(())
+    }
+
+    /// The same as a part of a call.
+    pub(crate) fn copy_from(
+        &mut self,
+        peers: &mut Peers,
+        site: CallSite,
+        bytes: &mut [u8],
+        root: usize,
+    ) -> Result<(), CollectiveError> {
+        let window = self.segment.window();
         let rounds = bytes.len().div_ceil(window).max(1);
         for round in 0..rounds {
             let from = round * window;
@@ -53,7 +77,6 @@ impl Shared {
             }
             self.end_round();
         }
-        self.end_call(site);
         Ok(())
     }
 
@@ -65,12 +88,25 @@ impl Shared {
         output: &mut [T],
     ) -> Result<(), CollectiveError> {
         let (len, ranks) = (output.len(), self.ranks as u32);
+        let chunks: Vec<_> = (0..ranks).map(|rank| chunk_range(len, ranks, rank)).collect();
+        self.spread(peers, site, output, &chunks)?;
+        self.end_call(site);
+        Ok(())
+    }
+
+    /// A part of a call: of a buffer in which each rank has one range, all ranges to all.
+    pub(crate) fn spread<T: Element>(
+        &mut self,
+        peers: &mut Peers,
+        site: CallSite,
+        output: &mut [T],
+        ranges: &[Range<usize>],
+    ) -> Result<(), CollectiveError> {
         let piece = self.segment.window() / size_of::<T>();
-        let chunk = |rank: usize| chunk_range(len, ranks, rank as u32);
-        let longest = (0..self.ranks).map(|rank| chunk(rank).len()).max().unwrap_or(0);
+        let longest = ranges.iter().map(Range::len).max().unwrap_or(0);
         let rounds = longest.div_ceil(piece).max(1);
         let part = |rank: usize, round: usize| {
-            let chunk = chunk(rank);
+            let chunk = &ranges[rank];
             let from = (chunk.start + round * piece).min(chunk.end);
             from..(from + piece).min(chunk.end)
         };
@@ -84,7 +120,6 @@ impl Shared {
             }
             self.end_round();
         }
-        self.end_call(site);
         Ok(())
     }
 
@@ -125,7 +160,7 @@ impl Shared {
                 let found = u64::from_le_bytes(head);
                 let receive = parts.receive[rank].as_deref_mut().unwrap_or_default();
                 if found != receive.len() as u64 {
-                    let (rank, address) = peers.peer(rank);
+                    let (rank, address) = peers.peer(self.first + rank);
                     let expected = receive.len();
                     let message = format!(
                         "`{site}` came with a payload of {found} bytes, expected {expected}"

@@ -26,15 +26,46 @@ const DIRECT_BYTES: usize = 32 << 10;
 /// Pieces begin on cache lines.
 const LINE: usize = 64;
 
-/// A reduction under way.
-struct Reducing<'a, T> {
-    site: CallSite,
-    op: ReduceOp,
-    plan: Plan,
+/// The sums that the ranks of a host make of their partials.
+#[derive(Debug)]
+pub(crate) struct Sums {
     /// Partials of each rank, and the most that any has.
     counts: Vec<usize>,
     most: usize,
-    operands: &'a Operands<T>,
+    /// Of each sum: which partials, counted over all ranks, and how they combine.
+    plans: Vec<(Range<usize>, Plan)>,
+}
+
+impl Sums {
+    /// The sums of some nodes of a tree, which the partials of all ranks tile in lane order.
+    pub(crate) fn new(nodes: &[Vec<Subtree>], wanted: &[Subtree]) -> Self {
+        let counts: Vec<usize> = nodes.iter().map(Vec::len).collect();
+        let most = counts.iter().copied().max().unwrap_or(1).max(1);
+        let (nodes, mut at) = (nodes.concat(), 0);
+        let plans = wanted
+            .iter()
+            .map(|node| {
+                let parts = nodes[at..].iter().take_while(|part| part.start < node.end()).count();
+                let range = at..at + parts;
+                at = range.end;
+                let plan = Plan::of(*node, &nodes[range.clone()]);
+                (range, plan.expect("runs of lanes in rank order tile the tree"))
+            })
+            .collect();
+        Self { counts, most, plans }
+    }
+}
+
+/// A reduction over the ranks of a host.
+#[derive(Debug)]
+pub(crate) struct Reducing<'a> {
+    pub site: CallSite,
+    pub op: ReduceOp,
+    /// What an average is divided by.
+    pub count: u32,
+    pub sums: &'a Sums,
+    /// The elements that each rank reduces; together all.
+    pub shares: &'a [Range<usize>],
 }
 
 /// What a rank brings and gets. Pointers, because the caller's buffer may be both.
@@ -42,9 +73,9 @@ struct Operands<T> {
     /// Each `len` elements.
     partials: Vec<*const T>,
     len: usize,
-    /// `len` elements, or a share of them.
-    output: *mut T,
-    /// Only this rank's share goes to `output`, at its beginning.
+    /// Where each sum goes: `len` elements, or this rank's share of them.
+    outputs: Vec<*mut T>,
+    /// Only this rank's share goes to an output, at its beginning.
     scatter: bool,
 }
 
@@ -62,7 +93,7 @@ impl Shared {
         let operands = Operands {
             partials: vec![output.cast_const()],
             len: buffer.len(),
-            output,
+            outputs: vec![output],
             scatter: false,
         };
         self.reduce(peers, site, op, &tree, &operands)
@@ -80,8 +111,8 @@ impl Shared {
         let own = chunk_range(input.len(), self.ranks as u32, self.rank as u32);
         assert_eq!(own.len(), output.len(), "the output is this rank's chunk");
         let tree = LaneTree::new(self.ranks as u32);
-        let (partials, output) = (vec![input.as_ptr()], output.as_mut_ptr());
-        let operands = Operands { partials, len: input.len(), output, scatter: true };
+        let (partials, outputs) = (vec![input.as_ptr()], vec![output.as_mut_ptr()]);
+        let operands = Operands { partials, len: input.len(), outputs, scatter: true };
         self.reduce(peers, site, op, &tree, &operands)
     }
 
@@ -97,8 +128,28 @@ impl Shared {
         let len = output.len();
         assert!(partials.iter().all(|part| part.len() == len), "partials are as long as their sum");
         let partials = partials.iter().map(|part| part.as_ptr()).collect();
-        let operands = Operands { partials, len, output: output.as_mut_ptr(), scatter: false };
+        let outputs = vec![output.as_mut_ptr()];
+        let operands = Operands { partials, len, outputs, scatter: false };
         self.reduce(peers, site, ReduceOp::Sum, tree, &operands)
+    }
+
+    /// One part of a call over several hosts: this rank's share of each sum, each to an output.
+    pub(crate) fn reduce_shares<T: Element>(
+        &mut self,
+        peers: &mut Peers,
+        reducing: &Reducing<'_>,
+        partials: &[&[T]],
+        outputs: &mut [&mut [T]],
+    ) -> Result<(), CollectiveError> {
+        let Reducing { sums, shares, .. } = reducing;
+        let len = shares.iter().map(|share| share.end).max().unwrap_or(0);
+        let own = shares[self.rank].len();
+        assert!(partials.iter().all(|part| part.len() == len), "shares are of the partials");
+        assert!(outputs.iter().all(|output| output.len() == own), "outputs are as long as a share");
+        assert_eq!(outputs.len(), sums.plans.len(), "an output for every sum");
+        let partials = partials.iter().map(|part| part.as_ptr()).collect();
+        let outputs = outputs.iter_mut().map(|output| output.as_mut_ptr()).collect();
+        self.run(peers, reducing, &Operands { partials, len, outputs, scatter: true })
     }
 
     fn reduce<T: Element>(
@@ -112,60 +163,75 @@ impl Shared {
         let ranks = self.ranks as u32;
         let nodes: Vec<Vec<Subtree>> =
             (0..ranks).map(|rank| tree.owned_subtrees(tree.lanes_of(rank, ranks))).collect();
-        assert_eq!(nodes[self.rank].len(), operands.partials.len(), "a partial per owned subtree");
-        let counts: Vec<usize> = nodes.iter().map(Vec::len).collect();
-        let most = counts.iter().copied().max().unwrap_or(1).max(1);
-        let plan =
-            Plan::new(tree, &nodes.concat()).expect("runs of lanes in rank order tile the tree");
-        let bytes = operands.len * size_of::<T>() * most;
-        let reducing = Reducing { site, op, plan, counts, most, operands };
-        if bytes <= DIRECT_BYTES.min(self.segment.window()) {
-            self.direct(peers, &reducing)?;
-        } else {
-            self.pieces(peers, &reducing)?;
-        }
+        let sums = Sums::new(&nodes, &[tree.root()]);
+        let shares: Vec<_> =
+            (0..ranks).map(|rank| chunk_range(operands.len, ranks, rank)).collect();
+        let reducing = Reducing { site, op, count: ranks, sums: &sums, shares: &shares };
+        self.run(peers, &reducing, operands)?;
         self.end_call(site);
         Ok(())
     }
 
-    /// Everyone stages all it has and folds what it wants.
+    fn run<T: Element>(
+        &mut self,
+        peers: &mut Peers,
+        reducing: &Reducing<'_>,
+        operands: &Operands<T>,
+    ) -> Result<(), CollectiveError> {
+        let Sums { counts, most, .. } = reducing.sums;
+        assert_eq!(counts[self.rank], operands.partials.len(), "a partial per owned subtree");
+        let bytes = operands.len * size_of::<T>() * most;
+        if self.ranks > 1 && bytes > DIRECT_BYTES.min(self.segment.window()) {
+            self.pieces(peers, reducing, operands)
+        } else {
+            self.direct(peers, reducing, operands)
+        }
+    }
+
+    /// Everyone stages all it has and folds what it wants; a rank alone stages nothing.
     fn direct<T: Element>(
         &mut self,
         peers: &mut Peers,
-        reducing: &Reducing<'_, T>,
+        reducing: &Reducing<'_>,
+        operands: &Operands<T>,
     ) -> Result<(), CollectiveError> {
-        let Reducing { site, op, plan, counts, most: _, operands } = reducing;
-        let (site, op) = (*site, *op);
+        let Reducing { site, op, count, sums, shares } = *reducing;
         let len = operands.len;
+        let alone = self.ranks == 1;
         self.begin(peers, site)?;
-        for (index, partial) in operands.partials.iter().enumerate() {
+        for (index, partial) in operands.partials.iter().enumerate().filter(|_| !alone) {
             // SAFETY: `len` elements of the caller's, which nothing writes to meanwhile.
             let partial = unsafe { std::slice::from_raw_parts(*partial, len) };
             self.stage(index * len * size_of::<T>(), bytemuck::cast_slice(partial));
         }
         self.publish(site, 1);
         self.await_all_staged(peers, site)?;
-        let wanted = match operands.scatter {
-            true => chunk_range(len, self.ranks as u32, self.rank as u32),
-            false => 0..len,
-        };
+        let wanted = if operands.scatter { shares[self.rank].clone() } else { 0..len };
         let half = self.half();
-        let mut parts: Vec<&[T]> = Vec::with_capacity(counts.iter().sum());
-        for (rank, count) in counts.iter().enumerate() {
+        let mut parts: Vec<&[T]> = Vec::with_capacity(sums.counts.iter().sum());
+        for (rank, count) in sums.counts.iter().enumerate() {
             let window = self.segment.stage(rank, half).cast::<T>();
             for index in 0..*count {
-                // SAFETY: inside the window of a rank that has staged this round and does not write
-                // to it before all have folded; windows are aligned to pages.
+                // SAFETY: the caller's partials, if this rank is alone; else inside the window of a
+                // rank that has staged this round and does not write to it before all have folded.
+                // Windows are aligned to pages.
                 parts.push(unsafe {
-                    let from = window.as_ptr().add(index * len + wanted.start);
-                    std::slice::from_raw_parts(from, wanted.len())
+                    if alone {
+                        view(operands.partials[index], &wanted)
+                    } else {
+                        let first = window.as_ptr().cast_const().add(index * len);
+                        view(first, &wanted)
+                    }
                 });
             }
         }
-        // SAFETY: the caller's output of that length; no other view of it is alive, for the partials
-        // are read from the windows.
-        let output = unsafe { std::slice::from_raw_parts_mut(operands.output, wanted.len()) };
-        plan.run(&parts, output, op, self.ranks as u32);
+        for ((range, plan), output) in sums.plans.iter().zip(&operands.outputs) {
+            // SAFETY: the caller's output of that length; no other view of it is alive, for the
+            // partials are read from the windows, or are apart from it where this rank is alone:
+            // groups of one rank reduce nothing here but shares.
+            let output = unsafe { std::slice::from_raw_parts_mut(*output, wanted.len()) };
+            plan.run(&parts[range.clone()], output, op, count);
+        }
         self.end_round();
         Ok(())
     }
@@ -174,11 +240,12 @@ impl Shared {
     fn pieces<T: Element>(
         &mut self,
         peers: &mut Peers,
-        reducing: &Reducing<'_, T>,
+        reducing: &Reducing<'_>,
+        operands: &Operands<T>,
     ) -> Result<(), CollectiveError> {
-        let Reducing { site, op, plan, counts, most, operands } = reducing;
-        let (site, op) = (*site, *op);
-        let (len, ranks) = (operands.len, self.ranks);
+        let Reducing { site, op, count, sums, shares } = *reducing;
+        let Sums { counts, most, plans } = sums;
+        let ranks = self.ranks;
         let slots = (ranks - 1) * most;
         let piece = self.segment.window() / slots / LINE * LINE / size_of::<T>();
         if piece == 0 {
@@ -189,9 +256,8 @@ impl Shared {
             );
             return Err(CollectiveError::InvalidCall { call: site, message });
         }
-        let share = |rank: usize| chunk_range(len, ranks as u32, rank as u32);
         let part = |rank: usize, round: usize| {
-            let share = share(rank);
+            let share = &shares[rank];
             let from = (share.start + round * piece).min(share.end);
             from..(from + piece).min(share.end)
         };
@@ -199,9 +265,9 @@ impl Shared {
         let slot = |window_of: usize, reader: usize, index: usize| {
             ((reader - usize::from(reader > window_of)) * most + index) * piece
         };
-        let longest = (0..ranks).map(|rank| share(rank).len()).max().unwrap_or(0);
+        let longest = shares.iter().map(Range::len).max().unwrap_or(0);
         let rounds = longest.div_ceil(piece).max(1);
-        let own_start = share(self.rank).start;
+        let own_start = shares[self.rank].start;
         for round in 0..rounds {
             self.begin(peers, site)?;
             for reader in self.others() {
@@ -235,37 +301,40 @@ impl Shared {
                 }
             }
             if operands.scatter {
-                // SAFETY: the caller's output, apart from its input.
-                let output = unsafe {
-                    std::slice::from_raw_parts_mut(
-                        operands.output.add(own.start - own_start),
-                        own.len(),
-                    )
-                };
-                plan.run(&parts, output, op, ranks as u32);
+                for ((range, plan), output) in plans.iter().zip(&operands.outputs) {
+                    // SAFETY: the caller's output, apart from its input.
+                    let output = unsafe {
+                        let from = output.add(own.start - own_start);
+                        std::slice::from_raw_parts_mut(from, own.len())
+                    };
+                    plan.run(&parts[range.clone()], output, op, count);
+                }
                 self.end_round();
                 continue;
             }
+            let ([(_, plan)], [output]) = (plans.as_slice(), operands.outputs.as_slice()) else {
+                unreachable!("a sum for all is the sum of all");
+            };
             self.wait_all(peers, site, Progress::Copied, self.round.wrapping_sub(1))?;
             let window = self.segment.result(self.rank, half).cast::<T>();
             // SAFETY: this rank's own result window, which all have copied the last time it was used.
             let result = unsafe { std::slice::from_raw_parts_mut(window.as_ptr(), own.len()) };
-            plan.run(&parts, result, op, ranks as u32);
+            plan.run(&parts, result, op, count);
             drop(parts);
             self.folded();
             // SAFETY: this rank's piece of the output; the views of its input are gone.
             unsafe {
-                operands.output.add(own.start).copy_from_nonoverlapping(result.as_ptr(), own.len());
+                output.add(own.start).copy_from_nonoverlapping(result.as_ptr(), own.len());
             }
             self.round = self.round.wrapping_add(1);
             if round > 0 {
                 let range = |rank| part(rank, round - 1);
-                self.copy_results(peers, site, self.round.wrapping_sub(1), operands.output, range)?;
+                self.copy_results(peers, site, self.round.wrapping_sub(1), *output, range)?;
             }
         }
-        if !operands.scatter {
+        if let ([output], false) = (operands.outputs.as_slice(), operands.scatter) {
             let range = |rank| part(rank, rounds - 1);
-            self.copy_results(peers, site, self.round, operands.output, range)?;
+            self.copy_results(peers, site, self.round, *output, range)?;
         }
         Ok(())
     }

@@ -103,14 +103,14 @@ impl Shared {
         // SAFETY: the rank has just been seen to have published, and this one has not folded.
         let bytes = unsafe { self.segment.header(rank, self.half()) };
         let protocol = |message: &str| {
-            let (rank, address) = peers.peer(rank);
+            let (rank, address) = peers.peer(self.first + rank);
             CollectiveError::Protocol { rank, address, message: message.to_owned() }
         };
         let header = RoundHeader::decode(&bytes)
             .ok_or_else(|| protocol("its round in shared memory names no known call"))?;
         for (theirs, ours) in [(header.last, self.last), (header.site, site)] {
             if theirs != ours {
-                let (rank, address) = peers.peer(rank);
+                let (rank, address) = peers.peer(self.first + rank);
                 let own = api::Rank(peers.rank);
                 let ours = peers.counterpart(ours, theirs);
                 return Err(CollectiveError::Mismatch { own, rank, address, ours, theirs });
@@ -149,7 +149,7 @@ impl Shared {
     }
 
     /// Remembers a call that is over.
-    pub(super) fn end_call(&mut self, site: CallSite) {
+    pub(crate) fn end_call(&mut self, site: CallSite) {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&self.history.to_le_bytes());
         hasher.update(&self.last.call.encode());
@@ -189,7 +189,7 @@ impl Shared {
             if counter.has_reached(round) {
                 return Ok(());
             }
-            let seen = peers.glance(site, rank, begin.elapsed());
+            let seen = peers.glance(site, self.first + rank, begin.elapsed());
             match seen {
                 // It came meanwhile, and what was seen of it belongs to what it did next.
                 Err(CollectiveError::PeerLeft { .. } | CollectiveError::Mismatch { .. })

@@ -31,6 +31,8 @@ thread_local! {
     static TRANSPORT: Cell<Transport> = const { Cell::new(Transport::Tcp) };
     static REDUCTION: Cell<Reduction> = const { Cell::new(Reduction::Deterministic) };
     static TCP: RefCell<TcpOptions> = RefCell::default();
+    /// The host of each rank, as far as it is not this one's.
+    static HOSTS: Cell<&'static str> = const { Cell::new("") };
 }
 
 /// Runs tests of this folder once more over shared memory.
@@ -49,6 +51,26 @@ macro_rules! also_over_shared_memory {
 }
 use also_over_shared_memory;
 
+/// Runs tests of this folder once more over memory and sockets together: on hosts of one and of
+/// several ranks, equally many and not.
+macro_rules! also_over_several_hosts {
+    ($($test:ident),* $(,)?) => {
+        mod several_hosts {
+            $(
+                #[test]
+                fn $test() {
+                    for hosts in ["aabbccddeeffgghh", "abbbbccccddddddd", "aaabbbccdddddddd"] {
+                        crate::tests::TRANSPORT.set(crate::Transport::Auto);
+                        crate::tests::HOSTS.set(hosts);
+                        super::$test();
+                    }
+                }
+            )*
+        }
+    };
+}
+use also_over_several_hosts;
+
 fn options(rank: u32, world_size: u32) -> GroupOptions {
     GroupOptions {
         job: "digits".parse().unwrap(),
@@ -60,7 +82,7 @@ fn options(rank: u32, world_size: u32) -> GroupOptions {
         connect_timeout: HANG,
         reduction: REDUCTION.get(),
         transport: TRANSPORT.get(),
-        host: None,
+        host: HOSTS.get().get(rank as usize..=rank as usize).map(str::to_owned),
     }
 }
 
@@ -83,11 +105,12 @@ fn in_parallel<R: Send + 'static>(
     let (sender, receiver) = mpsc::channel();
     for (rank, listener) in listeners.into_iter().enumerate() {
         let (body, sender, peers) = (body.clone(), sender.clone(), peers.clone());
-        let (transport, reduction) = (TRANSPORT.get(), REDUCTION.get());
+        let (transport, reduction, hosts) = (TRANSPORT.get(), REDUCTION.get(), HOSTS.get());
         let tcp = TCP.with_borrow(Clone::clone);
         thread::spawn(move || {
             TRANSPORT.set(transport);
             REDUCTION.set(reduction);
+            HOSTS.set(hosts);
             TCP.set(tcp);
             let result = body(rank as u32, listener, peers);
             // The receiver is gone only if the test has failed.

@@ -109,3 +109,8 @@ super::also_over_shared_memory!(
     elements_arrive_where_they_should,
     subgroups_of_subgroups_work_beside_their_parents,
 );
+
+super::also_over_several_hosts!(
+    elements_arrive_where_they_should,
+    subgroups_of_subgroups_work_beside_their_parents,
+);

@@ -90,3 +90,9 @@ super::also_over_shared_memory!(
     a_call_that_panics_fails_itself_later_calls_and_the_peers,
     the_error_of_a_call_comes_from_its_handle_and_from_all_later_ones,
 );
+
+super::also_over_several_hosts!(
+    calls_run_in_order_behind_the_caller_and_give_their_buffers_back,
+    a_call_that_panics_fails_itself_later_calls_and_the_peers,
+    the_error_of_a_call_comes_from_its_handle_and_from_all_later_ones,
+);

@@ -1,0 +1,118 @@
+//! Calls that move data and compute nothing, up and down the hosts.
+
+use super::Mixed;
+use crate::call::CallSite;
+use crate::chunk::chunk_range;
+use crate::element::Element;
+use crate::error::CollectiveError;
+use crate::exchange::Exchange;
+use crate::payload::{Sink, Transfers};
+use crate::peers::Peers;
+
+impl Mixed {
+    /// Returns when every rank is here: those of a host, then a rank of each, then those of a host.
+    pub(crate) fn barrier(
+        &mut self,
+        peers: &mut Peers,
+        site: CallSite,
+    ) -> Result<(), CollectiveError> {
+        self.shared.meet(peers, site)?;
+        if self.hosts.rail() == Some(0) {
+            let mut transfers = Transfers::none(peers.world);
+            for rank in (0..self.rail.len()).filter(|rank| self.rail[*rank].is_some()) {
+                transfers.send[rank] = Some(&[]);
+                transfers.receive[rank] = Some(Sink::Exact(&mut []));
+            }
+            Exchange::run(peers, site, 0, &mut transfers)?;
+        }
+        self.shared.meet(peers, site)?;
+        self.shared.end_call(site);
+        Ok(())
+    }
+
+    /// Copies the root's buffer to every rank: each rank of its host sends a share to every other.
+    pub(crate) fn broadcast<T: Element>(
+        &mut self,
+        peers: &mut Peers,
+        site: CallSite,
+        buffer: &mut [T],
+        root: u32,
+    ) -> Result<(), CollectiveError> {
+        let here = self.hosts.here();
+        let at_root = here.contains(&root);
+        let shares = self.hosts.shares(buffer.len());
+        if at_root {
+            let root = (root - here.start) as usize;
+            self.shared.copy_from(peers, site, bytemuck::cast_slice_mut(buffer), root)?;
+        }
+        if self.hosts.rail().is_some() {
+            let share = &mut buffer[shares[self.hosts.local as usize].clone()];
+            let mut transfers = Transfers::none(peers.world);
+            if at_root {
+                let share: &[u8] = bytemuck::cast_slice(share);
+                for rank in (0..self.rail.len()).filter(|rank| self.rail[*rank].is_some()) {
+                    transfers.send[rank] = Some(share);
+                }
+            } else if let Some(from) = self.on_rail_of(root) {
+                let share = Sink::Exact(bytemuck::cast_slice_mut(share));
+                transfers.receive[from] = Some(share);
+            }
+            Exchange::run(peers, site, 0, &mut transfers)?;
+        }
+        if !at_root {
+            self.shared.spread(peers, site, buffer, &shares)?;
+        }
+        self.shared.end_call(site);
+        Ok(())
+    }
+
+    /// Every rank's chunk of `output` to all.
+    pub(crate) fn all_gather<T: Element>(
+        &mut self,
+        peers: &mut Peers,
+        site: CallSite,
+        output: &mut [T],
+    ) -> Result<(), CollectiveError> {
+        let len = output.len();
+        let chunks: Vec<_> =
+            self.hosts.here().map(|rank| chunk_range(len, peers.world, rank)).collect();
+        self.shared.spread(peers, site, output, &chunks)?;
+        let hosts = self.hosts.runs.len();
+        if self.hosts.rail().is_some() {
+            let mut transfers = Transfers::none(peers.world);
+            let mut own: &[T] = &[];
+            let mut rest = &mut *output;
+            for host in 0..hosts {
+                let region = self.hosts.region(host, len);
+                let (region, tail) = std::mem::take(&mut rest).split_at_mut(region.len());
+                rest = tail;
+                let share = self.hosts.shares(region.len())[self.hosts.local as usize].clone();
+                let share = &mut region[share];
+                match self.rail.iter().position(|member| *member == Some(host)) {
+                    Some(from) => {
+                        let share = Sink::Exact(bytemuck::cast_slice_mut(share));
+                        transfers.receive[from] = Some(share);
+                    }
+                    None => own = share,
+                }
+            }
+            for rank in (0..self.rail.len()).filter(|rank| self.rail[*rank].is_some()) {
+                transfers.send[rank] = Some(bytemuck::cast_slice(own));
+            }
+            Exchange::run(peers, site, 0, &mut transfers)?;
+        }
+        for host in (0..hosts).filter(|host| *host != self.hosts.own) {
+            let region = self.hosts.region(host, len);
+            let shares = self.hosts.shares(region.len());
+            self.shared.spread(peers, site, &mut output[region], &shares)?;
+        }
+        self.shared.end_call(site);
+        Ok(())
+    }
+
+    /// The rank of this rank's rail that is on the host of another rank.
+    fn on_rail_of(&self, rank: u32) -> Option<usize> {
+        let host = self.hosts.runs.iter().position(|run| run.contains(&rank))?;
+        self.rail.iter().position(|member| *member == Some(host))
+    }
+}
