@@ -16,8 +16,8 @@ use crate::checks::{
     check_peer, invalid, typed, typed_mut,
 };
 use crate::chunk::chunk_range;
-use crate::communicator::{Communicator, GroupOptions, Partial, ReduceOp};
-use crate::element::with_element;
+use crate::communicator::{Communicator, GroupOptions, Partial, ReduceOp, Reduction};
+use crate::element::{Element, with_element};
 use crate::error::CollectiveError;
 use crate::flight::FlightRecorder;
 use crate::lane_tree::LaneTree;
@@ -390,7 +390,7 @@ impl Communicator for ProcessGroup {
         let number = self.core.peers.link(to).map_or(0, |link| link.messages_sent);
         self.run(CallSite { call, number }, |core, site| {
             check_peer(&core.peers, site, to)?;
-            core.peers.send(site, buffer.as_bytes(), to.0)?;
+            carry!(core, send(site, buffer.as_bytes(), to.0))?;
             core.peers.link(to).into_iter().for_each(|link| link.messages_sent += 1);
             Ok(())
         })
@@ -401,7 +401,7 @@ impl Communicator for ProcessGroup {
         let number = self.core.peers.link(from).map_or(0, |link| link.messages_received);
         self.run(CallSite { call, number }, |core, site| {
             check_peer(&core.peers, site, from)?;
-            core.peers.recv(site, buffer.as_bytes_mut(), from.0)?;
+            carry!(core, recv(site, buffer.as_bytes_mut(), from.0))?;
             core.peers.link(from).into_iter().for_each(|link| link.messages_received += 1);
             Ok(())
         })
@@ -417,7 +417,7 @@ impl Communicator for ProcessGroup {
             if mine.len() > most {
                 return invalid(site, format!("{} bytes, at most {most} are allowed", mine.len()));
             }
-            core.peers.gather_bytes(site, mine, most)
+            carry!(core, gather_bytes(site, mine, most))
         })
     }
 
@@ -438,7 +438,18 @@ impl Communicator for ProcessGroup {
                     .map(|partial| typed::<T>(site, partial.data))
                     .collect::<Outcome<_>>()?;
                 let output = typed_mut::<T>(site, output)?;
-                carry!(core, reduce_lanes(site, tree, &parts, output))
+                match parts.split_first() {
+                    // The lanes of a rank in their order, then the ranks in whatever is fastest.
+                    Some((first, rest)) if core.peers.reduction == Reduction::Fast => {
+                        output.copy_from_slice(first);
+                        for part in rest {
+                            let pairs = output.iter_mut().zip(*part);
+                            pairs.for_each(|(sum, value)| *sum = sum.sum(*value));
+                        }
+                        carry!(core, all_reduce(site, ReduceOp::Sum, output))
+                    }
+                    _ => carry!(core, reduce_lanes(site, tree, &parts, output)),
+                }
             })
         })
     }

@@ -28,7 +28,7 @@ use crate::wire::Wire;
 const AHEAD_BYTES_MAX: usize = 64 << 10;
 /// The same for messages that arrive while this rank is blocked in a send: without it two ranks
 /// that send to each other would wait for ever.
-const AHEAD_MESSAGE_BYTES_MAX: usize = 256 << 20;
+pub(crate) const AHEAD_MESSAGE_BYTES_MAX: usize = 256 << 20;
 /// Frames read before their call, in number: bounds the empty ones.
 const AHEAD_FRAMES_MAX: usize = 1024;
 /// Reads of one stream before the others get their turn.

@@ -351,6 +351,28 @@ impl Peers {
         self.recent.push_back(site);
     }
 
+    /// Collectives called so far.
+    pub(crate) fn collectives(&self) -> u64 {
+        self.recent.back().map_or(0, |site| site.number + 1)
+    }
+
+    /// Tells a peer that this rank is blocked until it sends something; best effort.
+    pub(crate) fn say_waiting(
+        &mut self,
+        site: CallSite,
+        peer: usize,
+    ) -> Result<(), CollectiveError> {
+        let codec = self.codec;
+        let Some(link) = self.links[peer].as_mut() else { return Ok(()) };
+        let number = link.frames_received.to_le_bytes();
+        let frame = codec.control(FrameKind::Waiting, site, &number);
+        match link.send_control(&frame) {
+            Ok(_) => Ok(()),
+            // Why it broke is seen on the next look at the connections.
+            Err(_) => Ok(()),
+        }
+    }
+
     /// What this rank called where a peer made that call; else what it calls now.
     pub(crate) fn counterpart(&self, site: CallSite, theirs: CallSite) -> CallSite {
         let collective = |site: &CallSite| !site.call.operation.is_point_to_point();

@@ -10,7 +10,7 @@ use api::Rank;
 use crate::call::{CallSite, Operation};
 use crate::chunk::chunk_range;
 use crate::combination::Combination;
-use crate::communicator::{ReduceOp, Reduction};
+use crate::communicator::ReduceOp;
 use crate::direct::Direct;
 use crate::element::Element;
 use crate::error::CollectiveError;
@@ -76,14 +76,7 @@ impl Peers {
         partials: &[&[T]],
         output: &mut [T],
     ) -> Result<(), CollectiveError> {
-        let ([first, rest @ ..], op) = (partials, ReduceOp::Sum) else { return Ok(()) };
-        if self.reduction == Reduction::Fast && self.world > 1 {
-            output.copy_from_slice(first);
-            for part in rest {
-                output.iter_mut().zip(*part).for_each(|(sum, value)| *sum = sum.sum(*value));
-            }
-            return self.all_reduce(site, op, output);
-        }
+        let ([first, ..], op) = (partials, ReduceOp::Sum) else { return Ok(()) };
         let combination = self.combination(tree);
         match self.algorithm(site, &combination, size_of_val(output)) {
             Algorithm::Direct => self.direct(site, op, &combination, partials, output)?,

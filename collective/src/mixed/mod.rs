@@ -14,10 +14,8 @@ mod moves;
 mod rail;
 mod reduce;
 
-use crate::call::CallSite;
-use crate::error::CollectiveError;
 use crate::hosts::Hosts;
-use crate::peers::{Parts, Peers, Scratch};
+use crate::peers::Scratch;
 use crate::shared::Shared;
 
 /// This rank's end of its host's memory, and its place among the hosts.
@@ -37,15 +35,5 @@ impl Mixed {
     pub(crate) fn new(shared: Shared, hosts: Hosts) -> Self {
         let rail = hosts.others_on_rail();
         Self { shared, hosts, rail, sums: Scratch::default(), region: Scratch::default() }
-    }
-
-    /// One part to and one from each rank, over the connections.
-    pub(crate) fn exchange_parts(
-        &mut self,
-        peers: &mut Peers,
-        site: CallSite,
-        parts: Parts<'_>,
-    ) -> Result<(), CollectiveError> {
-        peers.exchange_parts(site, parts)
     }
 }

@@ -7,7 +7,7 @@ use crate::element::Element;
 use crate::error::CollectiveError;
 use crate::exchange::Exchange;
 use crate::payload::{Sink, Transfers};
-use crate::peers::Peers;
+use crate::peers::{Parts, Peers};
 
 impl Mixed {
     /// Returns when every rank is here: those of a host, then a rank of each, then those of a host.
@@ -108,6 +108,55 @@ impl Mixed {
         }
         self.shared.end_call(site);
         Ok(())
+    }
+
+    /// Every rank's bytes on every rank, over the connections: they are few.
+    pub(crate) fn gather_bytes(
+        &mut self,
+        peers: &mut Peers,
+        site: CallSite,
+        mine: &[u8],
+        most: usize,
+    ) -> Result<Vec<Vec<u8>>, CollectiveError> {
+        peers.gather_bytes(site, mine, most)
+    }
+
+    /// One part to and one from each rank, over the connections.
+    pub(crate) fn exchange_parts(
+        &mut self,
+        peers: &mut Peers,
+        site: CallSite,
+        parts: Parts<'_>,
+    ) -> Result<(), CollectiveError> {
+        peers.exchange_parts(site, parts)
+    }
+
+    /// A message to a rank.
+    pub(crate) fn send(
+        &mut self,
+        peers: &mut Peers,
+        site: CallSite,
+        bytes: &[u8],
+        to: u32,
+    ) -> Result<(), CollectiveError> {
+        if self.hosts.here().contains(&to) {
+            return self.shared.send(peers, site, bytes, to);
+        }
+        peers.send(site, bytes, to)
+    }
+
+    /// A message from a rank.
+    pub(crate) fn recv(
+        &mut self,
+        peers: &mut Peers,
+        site: CallSite,
+        bytes: &mut [u8],
+        from: u32,
+    ) -> Result<(), CollectiveError> {
+        if self.hosts.here().contains(&from) {
+            return self.shared.recv(peers, site, bytes, from);
+        }
+        peers.recv(site, bytes, from)
     }
 
     /// The rank of this rank's rail that is on the host of another rank.

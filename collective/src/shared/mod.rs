@@ -7,6 +7,7 @@
 //! waits in shared memory looks at them.
 
 mod counter;
+mod mail;
 mod moves;
 mod reduce;
 mod rounds;
@@ -23,6 +24,7 @@ use crate::error::CollectiveError;
 use crate::handshake::fresh_nonce;
 use crate::peers::Peers;
 use counter::Patience;
+use mail::Post;
 pub(crate) use reduce::{Reducing, Sums};
 use segment::{Layout, NONCE_BYTES, Segment};
 
@@ -37,6 +39,8 @@ pub(crate) struct Shared {
     /// Rounds so far; the same on all ranks between two calls.
     round: u32,
     patience: Patience,
+    /// Messages between two ranks.
+    post: Post,
     /// The call before this one, and a digest of all calls so far: what diverged earlier is found.
     last: CallSite,
     history: u64,
@@ -104,6 +108,7 @@ impl Shared {
             ranks,
             round: 0,
             patience: Patience::new(ranks, cores),
+            post: Post::new(ranks),
             last: CallSite { call, number: 0 },
             history: 0,
         }

@@ -178,6 +178,53 @@ impl Shared {
         Ok(())
     }
 
+    /// Every rank's bytes on every rank, of whatever length up to a bound.
+    pub(crate) fn gather_bytes(
+        &mut self,
+        peers: &mut Peers,
+        site: CallSite,
+        mine: &[u8],
+        most: usize,
+    ) -> Result<Vec<Vec<u8>>, CollectiveError> {
+        let piece = self.segment.window() - PART_HEAD;
+        let mut all = vec![Vec::new(); self.ranks];
+        all[self.rank] = mine.to_vec();
+        let part = |len: usize, round: u64| {
+            let from = (round as usize).saturating_mul(piece).min(len);
+            from..(from + piece).min(len)
+        };
+        let mut rounds = mine.len().div_ceil(piece).max(1) as u64;
+        let mut round = 0;
+        while round < rounds {
+            self.begin(peers, site)?;
+            self.stage(0, &(mine.len() as u64).to_le_bytes());
+            self.stage(PART_HEAD, &mine[part(mine.len(), round)]);
+            self.publish(site, rounds);
+            let mut longest = rounds;
+            for rank in self.others() {
+                longest = longest.max(self.await_staged(peers, site, rank)?.rounds);
+                let mut head = [0; 8];
+                self.read(rank, 0, &mut head);
+                let found = usize::try_from(u64::from_le_bytes(head)).unwrap_or(usize::MAX);
+                if found > most {
+                    let (rank, address) = peers.peer(self.first + rank);
+                    let message = format!(
+                        "`{site}` came with a payload of {found} bytes, at most {most} are allowed"
+                    );
+                    return Err(CollectiveError::Protocol { rank, address, message });
+                }
+                let bytes = &mut all[rank];
+                bytes.resize(found, 0);
+                self.read(rank, PART_HEAD, &mut bytes[part(found, round)]);
+            }
+            rounds = longest;
+            round += 1;
+            self.end_round();
+        }
+        self.end_call(site);
+        Ok(all)
+    }
+
     /// Copies bytes into this rank's window of the round, between `begin` and `publish`.
     pub(super) fn stage(&self, at: usize, bytes: &[u8]) {
         assert!(at + bytes.len() <= self.segment.window(), "a window holds what is staged");

@@ -18,8 +18,8 @@ use crate::error::CollectiveError;
 use crate::peers::Peers;
 
 /// First and longest sleep between two looks at the connections.
-const SLEEP_FIRST: Duration = Duration::from_millis(1);
-const SLEEP_MOST: Duration = Duration::from_millis(20);
+pub(super) const SLEEP_FIRST: Duration = Duration::from_millis(1);
+pub(super) const SLEEP_MOST: Duration = Duration::from_millis(20);
 
 /// What a rank says of a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,15 +99,7 @@ impl Shared {
         rank: usize,
     ) -> Result<RoundHeader, CollectiveError> {
         self.wait(peers, site, rank, Progress::Staged, self.round.wrapping_add(1))?;
-        #[allow(unsafe_code, reason = "shared memory")]
-        // SAFETY: the rank has just been seen to have published, and this one has not folded.
-        let bytes = unsafe { self.segment.header(rank, self.half()) };
-        let protocol = |message: &str| {
-            let (rank, address) = peers.peer(self.first + rank);
-            CollectiveError::Protocol { rank, address, message: message.to_owned() }
-        };
-        let header = RoundHeader::decode(&bytes)
-            .ok_or_else(|| protocol("its round in shared memory names no known call"))?;
+        let header = self.staged_header(peers, rank)?;
         for (theirs, ours) in [(header.last, self.last), (header.site, site)] {
             if theirs != ours {
                 let (rank, address) = peers.peer(self.first + rank);
@@ -117,9 +109,28 @@ impl Shared {
             }
         }
         if header.history != self.history {
-            return Err(protocol("its calls before the last differ from this rank's"));
+            let message = "its calls before the last differ from this rank's".to_owned();
+            let (rank, address) = peers.peer(self.first + rank);
+            return Err(CollectiveError::Protocol { rank, address, message });
         }
+        self.find_unread(peers, site, rank)?;
         Ok(header)
+    }
+
+    /// What a rank says of the round that this rank is in or comes to, once it has published it.
+    pub(super) fn staged_header(
+        &self,
+        peers: &Peers,
+        rank: usize,
+    ) -> Result<RoundHeader, CollectiveError> {
+        #[allow(unsafe_code, reason = "shared memory")]
+        // SAFETY: the rank has been seen to have published, and this one has not folded.
+        let bytes = unsafe { self.segment.header(rank, self.half()) };
+        RoundHeader::decode(&bytes).ok_or_else(|| {
+            let (rank, address) = peers.peer(self.first + rank);
+            let message = "its round in shared memory names no known call".to_owned();
+            CollectiveError::Protocol { rank, address, message }
+        })
     }
 
     /// Waits until all other ranks have staged.
@@ -189,7 +200,9 @@ impl Shared {
             if counter.has_reached(round) {
                 return Ok(());
             }
-            let seen = peers.glance(site, self.first + rank, begin.elapsed());
+            let seen = peers
+                .glance(site, self.first + rank, begin.elapsed())
+                .and_then(|()| self.find_unread(peers, site, rank));
             match seen {
                 // It came meanwhile, and what was seen of it belongs to what it did next.
                 Err(CollectiveError::PeerLeft { .. } | CollectiveError::Mismatch { .. })

@@ -4,6 +4,8 @@
 //! page 0           magic, nonce of the group
 //! controls         512 bytes per rank: three counters on lines of their own, two round headers
 //! windows          per rank: two halves to stage in, two halves for results
+//! mailboxes        per ordered pair of ranks, those for one rank together: 512 bytes each with two
+//!                  counters and two headers; then two slots each
 //! ```
 //! It is an anonymous file without a name: nothing is left of it when the last process that maps it
 //! is gone, however that ended, and the size of `/dev/shm` does not bound it. Each rank allocates its
@@ -27,7 +29,7 @@ use super::counter::Counter;
 
 /// Bytes of a page as the layout counts them; windows begin on multiples of it.
 const PAGE: usize = 4096;
-/// Bytes of a rank's control block.
+/// Bytes of a rank's control block, and of a mailbox's.
 const CONTROL_BYTES: usize = 512;
 /// A counter has two cache lines of its own: processors fetch lines in pairs.
 const COUNTER_STRIDE: usize = 128;
@@ -37,7 +39,7 @@ const HEADERS_AT: usize = 3 * COUNTER_STRIDE;
 pub(crate) const HEADER_BYTES: usize = 64;
 /// Bytes of the group's nonce.
 pub(crate) const NONCE_BYTES: usize = 32;
-const MAGIC: [u8; 8] = *b"CHRTSHM1";
+const MAGIC: [u8; 8] = *b"CHRTSHM2";
 /// Most bytes of all windows of a host: more ranks get smaller ones.
 const WINDOWS_BYTES: usize = 64 << 20;
 /// A window fits a second-level cache beside the rank's own data.
@@ -45,6 +47,12 @@ const WINDOW_MOST: usize = 128 << 10;
 const WINDOW_LEAST: usize = 64 << 10;
 /// Two to stage, two for results.
 const WINDOWS_PER_RANK: usize = 4;
+/// Bytes of all slots of mailboxes of a host: more ranks get smaller ones …
+const MAIL_BYTES: usize = 16 << 20;
+const SLOT_MOST: usize = 64 << 10;
+const SLOT_LEAST: usize = PAGE;
+/// … and still more get none.
+const MAIL_RANKS_MAX: usize = 64;
 
 /// Which of a rank's counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,11 +65,22 @@ pub(crate) enum Progress {
     Copied = 2,
 }
 
+/// Which of a mailbox's counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mail {
+    /// Pieces that the sender has put there.
+    Sent = 0,
+    /// Pieces that the receiver has read.
+    Taken = 1,
+}
+
 /// Where everything is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
     ranks: usize,
     window: usize,
+    /// Bytes of a slot of a mailbox; 0: there are none.
+    slot: usize,
 }
 
 impl Layout {
@@ -69,7 +88,12 @@ impl Layout {
     pub(crate) fn new(ranks: usize) -> Self {
         let fair = WINDOWS_BYTES / (WINDOWS_PER_RANK * ranks.max(1));
         let window = fair.clamp(WINDOW_LEAST, WINDOW_MOST) / PAGE * PAGE;
-        Self { ranks, window }
+        let slot = match ranks {
+            2..=MAIL_RANKS_MAX => MAIL_BYTES / (2 * ranks * ranks),
+            _ => 0,
+        };
+        let slot = if slot == 0 { 0 } else { slot.clamp(SLOT_LEAST, SLOT_MOST) / PAGE * PAGE };
+        Self { ranks, window, slot }
     }
 
     fn windows_at(self) -> usize {
@@ -81,8 +105,23 @@ impl Layout {
         self.windows_at() + rank * WINDOWS_PER_RANK * self.window
     }
 
+    /// Bytes of the mailboxes for one rank.
+    fn mail_bytes(self) -> usize {
+        match self.slot {
+            0 => 0,
+            slot => (self.ranks * CONTROL_BYTES).next_multiple_of(PAGE) + self.ranks * 2 * slot,
+        }
+    }
+
+    fn mail_at(self, to: usize) -> usize {
+        assert!(to < self.ranks, "a rank of the segment");
+        self.rank_windows_at(0)
+            + self.ranks * WINDOWS_PER_RANK * self.window
+            + to * self.mail_bytes()
+    }
+
     fn bytes(self) -> usize {
-        self.windows_at() + self.ranks * WINDOWS_PER_RANK * self.window
+        self.windows_at() + self.ranks * (WINDOWS_PER_RANK * self.window + self.mail_bytes())
     }
 }
 
@@ -142,10 +181,14 @@ impl Segment {
         Ok(segment)
     }
 
-    /// Takes the memory of a rank's own windows, from the node that this thread runs on.
+    /// Takes the memory of a rank's own windows and mailboxes, from the node that this thread runs on.
     pub(crate) fn allocate(file: impl AsFd, layout: Layout, rank: usize) -> std::io::Result<()> {
         let (from, len) = (layout.rank_windows_at(rank), WINDOWS_PER_RANK * layout.window);
-        take_memory(file, from as i64, len as i64)
+        take_memory(&file, from as i64, len as i64)?;
+        match layout.mail_bytes() {
+            0 => Ok(()),
+            len => take_memory(&file, layout.mail_at(rank) as i64, len as i64),
+        }
     }
 
     fn map(file: impl AsFd, layout: Layout) -> std::io::Result<Self> {
@@ -170,9 +213,22 @@ impl Segment {
         self.layout.window
     }
 
+    /// Bytes of a slot of a mailbox; 0 if there are no mailboxes.
+    pub(crate) fn slot(&self) -> usize {
+        self.layout.slot
+    }
+
     /// A rank's counter.
     pub(crate) fn counter(&self, rank: usize, progress: Progress) -> Counter<'_> {
-        let at = self.control(rank) + progress as usize * COUNTER_STRIDE;
+        self.counter_at(self.control(rank) + progress as usize * COUNTER_STRIDE)
+    }
+
+    /// A counter of the mailbox from one rank to another.
+    pub(crate) fn mail_counter(&self, from: usize, to: usize, mail: Mail) -> Counter<'_> {
+        self.counter_at(self.mailbox(from, to) + mail as usize * COUNTER_STRIDE)
+    }
+
+    fn counter_at(&self, at: usize) -> Counter<'_> {
         // SAFETY: inside the mapping, aligned, and only ever used as atomics by every process; it
         // lives as long as the mapping, which the returned borrow keeps.
         let words = unsafe { &*self.base.as_ptr().add(at).cast::<[AtomicU32; 2]>() };
@@ -189,7 +245,26 @@ impl Segment {
         half: usize,
         header: &[u8; HEADER_BYTES],
     ) {
-        let at = self.control(rank) + HEADERS_AT + half % 2 * HEADER_BYTES;
+        // SAFETY: unshared at this moment as the caller promises.
+        unsafe { self.write_header_at(self.control(rank), half, header) }
+    }
+
+    /// Writes the header of a piece of a message, before the mailbox's counter publishes it.
+    ///
+    /// # Safety
+    /// The receiver has taken the piece that was in that slot.
+    pub(crate) unsafe fn write_mail_header(
+        &self,
+        (from, to): (usize, usize),
+        half: usize,
+        header: &[u8; HEADER_BYTES],
+    ) {
+        // SAFETY: unshared at this moment as the caller promises.
+        unsafe { self.write_header_at(self.mailbox(from, to), half, header) }
+    }
+
+    unsafe fn write_header_at(&self, control: usize, half: usize, header: &[u8; HEADER_BYTES]) {
+        let at = control + HEADERS_AT + half % 2 * HEADER_BYTES;
         // SAFETY: inside the mapping; unshared at this moment as the caller promises.
         unsafe {
             self.base.as_ptr().add(at).copy_from_nonoverlapping(header.as_ptr(), HEADER_BYTES);
@@ -201,7 +276,25 @@ impl Segment {
     /// # Safety
     /// The rank has published that round, and this one has not folded it yet.
     pub(crate) unsafe fn header(&self, rank: usize, half: usize) -> [u8; HEADER_BYTES] {
-        let at = self.control(rank) + HEADERS_AT + half % 2 * HEADER_BYTES;
+        // SAFETY: not written meanwhile as the caller promises.
+        unsafe { self.header_at(self.control(rank), half) }
+    }
+
+    /// Reads the header of a piece of a message.
+    ///
+    /// # Safety
+    /// The sender has published the piece, and the receiver has not taken it yet.
+    pub(crate) unsafe fn mail_header(
+        &self,
+        (from, to): (usize, usize),
+        half: usize,
+    ) -> [u8; HEADER_BYTES] {
+        // SAFETY: not written meanwhile as the caller promises.
+        unsafe { self.header_at(self.mailbox(from, to), half) }
+    }
+
+    unsafe fn header_at(&self, control: usize, half: usize) -> [u8; HEADER_BYTES] {
+        let at = control + HEADERS_AT + half % 2 * HEADER_BYTES;
         let mut header = [0; HEADER_BYTES];
         // SAFETY: inside the mapping; not written meanwhile as the caller promises.
         unsafe {
@@ -224,6 +317,20 @@ impl Segment {
         let at = self.layout.rank_windows_at(rank) + index * self.layout.window;
         // SAFETY: the layout places every window inside the mapping.
         unsafe { self.base.add(at) }
+    }
+
+    /// Where a piece of a message from one rank to another is.
+    pub(crate) fn mail(&self, from: usize, to: usize, half: usize) -> NonNull<u8> {
+        let controls = (self.layout.ranks * CONTROL_BYTES).next_multiple_of(PAGE);
+        assert!(from < self.layout.ranks && self.layout.slot > 0, "a rank that has mailboxes");
+        let at = self.layout.mail_at(to) + controls + (2 * from + half % 2) * self.layout.slot;
+        // SAFETY: the layout places every slot inside the mapping.
+        unsafe { self.base.add(at) }
+    }
+
+    fn mailbox(&self, from: usize, to: usize) -> usize {
+        assert!(from < self.layout.ranks && self.layout.slot > 0, "a rank that has mailboxes");
+        self.layout.mail_at(to) + from * CONTROL_BYTES
     }
 
     fn control(&self, rank: usize) -> usize {
