@@ -231,6 +231,7 @@ impl<'m> Exchange<'m> {
     /// Waits until a connection is ready, an abort, or the timeout.
     fn wait(&mut self, timeout: Duration) -> Result<(), CollectiveError> {
         self.ready.clear();
+        self.peers.meter.tell();
         let wake = self.peers.abort.wake_descriptor();
         let nothing = PollFd::new(wake, PollFlags::empty());
         let links = || self.peers.links.iter().enumerate();
@@ -410,6 +411,7 @@ impl<'m> Exchange<'m> {
                 Ok(0) => {}
                 Ok(read) => {
                     progress = true;
+                    self.peers.meter.count(read);
                     self.advanced |= self.payload.arrived(peer, range.start..range.start + read);
                 }
                 Err(error) => return Err(self.broken(peer, error)),

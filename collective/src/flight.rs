@@ -227,6 +227,11 @@ impl FlightRecorder {
         FlightToken { index, serial }
     }
 
+    /// Whether both write to one ring.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
+    }
+
     /// Its turn has come.
     pub fn started(&self, token: FlightToken) {
         let now = self.now();

@@ -107,6 +107,7 @@ impl ProcessGroup {
         }
         let token = self.recorder.begin(&self.name, self.core.peers.generation, site);
         self.recorder.started(token);
+        self.core.peers.meter.begin(&self.recorder, token);
         let result = match self.core.peers.abort.raised() {
             Some(aborted) => Err(aborted),
             None => body(&mut self.core, site),

@@ -34,6 +34,7 @@ mod lane_fold;
 mod lane_tree;
 mod link;
 mod listener;
+mod meter;
 mod mixed;
 pub mod nccl;
 mod patience;

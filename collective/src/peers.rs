@@ -18,6 +18,7 @@ use crate::error::CollectiveError;
 use crate::exchange::{Exchange, Pending, Ready};
 use crate::frame::{FrameCodec, FrameError, FrameKind, encode_site, last_words};
 use crate::link::Link;
+use crate::meter::Meter;
 use crate::patience::Patience;
 use crate::payload::{Sink, Transfers};
 use crate::selection::Selection;
@@ -147,6 +148,8 @@ pub(crate) struct Peers {
     /// Memory of the last exchange.
     pub pending: Vec<Pending>,
     pub ready: Vec<Ready>,
+    /// Bytes of the call under way.
+    pub meter: Meter,
     /// The last collectives, the newest last: a peer may object to one that is over here.
     recent: VecDeque<CallSite>,
 }
@@ -176,6 +179,7 @@ impl Peers {
             reduced: Scratch::default(),
             pending: Vec::new(),
             ready: Vec::new(),
+            meter: Meter::default(),
             recent: VecDeque::new(),
         }
     }

@@ -146,6 +146,7 @@ impl Shared {
             }
             let end = (at + slot).min(bytes.len());
             self.take_piece(from, &mut bytes[at..end]);
+            peers.meter.count(end - at);
             at = end;
             if at == bytes.len() {
                 return Ok(());

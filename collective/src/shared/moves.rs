@@ -74,6 +74,7 @@ impl Shared {
             if self.rank != root {
                 self.await_staged(peers, site, root)?;
                 self.read(root, 0, &mut bytes[from..to]);
+                peers.meter.count(to - from);
             }
             self.end_round();
         }
@@ -116,7 +117,9 @@ impl Shared {
             self.publish(site, rounds as u64);
             for rank in self.others() {
                 self.await_staged(peers, site, rank)?;
-                self.read(rank, 0, bytemuck::cast_slice_mut(&mut output[part(rank, round)]));
+                let part = bytemuck::cast_slice_mut(&mut output[part(rank, round)]);
+                self.read(rank, 0, part);
+                peers.meter.count(part.len());
             }
             self.end_round();
         }
@@ -168,6 +171,7 @@ impl Shared {
                     return Err(CollectiveError::Protocol { rank, address, message });
                 }
                 let range = part(receive.len(), round);
+                peers.meter.count(range.len());
                 self.read(rank, own * slot + PART_HEAD, &mut receive[range]);
             }
             rounds = most;

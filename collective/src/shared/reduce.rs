@@ -309,6 +309,7 @@ impl Shared {
                     };
                     plan.run(&parts[range.clone()], output, op, count);
                 }
+                peers.meter.count(own.len() * size_of::<T>());
                 self.end_round();
                 continue;
             }
@@ -321,6 +322,7 @@ impl Shared {
             let result = unsafe { std::slice::from_raw_parts_mut(window.as_ptr(), own.len()) };
             plan.run(&parts, result, op, count);
             drop(parts);
+            peers.meter.count(size_of_val(result));
             self.folded();
             // SAFETY: this rank's piece of the output; the views of its input are gone.
             unsafe {

@@ -1,10 +1,13 @@
 //! Operations that move elements and add nothing: all to all, to a root, from a root; and subgroups.
 
+use std::time::Instant;
+
+use api::flight::FlightState;
 use api::{Generation, Rank};
 use half::{bf16, f16};
 
-use super::group;
 use super::results::{assert_bits, data};
+use super::{HANG, group};
 use crate::element::Element;
 use crate::{Buffer, BufferMut, Communicator, FlightRecorder, Group, ReduceOp};
 
@@ -105,7 +108,32 @@ pub(super) fn subgroups_of_subgroups_work_beside_their_parents() {
     });
 }
 
+#[test]
+pub(super) fn what_has_come_of_a_call_that_waits_is_in_the_flight_log() {
+    const LEN: usize = 3 * crate::CHUNK_ALIGNMENT;
+    let recorder = FlightRecorder::new(Generation(3), Rank(0), 3);
+    group(3, move |rank, communicator| {
+        let begun = Instant::now();
+        match rank {
+            0 => communicator.set_recorder(recorder.clone()),
+            // Comes when the first has all of the second's part and waits for this one's.
+            2 => loop {
+                let log = recorder.snapshot();
+                let (state, bytes) = (FlightState::Moving, 4 * LEN as u64 / 3);
+                if log.entries.iter().any(|e| e.state == state && e.moved_bytes == bytes) {
+                    break;
+                }
+                assert!(begun.elapsed() < HANG, "{:?}", log.entries);
+                std::thread::yield_now();
+            },
+            _ => {}
+        }
+        communicator.all_gather_in_place((&mut vec![1.0f32; LEN]).into()).unwrap();
+    });
+}
+
 super::also_over_shared_memory!(
+    what_has_come_of_a_call_that_waits_is_in_the_flight_log,
     elements_arrive_where_they_should,
     subgroups_of_subgroups_work_beside_their_parents,
 );
