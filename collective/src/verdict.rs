@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::call::{Call, CallSite, Operation};
 use crate::error::CollectiveError;
 use crate::exchange::{Exchange, WAITING_AFTER};
-use crate::frame::{FrameError, FrameKind, Header, decode_last_words, decode_site};
+use crate::frame::{FrameError, FrameKind, Header, decode_last_words, decode_site, encode_site};
 use crate::link::{Link, LinkError, Words};
 use crate::payload::Length;
 
@@ -42,7 +42,7 @@ impl Exchange<'_> {
 
     /// Whether the calls of two ranks can meet, given the peer's next data frame.
     pub(crate) fn compare(
-        &self,
+        &mut self,
         peer: usize,
         header: &Header,
         awaited: bool,
@@ -67,7 +67,7 @@ impl Exchange<'_> {
                     format!("part {} of `{theirs}` came during `{}`", header.phase, self.site);
                 return Err(self.protocol(peer, message));
             }
-            return Err(self.mismatch(peer, theirs));
+            return Err(self.differs(peer, theirs));
         }
         if awaited && header.phase != self.phase {
             let message =
@@ -111,13 +111,8 @@ impl Exchange<'_> {
     fn told(&self, peer: usize, header: &Header, payload: &[u8]) -> CollectiveError {
         match (header.kind, decode_site(payload)) {
             (FrameKind::Mismatch, Some(ours)) => {
-                let error = self.mismatch(peer, header.site);
-                match error {
-                    CollectiveError::Mismatch { own, rank, address, theirs, .. } => {
-                        CollectiveError::Mismatch { own, rank, address, ours, theirs }
-                    }
-                    other => other,
-                }
+                // What this rank called is known better here.
+                self.mismatch_of(peer, self.peers.counterpart(ours, header.site), header.site)
             }
             _ => {
                 let (rank, address) = self.peers.peer(peer);
@@ -135,11 +130,11 @@ impl Exchange<'_> {
 
     /// Neither can go on if the peer waits for a frame that this rank has not sent, and this rank
     /// waits for the peer.
-    pub(crate) fn find_deadlock(&self, peer: usize) -> Result<(), CollectiveError> {
+    pub(crate) fn find_deadlock(&mut self, peer: usize) -> Result<(), CollectiveError> {
         let Some(link) = self.peers.links[peer].as_ref() else { return Ok(()) };
         match link.waiting {
             Some((theirs, number)) if number == link.frames_sent && self.is_blocked_on(peer) => {
-                Err(self.mismatch(peer, theirs))
+                Err(self.differs(peer, theirs))
             }
             _ => Ok(()),
         }
@@ -168,6 +163,7 @@ impl Exchange<'_> {
             .map(|header| header.site);
         let blocked = link.waiting.filter(|(_, number)| *number == link.frames_sent);
         match sent.or(blocked.map(|(theirs, _)| theirs)) {
+            // Not asked: the peer may have come meanwhile, and then this is no error.
             Some(theirs) => Err(self.mismatch(waits_for, theirs)),
             None => Ok(()),
         }
@@ -208,19 +204,30 @@ impl Exchange<'_> {
             LinkError::Frame(error) => return self.peers.frame_error(peer, &error),
             LinkError::Broken(cause) => cause,
         };
-        let deadline = Instant::now() + LAST_WORDS_WAIT;
+        if let Some(said) = self.await_words(peer, LAST_WORDS_WAIT) {
+            return said;
+        }
+        let (rank, address) = self.peers.peer(peer);
+        CollectiveError::PeerLost { rank, address, during: self.site, cause }
+    }
+
+    /// What a peer says of its failure within a time, if it says anything.
+    fn await_words(&mut self, peer: usize, wait: Duration) -> Option<CollectiveError> {
+        let deadline = Instant::now() + wait;
         loop {
             match self.read_words(peer) {
-                Ok(Words::Said(header, payload)) => return self.told(peer, &header, &payload),
-                Ok(Words::Ended | Words::Broken(_)) => break,
+                Ok(Words::Said(header, payload)) => {
+                    return Some(self.told(peer, &header, &payload));
+                }
+                Ok(Words::Ended | Words::Broken(_)) => return None,
                 Ok(Words::Nothing) => {}
-                Err(error) => return self.peers.frame_error(peer, &error),
+                Err(error) => return Some(self.peers.frame_error(peer, &error)),
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || self.peers.abort.raised().is_some() {
-                break;
+                return None;
             }
-            let Some(link) = self.peers.links[peer].as_ref() else { break };
+            let link = self.peers.links[peer].as_ref()?;
             let mut descriptors = [
                 PollFd::new(self.peers.abort.wake_descriptor(), PollFlags::POLLIN),
                 PollFd::new(link.words_descriptor(), PollFlags::POLLIN),
@@ -229,17 +236,34 @@ impl Exchange<'_> {
             let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
             match poll(&mut descriptors, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
-                Err(error) => return CollectiveError::socket("wait for a peer", error),
+                Err(error) => return Some(CollectiveError::socket("wait for a peer", error)),
             }
         }
-        let (rank, address) = self.peers.peer(peer);
-        CollectiveError::PeerLost { rank, address, during: self.site, cause }
     }
 
-    pub(crate) fn mismatch(&self, peer: usize, theirs: CallSite) -> CollectiveError {
+    /// A peer's call that cannot meet this one. A peer that is ahead made the call that differs
+    /// before, and this rank may have no part in what that one sent: it is asked which call it was.
+    fn differs(&mut self, peer: usize, theirs: CallSite) -> CollectiveError {
+        let error = self.mismatch(peer, theirs);
+        let counted = |site: CallSite| !site.call.operation.is_point_to_point();
+        if counted(self.site) && counted(theirs) && theirs.number > self.site.number {
+            let (codec, site) = (self.peers.codec, self.site);
+            let question = codec.control(FrameKind::Mismatch, site, &encode_site(&theirs));
+            if let Some(link) = self.peers.links[peer].as_ref() {
+                link.say_last_words(&question);
+            }
+            return self.await_words(peer, WAITING_AFTER).unwrap_or(error);
+        }
+        error
+    }
+
+    fn mismatch(&self, peer: usize, theirs: CallSite) -> CollectiveError {
+        self.mismatch_of(peer, self.peers.counterpart(self.site, theirs), theirs)
+    }
+
+    fn mismatch_of(&self, peer: usize, ours: CallSite, theirs: CallSite) -> CollectiveError {
         let (rank, address) = self.peers.peer(peer);
         let own = api::Rank(self.peers.rank);
-        let ours = self.peers.counterpart(self.site, theirs);
         CollectiveError::Mismatch { own, rank, address, ours, theirs }
     }
 

@@ -177,6 +177,30 @@ pub(super) fn calls_that_differ_are_an_error_on_both_ranks_that_names_both() {
 }
 
 #[test]
+pub(super) fn a_rank_that_is_ahead_is_asked_what_it_called() {
+    let over = Arc::new(Barrier::new(3));
+    let results = group(3, move |rank, communicator| {
+        // Rank 2 has sent its part to rank 1 and goes on: rank 0 has seen nothing of that call.
+        let gather = |c: &mut ProcessGroup| c.gather((&[0u8; 3]).into(), None, Rank(1));
+        let found = match rank {
+            0 => Some(error(communicator.barrier())),
+            1 => None,
+            _ => Some(error(gather(communicator).and_then(|()| communicator.barrier()))),
+        };
+        over.wait();
+        found.map(|error| error.to_string())
+    });
+    for (rank, ours, peer, theirs) in [
+        (0, "barrier() #0", 2, "gather(3 u8 to r1) #0"),
+        (2, "gather(3 u8 to r1) #0", 0, "barrier() #0"),
+    ] {
+        let text = results[rank].as_deref().expect("it calls");
+        assert!(text.contains(&format!("r{rank} called `{ours}` but r{peer} at")), "{text}");
+        assert!(text.contains(&format!("called `{theirs}`")), "{text}");
+    }
+}
+
+#[test]
 fn a_rank_with_a_wrong_secret_is_refused_and_fails_nobody_else() {
     let results = in_parallel(3, |rank, listener, peers| {
         let mut options = options(rank, 3);
@@ -443,6 +467,7 @@ fn operations_are_point_to_point_or_not() {
 }
 
 super::also_over_shared_memory!(
+    a_rank_that_is_ahead_is_asked_what_it_called,
     calls_that_differ_are_an_error_on_both_ranks_that_names_both,
     a_rank_with_a_wrong_secret_is_refused_and_fails_nobody_else,
     a_rank_of_another_generation_is_refused_by_name,
