@@ -111,8 +111,12 @@ impl Exchange<'_> {
     fn told(&self, peer: usize, header: &Header, payload: &[u8]) -> CollectiveError {
         match (header.kind, decode_site(payload)) {
             (FrameKind::Mismatch, Some(ours)) => {
-                // What this rank called is known better here.
-                self.mismatch_of(peer, self.peers.counterpart(ours, header.site), header.site)
+                // Which of its collectives this rank called is known better here.
+                let ours = match ours.call.operation.is_point_to_point() {
+                    true => ours,
+                    false => self.peers.counterpart(ours, header.site),
+                };
+                self.mismatch_of(peer, ours, header.site)
             }
             _ => {
                 let (rank, address) = self.peers.peer(peer);

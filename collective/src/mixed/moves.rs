@@ -110,7 +110,8 @@ impl Mixed {
         Ok(())
     }
 
-    /// Every rank's bytes on every rank, over the connections: they are few.
+    /// Every rank's bytes on every rank, over the connections: they are few. The ranks of a host
+    /// meet first: a call that differs, or a message that nobody received, is found there.
     pub(crate) fn gather_bytes(
         &mut self,
         peers: &mut Peers,
@@ -118,17 +119,23 @@ impl Mixed {
         mine: &[u8],
         most: usize,
     ) -> Result<Vec<Vec<u8>>, CollectiveError> {
-        peers.gather_bytes(site, mine, most)
+        self.shared.meet(peers, site)?;
+        let all = peers.gather_bytes(site, mine, most)?;
+        self.shared.end_call(site);
+        Ok(all)
     }
 
-    /// One part to and one from each rank, over the connections.
+    /// One part to and one from each rank, over the connections, when the ranks of a host have met.
     pub(crate) fn exchange_parts(
         &mut self,
         peers: &mut Peers,
         site: CallSite,
         parts: Parts<'_>,
     ) -> Result<(), CollectiveError> {
-        peers.exchange_parts(site, parts)
+        self.shared.meet(peers, site)?;
+        peers.exchange_parts(site, parts)?;
+        self.shared.end_call(site);
+        Ok(())
     }
 
     /// A message to a rank.
