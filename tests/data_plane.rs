@@ -12,7 +12,7 @@ use serde_json::Value;
 /// What cluster.toml says besides the place of things.
 #[derive(Clone, Copy, Default)]
 struct Settings<'a> {
-    /// `[tls]` with the certificates of [`certificates`].
+    /// `[tls]` with the certificates of [`folder`].
     tls: bool,
     /// Lines of `[worker]`.
     worker: &'a str,
