@@ -359,11 +359,13 @@ pub struct BenchTrain {
 #[derive(Debug, Args)]
 pub struct BenchCollective {
     /// Operations, comma-separated: all_reduce, reduce_scatter, all_gather, all_to_all, broadcast,
-    /// barrier. Absent: all; with --cost, all_reduce.
+    /// barrier, reduce_lanes. Absent: all but the last; with --cost, all_reduce; with --tune,
+    /// all_reduce and reduce_lanes, which sums gradients.
     #[arg(long, value_delimiter = ',')]
     pub ops: Vec<String>,
-    /// Bytes of the whole buffer, comma-separated.
-    #[arg(long, value_delimiter = ',', default_value = "4KiB,64KiB,1MiB,64MiB")]
+    /// Bytes of the whole buffer, comma-separated. Absent: 4KiB,64KiB,1MiB,64MiB; with --tune, eight
+    /// from 1KiB to 16MiB.
+    #[arg(long, value_delimiter = ',')]
     pub sizes: Vec<String>,
     /// Numbers of processes, comma-separated. Absent: 2,4; with --cost, 2,3,4,5,6,7.
     #[arg(long, value_delimiter = ',')]
@@ -393,4 +395,11 @@ pub struct BenchCollective {
     /// Compare deterministic with fast sums, alternating.
     #[arg(long, conflicts_with_all = ["floor", "reduction"])]
     pub cost: bool,
+    /// Measure every algorithm over TCP, in turn, and write the table of the fastest ones: for
+    /// worker.algorithms. An older table in FILE is replaced, any other file is left alone.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["floor", "cost", "algorithms"])]
+    pub tune: Option<PathBuf>,
+    /// Reduce over TCP as a table of algorithms says.
+    #[arg(long, value_name = "FILE")]
+    pub algorithms: Option<PathBuf>,
 }

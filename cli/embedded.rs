@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::config::{ClusterConfig, Member, TlsSection};
+use api::data_plane::DataPlane;
 use api::{ExitClass, JobSpec, Name, NodeId};
 use coordinator::{Coordinator, CoordinatorOptions};
 use nix::fcntl::{Flock, FlockArg};
@@ -112,6 +113,7 @@ impl Embedded {
         config.tls = authority.issue("host")?;
         config.store.uri = config.store_uri();
         probe_store(&config).await?;
+        probe_data_plane(&config)?;
 
         config.coordinator.members = members(&listeners)?;
         let access = Access {
@@ -217,6 +219,12 @@ pub fn validate_job(spec: &JobSpec) -> std::result::Result<(), String> {
 pub async fn probe_store(config: &ClusterConfig) -> Result<()> {
     let store = checkpoint::Store::open(&config.store, &config.store_uri())?;
     store.probe().await?;
+    Ok(())
+}
+
+/// Refuses files that ranks could not use, before a worker runs.
+pub fn probe_data_plane(config: &ClusterConfig) -> Result<()> {
+    trainer::tcp_options(&DataPlane::of(config))?;
     Ok(())
 }
 

@@ -129,6 +129,12 @@ impl From<trainer::TrainError> for CliError {
     }
 }
 
+impl From<trainer::DataPlaneError> for CliError {
+    fn from(error: trainer::DataPlaneError) -> Self {
+        Self::usage(error.to_string())
+    }
+}
+
 impl From<checkpoint::StoreError> for CliError {
     fn from(error: checkpoint::StoreError) -> Self {
         let class = match &error {

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::{Finished, Running, cluster, eventually, run};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -93,6 +95,54 @@ fn other_types_and_the_plain_loop() {
     }
 }
 
+/// Tunes with few calls.
+fn tune(file: &Path, arguments: &[&str]) -> Value {
+    let file = file.to_string_lossy();
+    let few = ["--tune", &file, "--sizes", "1KiB,64KiB", "--iterations", "5", "--warmup", "1"];
+    bench(&[&few[..], arguments, &["--json"]].concat()).expect_code(0).last_json()
+}
+
+#[test]
+fn a_tuned_table_holds_the_fastest_and_is_used() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("table.json");
+    let tuned = tune(&file, &["--ranks", "2"]);
+    let seen: Vec<(Value, Value)> =
+        rows(&tuned).iter().map(|row| (row["op"].clone(), row["bytes"].clone())).collect();
+    let expected = [("all_reduce", 1 << 10), ("all_reduce", 64 << 10)];
+    let lanes = expected.map(|(_, bytes)| ("reduce_lanes", bytes));
+    let expected = [expected, lanes].concat();
+    assert_eq!(seen, expected.into_iter().map(|(o, b)| (o.into(), b.into())).collect::<Vec<_>>());
+    for row in rows(&tuned) {
+        let times = row["times"].as_array().expect("times");
+        let median = |time: &Value| time["median"].as_f64().expect("a median");
+        let fastest = times.iter().map(median).fold(f64::INFINITY, f64::min);
+        let chosen = times.iter().find(|time| time["algorithm"] == row["chosen"]).map(median);
+        assert_eq!(times.len(), 4, "{row}");
+        assert!(fastest > 0.0 && chosen.is_some_and(|chosen| chosen <= fastest * 1.11), "{row}");
+    }
+    let written = std::fs::read_to_string(&file).expect("written");
+    let written: Value = serde_json::from_str(&written).expect("JSON");
+    assert_eq!(written["rules"], tuned["rules"]);
+
+    let path = file.to_string_lossy();
+    let arguments = ["--algorithms", &path, "--ops", "all_reduce,reduce_lanes", "--json"];
+    let used = small(&[&arguments[..], &["--sizes", "4KiB"]].concat()).expect_code(0).last_json();
+    let transports: Vec<Value> = rows(&used).iter().map(|row| row["transport"].clone()).collect();
+    assert_eq!(transports, ["tcp", "tcp"]);
+
+    // The older table is replaced. Three ranks do not combine by pairs; fast sums may take a ring.
+    let fast = tune(&file, &["--ranks", "3", "--reduction", "fast", "--ops", "all_reduce"]);
+    for row in rows(&fast) {
+        let times = row["times"].as_array().expect("times");
+        let names: Vec<&Value> = times.iter().map(|time| &time["algorithm"]).collect();
+        assert_eq!(names, ["direct", "scatter", "ring"]);
+    }
+    let written = std::fs::read_to_string(&file).expect("written");
+    let written: Value = serde_json::from_str(&written).expect("JSON");
+    assert_eq!(written["rules"], fast["rules"]);
+}
+
 #[test]
 fn mistakes_have_one_message_that_says_what_is_expected() {
     let cases: &[(&[&str], &[&str])] = &[
@@ -109,6 +159,13 @@ fn mistakes_have_one_message_that_says_what_is_expected() {
         (&["--iterations", "0"], &["--iterations", "1..=1000000"]),
         (&["--cost", "--ops", "barrier"], &["--cost: barrier adds nothing"]),
         (&["--cost", "--floor"], &["--cost", "--floor"]),
+        (&["--cost", "--tune", "t.json"], &["--cost", "--tune"]),
+        (&["--tune", "t.json", "--ops", "barrier"], &["--tune: barrier has no choice"]),
+        (&["--tune", "t.json", "--transport", "shm"], &["--tune is about TCP", "shm"]),
+        (&["--tune", "Cargo.toml"], &["`Cargo.toml` is there and is not a table", "hint:"]),
+        (&["--tune", "no/t.json"], &["--tune: cannot write into `no`"]),
+        (&["--algorithms", "no.json"], &["--algorithms", "`no.json`: No such file"]),
+        (&["--algorithms", "no.json", "--transport", "shm"], &["--algorithms is about TCP"]),
     ];
     for (arguments, expected) in cases {
         let finished = bench(arguments).expect_code(2);

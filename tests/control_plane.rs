@@ -4,19 +4,13 @@
 
 mod common;
 
-use std::net::TcpListener;
 use std::path::Path;
 
-use common::{Running, cluster, eventually, run, small_job, submit_local, weights_digest};
+use common::{
+    Running, cluster, eventually, free_ports, run, small_job, submit_local, weights_digest,
+};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-
-/// Ports that were free a moment ago.
-fn free_ports(count: usize) -> Vec<u16> {
-    let held: Vec<TcpListener> =
-        (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a port")).collect();
-    held.iter().map(|l| l.local_addr().expect("bound").port()).collect()
-}
 
 fn write_config(folder: &Path, name: &str, node: usize, ports: &[u16]) -> std::path::PathBuf {
     let tls = folder.join("tls");

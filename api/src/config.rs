@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::data_plane::STREAMS_MAX;
 use crate::document::{self, DocumentError};
 use crate::ids::{NodeId, Secret};
 use crate::units::{ByteSize, Span};
@@ -105,9 +106,18 @@ pub struct WorkerSection {
     pub slots: u32,
     /// Address on which its ranks listen for one another.
     pub data_address: IpAddr,
-    /// Allow ranks to listen on an address that is not loopback: they authenticate one another, but
-    /// their traffic is not encrypted yet.
+    /// Do not encrypt the traffic of ranks: needed where data_address is not loopback and `[tls]`
+    /// is empty; with `[tls]`, for a network you trust. Ranks authenticate one another either way.
     pub plaintext_data: bool,
+    /// Connections for data from each rank to each peer, 1 to 8: more than one where a single
+    /// connection does not fill the network. The same on all workers.
+    pub data_streams: u32,
+    /// Table of algorithms for reductions over TCP, as `cluster bench collective --tune` writes it;
+    /// empty: the built-in one. The same on all workers.
+    pub algorithms: PathBuf,
+    /// Whether the ranks of one host share memory; false: TCP among them, too. The same on all
+    /// workers.
+    pub shared_memory: bool,
     /// Log bytes kept per rank on the worker's disk; older lines are dropped with a note.
     pub log_bytes: ByteSize,
     /// Time a rank gets between a polite stop, with its last checkpoint, and a kill.
@@ -121,6 +131,9 @@ impl Default for WorkerSection {
             slots: 0,
             data_address: IpAddr::V4(Ipv4Addr::LOCALHOST),
             plaintext_data: false,
+            data_streams: 1,
+            algorithms: PathBuf::new(),
+            shared_memory: true,
             log_bytes: ByteSize(16 << 20),
             stop_timeout: Span::seconds(60),
         }
@@ -173,6 +186,14 @@ impl TlsSection {
     /// Whether certificates are configured.
     pub fn is_enabled(&self) -> bool {
         !self.ca.as_os_str().is_empty()
+    }
+
+    /// A key that is set beside one that is not.
+    fn half(&self) -> Option<(&'static str, &'static str)> {
+        let keys =
+            [("tls.ca", &self.ca), ("tls.certificate", &self.certificate), ("tls.key", &self.key)];
+        let find = |empty| keys.iter().find(|(_, path)| path.as_os_str().is_empty() == empty);
+        Some((find(false)?.0, find(true)?.0))
     }
 }
 
@@ -270,17 +291,34 @@ impl ClusterConfig {
                 self.serve.body_max, self.serve.queue_bytes
             ));
         }
+        if let Some((given, missing)) = self.tls.half() {
+            return fail(format!(
+                "{given} is set and {missing} is not: TLS needs tls.ca, tls.certificate and tls.key"
+            ));
+        }
         for member in &coordinator.members {
             self.check_listener("coordinator.members", member.address.ip())?;
         }
-        if !self.worker.data_address.is_loopback() && !self.worker.plaintext_data {
-            return fail(format!(
-                "worker.data_address = {} is not loopback and ranks do not encrypt their traffic \
-                 yet: set worker.plaintext_data = true only on a network you trust",
-                self.worker.data_address
-            ));
-        }
-        Ok(())
+        self.check_data_plane()
+    }
+
+    /// Ranks encrypt what leaves the host, unless it is said that they need not.
+    fn check_data_plane(&self) -> Result<(), ConfigError> {
+        let worker = &self.worker;
+        let plaintext = worker.plaintext_data || self.tls.is_enabled();
+        let message = if !worker.data_address.is_loopback() && !plaintext {
+            format!(
+                "worker.data_address = {} is not loopback and [tls] is not configured: set tls.ca, \
+                 tls.certificate and tls.key (`cluster certs` makes them), or \
+                 worker.plaintext_data = true on a network you trust",
+                worker.data_address
+            )
+        } else if !(1..=STREAMS_MAX).contains(&worker.data_streams) {
+            format!("worker.data_streams = {}: expected 1 to {STREAMS_MAX}", worker.data_streams)
+        } else {
+            return Ok(());
+        };
+        Err(ConfigError::Disagreement(message))
     }
 
     /// Refuses an address that is not loopback while no certificates are configured.
@@ -339,6 +377,33 @@ mod tests {
     }
 
     #[test]
+    fn data_leaves_the_host_encrypted_or_by_permission() {
+        let mut config = ClusterConfig::default();
+        config.worker.data_address = IpAddr::from([10, 0, 0, 1]);
+        let text = config.validate().expect_err("in the open").to_string();
+        for part in ["worker.data_address = 10.0.0.1", "[tls]", "worker.plaintext_data = true"] {
+            assert!(text.contains(part), "`{part}` is missing: {text}");
+        }
+        config.worker.plaintext_data = true;
+        config.validate().expect("permitted");
+        config.worker.plaintext_data = false;
+        config.tls =
+            TlsSection { ca: "ca".into(), certificate: "host".into(), key: "host.key".into() };
+        config.validate().expect("encrypted");
+    }
+
+    #[test]
+    fn half_of_the_certificates_is_a_mistake() {
+        let mut config = ClusterConfig::default();
+        config.tls.key = "host.key".into();
+        let text = config.validate().expect_err("no authority").to_string();
+        assert!(text.starts_with("tls.key is set and tls.ca is not"), "{text}");
+        config.tls.ca = "ca.pem".into();
+        let text = config.validate().expect_err("no certificate").to_string();
+        assert!(text.starts_with("tls.ca is set and tls.certificate is not"), "{text}");
+    }
+
+    #[test]
     fn disagreements_are_refused() {
         let mut config = ClusterConfig::default();
         config.coordinator.node = NodeId(9);
@@ -347,6 +412,10 @@ mod tests {
         config.coordinator.heartbeat_interval = Span::seconds(1);
         let text = config.validate().expect_err("too slow").to_string();
         assert!(text.contains("1s") && text.contains("a quarter"), "{text}");
+        let mut config = ClusterConfig::default();
+        config.worker.data_streams = 9;
+        let text = config.validate().expect_err("too many").to_string();
+        assert_eq!(text, "worker.data_streams = 9: expected 1 to 8");
         let mut config = ClusterConfig::default();
         config.serve.body_max = ByteSize(512 << 20);
         let text = config.validate().expect_err("too large").to_string();

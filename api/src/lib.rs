@@ -8,6 +8,7 @@
 pub mod config;
 pub mod connect;
 pub mod control;
+pub mod data_plane;
 pub mod document;
 pub mod environment;
 pub mod events;

@@ -7,11 +7,12 @@
 //! output and error stay free for logs.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ServeSection, StoreSection};
+use crate::data_plane::DataPlane;
 use crate::events::{CheckpointFact, Evaluation, ModelFact, StepMetrics};
 use crate::flight::FlightLog;
 use crate::ids::{Generation, Name, NodeId, Rank, Secret, Step, TaskId};
@@ -312,8 +313,8 @@ pub enum RankOrder {
         assignment: Box<Assignment>,
         /// How to reach the object store, with the worker's credentials.
         store: StoreSection,
-        /// Address to listen on for the other ranks.
-        data_address: IpAddr,
+        /// How to reach the other ranks.
+        data: DataPlane,
         /// Settings of model servers.
         serve: ServeSection,
     },

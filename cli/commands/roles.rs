@@ -14,7 +14,7 @@ use worker::{Worker, WorkerOptions};
 
 use crate::args::{Global, WorkerArgs};
 use crate::certificates::make_private_folder;
-use crate::embedded::{probe_store, validate_job};
+use crate::embedded::{probe_data_plane, probe_store, validate_job};
 use crate::error::{CliError, Result};
 use crate::signals::{EXIT_INTERRUPTED, Signals};
 
@@ -50,6 +50,7 @@ pub async fn coordinator(global: &Global) -> Result<()> {
 pub async fn worker(global: &Global, args: &WorkerArgs) -> Result<()> {
     let mut config = required_config(global, "worker")?;
     config.store.uri = config.store_uri();
+    probe_data_plane(&config)?;
     let name = worker_name(args.name.as_deref(), &config.worker.name)?;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let slots = args.slots.unwrap_or(config.worker.slots);

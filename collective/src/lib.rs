@@ -51,6 +51,7 @@ mod tcp_options;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod tuning;
 mod verdict;
 mod wire;
 
@@ -70,3 +71,4 @@ pub use queue::{Queue, Turn, Work};
 pub use selection::{Algorithm, Question, Rule, Selectable, Selection, SelectionError};
 pub use tcp_options::TcpOptions;
 pub use tls::{TlsError, TlsMaterial};
+pub use tuning::Measurement;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::selection::Selection;
 use crate::tls::TlsMaterial;
 
-/// Most streams to one peer: beyond this another adds descriptors and no speed.
-pub(crate) const STREAMS_MAX: usize = 8;
+/// Most streams to one peer.
+pub(crate) const STREAMS_MAX: usize = api::data_plane::STREAMS_MAX as usize;
 
 /// Options of the TCP transport; streams and selection must be the same on all ranks, which is
 /// compared when the group forms.

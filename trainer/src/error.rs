@@ -8,6 +8,9 @@ pub enum TrainError {
     /// The job as asked cannot run: its data, its settings, its device. Trying again ends the same.
     #[error("{0}")]
     Job(String),
+    /// What the worker's cluster.toml names cannot be used for the connections among ranks.
+    #[error(transparent)]
+    DataPlane(#[from] crate::data_plane::DataPlaneError),
     /// The loss or the gradient is no longer a number.
     #[error(
         "the loss is {loss} at step {step}: training diverged; lower `learning_rate`, set \
@@ -37,7 +40,7 @@ impl TrainError {
     /// Whether starting again can help.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Job(_) | Self::Diverged { .. } => false,
+            Self::Job(_) | Self::DataPlane(_) | Self::Diverged { .. } => false,
             Self::Collective(_) | Self::Save(_) | Self::Control(_) => true,
             Self::Restore(error) => error.is_retryable(),
         }

@@ -9,6 +9,7 @@
 mod agreement;
 mod channels;
 mod checkpoints;
+mod data_plane;
 mod device;
 mod engine;
 mod error;
@@ -22,6 +23,7 @@ mod schedule;
 mod state;
 mod train;
 
+pub use data_plane::{DataPlaneError, tcp_options};
 pub use device::{fingerprint, open as open_device};
 pub use error::TrainError;
 pub use rank::run_rank;

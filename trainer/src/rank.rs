@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use api::control::{Control, ControlError, Orders, die_with_parent};
 use api::session::{Assignment, FLIGHT_LAST, RankOrder, RankReport, TrainAssignment};
-use api::{ExitClass, JobSpec, Step};
+use api::{ExitClass, JobSpec, Rank, Step};
 use checkpoint::{ManifestInfo, Restore};
 use collective::{FlightRecorder, GroupOptions, Listener};
 
 use crate::agreement::agree;
 use crate::checkpoints::Checkpoints;
+use crate::data_plane::{tcp_options, transport};
 use crate::error::TrainError;
 use crate::optimizer::Optimizer;
 use crate::parameters::Table;
@@ -79,8 +80,7 @@ fn run(
     orders: &Orders,
     recorder: &OnceCell<FlightRecorder>,
 ) -> Result<(), TrainError> {
-    let RankOrder::Assignment { assignment, store, data_address, .. } =
-        orders.next(ASSIGNMENT_DEADLINE)?
+    let RankOrder::Assignment { assignment, store, data, .. } = orders.next(ASSIGNMENT_DEADLINE)?
     else {
         return Err(unexpected("the first order is not an assignment"));
     };
@@ -94,6 +94,7 @@ fn run(
     recorder.set_tag("reading data");
     spec.validate().map_err(|e| TrainError::Job(e.to_string()))?;
     limit_threads(spec)?;
+    let tcp = tcp_options(&data)?;
     let device = device::open(spec.resources.device, assignment.local_rank)?;
     let fingerprint = device::fingerprint(&spec.resources);
 
@@ -111,7 +112,8 @@ fn run(
     };
 
     recorder.set_tag("waiting for the other ranks");
-    let listener = Listener::bind(data_address)?;
+    let encrypts = tcp.tls.is_some();
+    let listener = Listener::bind(data.address)?.with_tcp(tcp);
     let abort = listener.abort_handle();
     control.on_abort(move |reason| abort.abort(reason));
     control.report(&RankReport::Listening { address: listener.address(), fingerprint })?;
@@ -130,12 +132,16 @@ fn run(
             api::job::Reduction::Deterministic => collective::Reduction::Deterministic,
             api::job::Reduction::Fast => collective::Reduction::Fast,
         },
-        transport: Default::default(),
+        transport: transport(&data),
         host: None,
     };
     recorder.set_tag("forming the group");
     let mut communicator = listener.connect(group, &addresses)?;
     communicator.set_recorder(recorder.clone());
+    if assignment.rank == Rank(0) && assignment.world_size > 1 {
+        let connections = if encrypts { "encrypted connections" } else { "plaintext connections" };
+        println!("ranks reduce over {}, with {connections}", communicator.transport());
+    }
     recorder.set_tag("comparing data and settings");
     let validation = problem.validation.as_ref().map_or("none", |data| data.digest());
     agree(

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use api::TaskId;
 use api::config::{ServeSection, StoreSection};
+use api::data_plane::DataPlane;
 use api::environment::{SCRATCH_VARIABLE, TaskPlace, task_environment};
 use api::flight::{FLIGHT_ENTRIES_MAX, FlightLog};
 use api::session::{
@@ -59,7 +60,8 @@ pub(crate) struct Surroundings {
     pub(crate) stop_timeout: Duration,
     /// Folder for data that ranks fetch.
     pub(crate) scratch: PathBuf,
-    pub(crate) data_address: std::net::IpAddr,
+    /// How ranks reach each other.
+    pub(crate) data: DataPlane,
     pub(crate) store: StoreSection,
     pub(crate) serve: ServeSection,
     pub(crate) spawner: Spawner,
@@ -331,7 +333,7 @@ impl Task {
         RankOrder::Assignment {
             assignment: self.assignment.clone(),
             store: self.shared.store.clone(),
-            data_address: self.shared.data_address,
+            data: self.shared.data.clone(),
             serve: self.shared.serve.clone(),
         }
     }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::config::ClusterConfig;
+use api::data_plane::DataPlane;
 use api::session::WorkerHello;
 use api::{Name, Secret};
 use checkpoint::Store;
@@ -95,7 +96,7 @@ impl Worker {
             stop_timeout: config.worker.stop_timeout.0,
             scratch: options.dir.join("scratch"),
             program: options.program.clone(),
-            data_address: config.worker.data_address,
+            data: DataPlane::of(config),
             store: store_for_ranks(config.store.clone(), uri),
             serve: config.serve.clone(),
             spawner: Spawner::start().map_err(thread)?,

@@ -1,10 +1,15 @@
 //! The buffers of one collective on one rank: filled so that each result is known, run, compared.
 
 use anyhow::{Result, bail};
-use collective::{Buffer, BufferMut, Communicator, ElementType, ReduceOp, chunk_range};
+use collective::{
+    Buffer, BufferMut, Communicator, ElementType, LaneTree, Partial, ReduceOp, Subtree, chunk_range,
+};
 use half::{bf16, f16};
 
 use super::plan::Op;
+
+/// Lanes of a job, unless it has more ranks.
+const LANES: u32 = 8;
 
 /// A collective that is ready to run.
 pub trait Collective {
@@ -80,6 +85,13 @@ fn brought(rank: u32, index: usize) -> u8 {
     (mixed.wrapping_mul(0xc2b2_ae35) >> 30) as u8
 }
 
+/// The tree over a job's lanes, of which a rank has these.
+fn lanes(rank: u32, world: u32) -> (LaneTree, Vec<Subtree>) {
+    let tree = LaneTree::new(LANES.max(world));
+    let subtrees = tree.owned_subtrees(tree.lanes_of(rank, world));
+    (tree, subtrees)
+}
+
 struct Buffers<T> {
     op: Op,
     rank: u32,
@@ -100,6 +112,7 @@ impl<T: Value> Buffers<T> {
             Op::AllGather => (chunk, elements),
             Op::AllToAll => (elements, elements),
             Op::Barrier => (0, 0),
+            Op::ReduceLanes => (lanes(rank, world).1.len() * elements, elements),
         };
         // Not zeros: pages of zeros may all be one page until they are written.
         let buffer = |len| vec![T::of(1); len];
@@ -115,7 +128,7 @@ impl<T: Value> Buffers<T> {
         let (len, own) = (self.output.len(), self.chunk_start());
         let sum = |index| (0..self.world).map(|rank| brought(rank, index)).sum();
         let number: Box<dyn Fn(usize) -> u8> = match self.op {
-            Op::AllReduce => Box::new(sum),
+            Op::AllReduce | Op::ReduceLanes => Box::new(sum),
             Op::ReduceScatter => Box::new(move |index| sum(own + index)),
             Op::AllGather => return self.gathered(),
             Op::AllToAll => {
@@ -147,6 +160,16 @@ impl<T: Value> Collective for Buffers<T> {
             Op::AllToAll => group.all_to_all(input, output),
             Op::Broadcast => group.broadcast(output, api::Rank(0)),
             Op::Barrier => group.barrier(),
+            Op::ReduceLanes => {
+                let (tree, subtrees) = lanes(self.rank, self.world);
+                let parts = self.input.chunks(self.elements);
+                let partials: Vec<Partial<'_>> = subtrees
+                    .into_iter()
+                    .zip(parts)
+                    .map(|(subtree, part)| Partial { subtree, data: T::view(part) })
+                    .collect();
+                group.reduce_lanes(&tree, &partials, output)
+            }
         }?;
         Ok(())
     }
@@ -158,6 +181,10 @@ impl<T: Value> Collective for Buffers<T> {
             for (index, value) in buffer.iter_mut().enumerate() {
                 *value = T::of(brought(rank, start + index));
             }
+        }
+        if self.op == Op::ReduceLanes {
+            // The rank's first partial is what it brings.
+            self.input[self.elements..].fill(T::of(0));
         }
     }
 

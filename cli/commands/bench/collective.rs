@@ -11,6 +11,7 @@ use super::plan::{Case, Op, Plan};
 use super::progress::Progress;
 use super::protocol::Work;
 use super::samples::{Samples, Times};
+use super::tune;
 use crate::args::{BenchCollective, Global};
 use crate::error::Result;
 use crate::output;
@@ -73,6 +74,9 @@ pub fn run(global: &Global, args: &BenchCollective) -> Result<()> {
     if args.cost {
         return cost::run(global, &plan);
     }
+    if let Some(path) = &args.tune {
+        return tune::run(global, &plan, path);
+    }
     let measured = measure(&plan, args.floor)?;
     if global.json {
         output::json(&measured);
@@ -88,7 +92,7 @@ fn measure(plan: &Plan, with_floor: bool) -> Result<Measured> {
     let mut progress = Progress::new(cases);
     let (mut rows, mut copy) = (Vec::new(), Vec::new());
     for world in &plan.worlds {
-        let mut gang = Gang::start(*world, plan.carrier, &[plan.order])?;
+        let mut gang = Gang::start(*world, plan.carrier, &[plan.group(plan.order)])?;
         if with_floor {
             copy.push(CopyLimit::measure(&mut gang)?);
         }
@@ -140,7 +144,12 @@ pub struct Timer {
 impl Timer {
     /// Shares the time of a run among a number of cases.
     pub fn sharing(cases: usize) -> Self {
-        let each = RUN_TIME / u32::try_from(cases.max(1)).unwrap_or(u32::MAX);
+        Self::within(RUN_TIME, cases)
+    }
+
+    /// Shares another time.
+    pub fn within(time: Duration, cases: usize) -> Self {
+        let each = time / u32::try_from(cases.max(1)).unwrap_or(u32::MAX);
         Self { each_case: each.clamp(CASE_TIME_MIN, CASE_TIME_MAX) }
     }
 

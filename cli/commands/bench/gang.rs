@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use api::Secret;
 
-use super::plan::{Carrier, Order, Pacing};
-use super::protocol::{Command, Membership, Report, Work};
+use super::plan::{Carrier, Pacing};
+use super::protocol::{Command, GroupPlan, Membership, Report, Work};
 use super::samples::Samples;
 use crate::error::{CliError, Result};
 
@@ -37,8 +37,8 @@ enum Event {
 }
 
 impl Gang {
-    /// Starts `world` processes and forms one group for each order of sums.
-    pub fn start(world: u32, carrier: Carrier, orders: &[Order]) -> Result<Self> {
+    /// Starts `world` processes and forms their groups.
+    pub fn start(world: u32, carrier: Carrier, plans: &[GroupPlan]) -> Result<Self> {
         let secret = secret()?;
         let (sender, heard) = channel();
         let mut gang = Self { members: Vec::new(), heard, transport: String::new() };
@@ -48,10 +48,10 @@ impl Gang {
         }
         let listen = |rank: usize| {
             let rank = rank as u32;
-            let (secret, orders) = (secret.clone(), orders.to_vec());
-            Command::Listen(Membership { rank, world, secret, carrier, orders })
+            let (secret, groups) = (secret.clone(), plans.to_vec());
+            Command::Listen(Membership { rank, world, secret, carrier, groups })
         };
-        let mut groups = vec![Vec::new(); orders.len()];
+        let mut groups = vec![Vec::new(); plans.len()];
         let mut bare = Vec::new();
         for report in gang.ask(listen)? {
             let Report::Listening { groups: addresses, bare: address } = report else {

@@ -12,6 +12,7 @@ mod protocol;
 mod rank;
 mod samples;
 mod train;
+mod tune;
 
 pub use rank::run_rank;
 

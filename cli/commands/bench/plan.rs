@@ -4,9 +4,10 @@ use std::fmt;
 
 use api::units::ByteSize;
 use collective::nccl::{Libraries, LibraryPaths};
-use collective::{ElementType, Reduction, Transport};
+use collective::{ElementType, Reduction, Selectable, Selection, Transport};
 use serde::{Deserialize, Serialize};
 
+use super::protocol::GroupPlan;
 use crate::args::BenchCollective;
 use crate::error::{CliError, Result};
 
@@ -14,6 +15,11 @@ use crate::error::{CliError, Result};
 const RANKS_MAX: u32 = 64;
 /// Every rank holds two buffers of this many bytes.
 const BYTES_MAX: u64 = 1 << 30;
+/// Bytes of the whole buffer unless --sizes says otherwise.
+const SIZES: [u64; 4] = [4 << 10, 64 << 10, 1 << 20, 64 << 20];
+/// Those of `--tune`: where one algorithm takes over from another, and some on either side.
+const TUNE_SIZES: [u64; 8] =
+    [1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20];
 /// Ranks of `--cost`: those that the fixed tree divides well, and those that it does not.
 const COST_RANKS: [u32; 6] = [2, 3, 4, 5, 6, 7];
 
@@ -56,7 +62,8 @@ words! {
     /// An operation that can be measured.
     Op("operation") {
         AllReduce = "all_reduce", ReduceScatter = "reduce_scatter", AllGather = "all_gather",
-        AllToAll = "all_to_all", Broadcast = "broadcast", Barrier = "barrier"
+        AllToAll = "all_to_all", Broadcast = "broadcast", Barrier = "barrier",
+        ReduceLanes = "reduce_lanes"
     }
 }
 
@@ -78,7 +85,16 @@ words! {
 impl Op {
     /// Whether it adds.
     pub fn sums(self) -> bool {
-        matches!(self, Self::AllReduce | Self::ReduceScatter)
+        matches!(self, Self::AllReduce | Self::ReduceScatter | Self::ReduceLanes)
+    }
+
+    /// What a table of algorithms says of it, if it has a choice.
+    pub fn selectable(self) -> Option<Selectable> {
+        match self {
+            Self::AllReduce => Some(Selectable::AllReduce),
+            Self::ReduceLanes => Some(Selectable::ReduceLanes),
+            _ => None,
+        }
     }
 
     /// Bytes that each process must send and receive, per byte of the buffer: what the bus
@@ -86,7 +102,7 @@ impl Op {
     pub fn bus_factor(self, ranks: u32) -> f64 {
         let others = f64::from(ranks - 1) / f64::from(ranks);
         match self {
-            Self::AllReduce => 2.0 * others,
+            Self::AllReduce | Self::ReduceLanes => 2.0 * others,
             Self::ReduceScatter | Self::AllGather | Self::AllToAll => others,
             Self::Broadcast => 1.0,
             Self::Barrier => 0.0,
@@ -152,6 +168,8 @@ pub struct Plan {
     pub element: ElementType,
     /// Order of sums.
     pub order: Order,
+    /// Which algorithm carries which reduction over TCP.
+    pub selection: Selection,
     /// What is between two timed calls.
     pub pacing: Pacing,
     /// Timed calls per case, if they were given.
@@ -168,16 +186,21 @@ impl Plan {
     pub fn new(args: &BenchCollective) -> Result<Self> {
         let element: ElementType =
             args.dtype.parse().map_err(|e| CliError::usage(format!("--dtype: {e}")))?;
-        let carrier = Carrier::parse("--transport", &args.transport)?;
-        carrier.transport()?;
+        let carrier = carrier(args)?;
         let ops = match args.ops.is_empty() {
             true if args.cost => vec![Op::AllReduce],
-            true => Op::ALL.to_vec(),
+            true if args.tune.is_some() => vec![Op::AllReduce, Op::ReduceLanes],
+            true => Op::ALL.iter().copied().filter(|op| *op != Op::ReduceLanes).collect(),
             false => each(&args.ops, |op| Op::parse("--ops", op))?,
         };
+        if let Some(op) = ops.iter().find(|op| args.tune.is_some() && op.selectable().is_none()) {
+            return Err(CliError::usage(format!(
+                "--tune: {op} has no choice of algorithms, expected all_reduce or reduce_lanes"
+            )));
+        }
         if let Some(op) = ops.iter().find(|op| args.cost && !op.sums()) {
             return Err(CliError::usage(format!(
-                "--cost: {op} adds nothing, expected all_reduce or reduce_scatter"
+                "--cost: {op} adds nothing, expected all_reduce, reduce_scatter or reduce_lanes"
             )));
         }
         let worlds = match args.ranks.is_empty() {
@@ -185,17 +208,34 @@ impl Plan {
             true => vec![2, 4],
             false => each(&args.ranks, ranks)?,
         };
+        let sizes = match args.sizes.is_empty() {
+            true if args.tune.is_some() => TUNE_SIZES.to_vec(),
+            true => SIZES.to_vec(),
+            false => each(&args.sizes, |text| bytes(text, element))?,
+        };
+        let selection = match &args.algorithms {
+            Some(path) => Selection::load(path)
+                .map_err(|error| CliError::usage(format!("--algorithms: {error}")))?,
+            None => Selection::default(),
+        };
         Ok(Self {
             ops,
-            sizes: each(&args.sizes, |text| bytes(text, element))?,
+            sizes,
             worlds,
             carrier,
             element,
             order: Order::parse("--reduction", &args.reduction)?,
+            selection,
             pacing: Pacing::parse("--loop", &args.pacing)?,
             iterations: args.iterations,
             warmup: args.warmup,
         })
+    }
+
+    /// A group that adds in an order.
+    pub fn group(&self, order: Order) -> GroupPlan {
+        let rules = self.selection.rules().to_vec();
+        GroupPlan { name: order.name().to_owned(), order, rules }
     }
 
     /// Each operation with each size; a barrier has none.
@@ -213,6 +253,23 @@ impl Plan {
             cases.extend(self.sizes.iter().map(fit));
         }
         cases
+    }
+}
+
+/// A table of algorithms is for TCP, which `auto` then means.
+fn carrier(args: &BenchCollective) -> Result<Carrier> {
+    let carrier = Carrier::parse("--transport", &args.transport)?;
+    carrier.transport()?;
+    let flag = match (&args.tune, &args.algorithms) {
+        (Some(_), _) => "--tune",
+        (_, Some(_)) => "--algorithms",
+        _ => return Ok(carrier),
+    };
+    match carrier {
+        Carrier::Auto | Carrier::Tcp => Ok(Carrier::Tcp),
+        other => Err(CliError::usage(format!(
+            "{flag} is about TCP, found --transport {other}: leave it out, or say tcp"
+        ))),
     }
 }
 

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 
 use api::Secret;
-use collective::ElementType;
+use collective::{ElementType, Rule};
 use serde::{Deserialize, Serialize};
 
 use super::plan::{Carrier, Op, Order, Pacing};
@@ -54,8 +54,19 @@ pub struct Membership {
     pub secret: Secret,
     /// What carries the data.
     pub carrier: Carrier,
-    /// One group for each order of sums.
-    pub orders: Vec<Order>,
+    /// The groups it is in.
+    pub groups: Vec<GroupPlan>,
+}
+
+/// How the ranks of one group reduce.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct GroupPlan {
+    /// Told in errors.
+    pub name: String,
+    /// Order of sums.
+    pub order: Order,
+    /// Which algorithm carries which reduction over TCP.
+    pub rules: Vec<Rule>,
 }
 
 /// What a rank times.

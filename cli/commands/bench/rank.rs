@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use api::control::die_with_parent;
 use api::{ExitClass, Generation, Rank};
-use collective::{Communicator, GroupOptions, Listener, ProcessGroup};
+use collective::{Communicator, GroupOptions, Listener, ProcessGroup, Selection, TcpOptions};
 
 use super::buffers::{Collective, collective};
 use super::exchange::{Exchange, Neighbours};
-use super::plan::{Carrier, Order, Pacing};
-use super::protocol::{Command, Membership, Report, Work};
+use super::plan::{Carrier, Pacing};
+use super::protocol::{Command, GroupPlan, Membership, Report, Work};
 
 /// Every rank listens before the first one connects.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -91,11 +91,8 @@ impl Member {
         let Membership { rank, world, .. } = membership;
         let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let bare = TcpListener::bind((here, 0)).context("cannot listen")?;
-        let listeners = membership
-            .orders
-            .iter()
-            .map(|_| Listener::bind(here))
-            .collect::<Result<Vec<_>, _>>()?;
+        let listeners =
+            membership.groups.iter().map(|plan| listen(here, plan)).collect::<Result<Vec<_>>>()?;
         say(&Report::Listening {
             groups: listeners.iter().map(Listener::address).collect(),
             bare: bare.local_addr()?,
@@ -105,10 +102,10 @@ impl Member {
         };
         let ring = Neighbours::connect(&bare, rank, world, &ring)?;
         let mut groups = Vec::with_capacity(listeners.len());
-        for ((listener, order), peers) in
-            listeners.into_iter().zip(&membership.orders).zip(&addresses)
+        for ((listener, plan), peers) in
+            listeners.into_iter().zip(&membership.groups).zip(&addresses)
         {
-            groups.push(form(&membership, *order, listener, peers)?);
+            groups.push(form(&membership, plan, listener, peers)?);
         }
         let transport = groups.first().map_or("none", ProcessGroup::transport).to_owned();
         say(&Report::Joined { transport })?;
@@ -170,23 +167,29 @@ impl Member {
     }
 }
 
+/// Listens for the peers of one group.
+fn listen(here: IpAddr, plan: &GroupPlan) -> Result<Listener> {
+    let selection = Selection::new(plan.rules.clone())?;
+    Ok(Listener::bind(here)?.with_tcp(TcpOptions { selection, ..TcpOptions::default() }))
+}
+
 /// Forms one group.
 fn form(
     membership: &Membership,
-    order: Order,
+    plan: &GroupPlan,
     listener: Listener,
     peers: &[SocketAddr],
 ) -> Result<ProcessGroup> {
     let transport = membership.carrier.transport().map_err(anyhow::Error::msg)?;
     let options = GroupOptions {
         job: "bench".parse()?,
-        group: order.name().to_owned(),
+        group: plan.name.clone(),
         generation: Generation(1),
         rank: Rank(membership.rank),
         world_size: membership.world,
         secret: membership.secret.clone(),
         connect_timeout: CONNECT_TIMEOUT,
-        reduction: order.into(),
+        reduction: plan.order.into(),
         transport,
         host: None,
     };
