@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Kills, stops and cuts off ranks in the middle of calls, and lets ranks call different things: so many
 # random cases of each kind and transport, with limits on the times, and their table in Markdown.
-# Takes about ten minutes for 100 on a machine that does nothing else; cut links need root and iproute2.
+# 100 take two to three minutes after the build. Cut links need root and iproute2. The limits are for
+# a machine that does little else.
 # Usage: benches/faults.sh [CASES] [SEED]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,15 +1,16 @@
 //! Faults in the middle of every operation, between ranks that are processes.
 //!
 //! A test starts this binary again, once per rank, and talks to the ranks over their standard input
-//! and output. While all of them repeat one operation, one is killed, stopped or cut off at a random
-//! moment. A killed one breaks its connections. A stopped one or a cut link breaks nothing: there
-//! the harness does as the coordinator would and pushes an abort. Every survivor must have the error
-//! and say whose fault it was, leave nothing behind, and form the next group; the rank that comes
-//! back finds out by itself, joins nothing and disturbs nobody.
+//! and output. While all of them repeat one operation, one is killed, stopped or cut off at a
+//! random moment. A killed one breaks its connections. A stopped one or a cut link breaks nothing:
+//! there the harness does as the coordinator would and pushes an abort. Every survivor must have
+//! the error and say whose fault it was, leave nothing behind, and form the next group; the rank
+//! that comes back finds out by itself, joins nothing and disturbs nobody.
 //!
-//! A few random cases by default, with no limit on time but that nothing hangs. With `COHORT_FAULTS=100`
-//! so many of each kind and transport, a table of the times, and limits on them: run it alone and
-//! in release, as `benches/faults.sh` does. Seeds are printed; `COHORT_FAULTS_SEED` gives the first.
+//! A few random cases by default, with no limit on time but that nothing hangs. With
+//! `COHORT_FAULTS=100` so many of each kind and transport, a table of the times, and limits on them:
+//! run it alone and in release, as `benches/faults.sh` does. Seeds are printed;
+//! `COHORT_FAULTS_SEED` gives the first.
 
 #![allow(clippy::unwrap_used, reason = "a test panics where it fails")]
 

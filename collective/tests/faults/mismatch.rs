@@ -31,6 +31,8 @@ enum Difference {
     Element,
     /// Another reduction or root.
     Option,
+    /// The next rank expects a message of another length; the others have no part in it.
+    Message,
 }
 
 pub struct Mismatch {
@@ -41,7 +43,7 @@ pub struct Mismatch {
     odd: u32,
     /// What it calls.
     its: Vec<Step>,
-    /// What the others call.
+    /// What the others call, or the next rank where it is about a message.
     others: Vec<Step>,
 }
 
@@ -56,6 +58,7 @@ impl Mismatch {
             Difference::Length,
             Difference::Element,
             Difference::Option,
+            Difference::Message,
         ]);
         let sized = match difference {
             Difference::Option => &SIZED[..OPTIONAL],
@@ -69,7 +72,9 @@ impl Mismatch {
                 Step::draw(random.pick(&other.collect::<Vec<_>>()), world, &mut random)
             }
             // What the ranks can divide stays so.
-            Difference::Length => Step { len: step.len + world as usize, ..step },
+            Difference::Length | Difference::Message => {
+                Step { len: step.len + world as usize, ..step }
+            }
             Difference::Element => {
                 // As many of a type that is not larger: buffers hold them.
                 while step.element == ElementType::U8 {
@@ -87,16 +92,26 @@ impl Mismatch {
                 ..step
             },
         };
+        let next = (odd + 1) % world;
         let (its, others) = match difference {
             Difference::Order => (vec![other, step], vec![step, other]),
+            Difference::Message => (
+                vec![Step { operation: Operation::Send, root: next, ..step }],
+                vec![Step { operation: Operation::Recv, root: odd, ..other }],
+            ),
             _ => (vec![other], vec![step]),
         };
         Self { seed, world, difference, odd, its, others }
     }
 
     /// The calls of a rank.
-    pub fn steps(&self, rank: u32) -> &[Step] {
-        if rank == self.odd { &self.its } else { &self.others }
+    pub fn steps_of(&self, rank: u32) -> &[Step] {
+        let next = (self.odd + 1) % self.world;
+        match self.difference {
+            _ if rank == self.odd => &self.its,
+            Difference::Message if rank != next => &[],
+            _ => &self.others,
+        }
     }
 
     /// Runs it and checks everything but the times, which it returns.

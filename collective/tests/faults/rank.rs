@@ -176,10 +176,10 @@ fn repeat(mut group: ProcessGroup, memory: &mut Memory, case: &Case) -> Failure 
     let begun = now();
     let mut calls = || -> Result<Infallible, CollectiveError> {
         let mut step = || Step::draw(case.operation, case.world, &mut random);
-        step().run(&mut group, memory)?;
+        step().run_by_all(&mut group, memory)?;
         report(&Report::Inside);
         loop {
-            step().run(&mut group, memory)?;
+            step().run_by_all(&mut group, memory)?;
         }
     };
     let Err(error) = calls();
@@ -192,7 +192,8 @@ fn repeat_queued(group: ProcessGroup, case: &Case) -> Failure {
     let queue = Queue::start(Box::new(group)).unwrap();
     let mut submit = |mut memory: Memory| {
         let step = Step::draw(random.pick(&OPERATIONS), case.world, &mut random);
-        queue.submit(move |communicator| step.run(communicator, &mut memory).map(|()| memory))
+        queue
+            .submit(move |communicator| step.run_by_all(communicator, &mut memory).map(|()| memory))
     };
     let begun = now();
     let mut works: VecDeque<_> = (0..QUEUED).map(|_| submit(Memory::new())).collect();
@@ -216,7 +217,7 @@ fn repeat_queued(group: ProcessGroup, case: &Case) -> Failure {
 /// Makes this rank's calls of a mismatch.
 fn differ(mut group: ProcessGroup, memory: &mut Memory, seed: u64) -> Failure {
     let mismatch = Mismatch::draw(seed);
-    let steps = mismatch.steps(group.rank().0);
+    let steps = mismatch.steps_of(group.rank().0);
     let begun = now();
     let mut calls = || {
         steps.iter().try_for_each(|step| step.run(&mut group, memory))?;

@@ -18,7 +18,7 @@ const LARGE_BYTES_MOST: u64 = 8 << 20;
 const GATHER_BYTES_MOST: usize = 4 << 20;
 const LANES: u32 = 8;
 
-/// Every operation; a `send` comes with the `recv` of a ring.
+/// Every operation; a `recv` comes with the `send` of a ring.
 pub const OPERATIONS: [Operation; 12] = [
     Operation::AllReduce,
     Operation::AllReduceMany,
@@ -42,6 +42,7 @@ pub struct Step {
     /// Elements as the call's text counts them.
     pub len: usize,
     pub reduce: ReduceOp,
+    /// Or the peer of a message.
     pub root: u32,
 }
 
@@ -81,6 +82,22 @@ impl Step {
         CallSite { call, number: 0 }.to_string()
     }
 
+    /// Makes the call where all ranks make the same; messages go round in a ring.
+    pub fn run_by_all(
+        &self,
+        communicator: &mut dyn Communicator,
+        memory: &mut Memory,
+    ) -> Result<(), CollectiveError> {
+        if self.operation != Operation::Send {
+            return self.run(communicator, memory);
+        }
+        let (rank, world) = (communicator.rank().0, communicator.world_size());
+        let (next, previous) = ((rank + 1) % world, (rank + world - 1) % world);
+        Self { root: next, ..*self }.run(communicator, memory)?;
+        Self { operation: Operation::Recv, root: previous, ..*self }.run(communicator, memory)
+    }
+
+    /// Makes the call as it is.
     pub fn run(
         &self,
         communicator: &mut dyn Communicator,
@@ -135,12 +152,8 @@ impl Step {
                 let at_root = (rank == root).then(|| input[..whole].into());
                 communicator.scatter(at_root, (&mut output[..len]).into(), root)
             }
-            Operation::Send => {
-                let next = api::Rank((rank.0 + 1) % world);
-                let previous = api::Rank((rank.0 + world - 1) % world);
-                communicator.send(input[..len].into(), next)?;
-                communicator.recv((&mut output[..len]).into(), previous)
-            }
+            Operation::Send => communicator.send(input[..len].into(), root),
+            Operation::Recv => communicator.recv((&mut output[..len]).into(), root),
             Operation::Barrier => communicator.barrier(),
             Operation::ReduceLanes => {
                 let tree = LaneTree::new(LANES);
@@ -156,9 +169,7 @@ impl Step {
                 let most = bytes.len().min(GATHER_BYTES_MOST);
                 communicator.gather_bytes(&bytes[..most]).map(|_| ())
             }
-            Operation::Leave | Operation::Recv | Operation::Join => {
-                unreachable!("not a call of its own")
-            }
+            Operation::Leave | Operation::Join => unreachable!("no call"),
         }
     }
 }
