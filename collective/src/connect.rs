@@ -94,6 +94,17 @@ struct Retry {
     wait: Duration,
 }
 
+/// How much what was heard of a missing rank says of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Weight {
+    /// A connection broke.
+    Broken,
+    /// Somebody who may be that rank said why it cannot be.
+    Said,
+    /// It was said under the rank's name, or by the address where the rank should be.
+    Named,
+}
+
 /// The forming of a group.
 pub(crate) struct Formation<'a> {
     identity: &'a Identity,
@@ -109,7 +120,7 @@ pub(crate) struct Formation<'a> {
     /// By slot of a lower rank.
     retries: Vec<Retry>,
     /// What was last heard of each rank that is missing.
-    heard: Vec<Option<String>>,
+    heard: Vec<Option<(Weight, String)>>,
     refused: u64,
 }
 
@@ -189,7 +200,7 @@ impl<'a> Formation<'a> {
             .map(|rank| {
                 let (name, address) = (Rank(rank as u32), self.peers[rank]);
                 match &self.heard[rank] {
-                    Some(heard) => format!("{name} at `{address}` ({heard})"),
+                    Some((_, heard)) => format!("{name} at `{address}` ({heard})"),
                     None => format!("{name} at `{address}`"),
                 }
             })
@@ -236,7 +247,7 @@ impl<'a> Formation<'a> {
         let retry = &mut self.retries[slot.index(self.identity.streams)];
         retry.at = Instant::now() + retry.wait;
         retry.wait = (retry.wait * 2).min(RETRY_MOST);
-        self.heard[slot.rank as usize] = Some(cause);
+        self.heard[slot.rank as usize] = Some((Weight::Named, cause));
     }
 
     /// Waits for something to do: which attempts, and whether a connection can be accepted.
@@ -356,18 +367,21 @@ impl<'a> Formation<'a> {
             refused = self.refused, "a connection was refused"
         );
         let cause = format!("a connection from `{}` failed: {cause}", attempt.from);
-        match attempt.negotiation.peer() {
-            Some(rank) if said => self.heard[rank as usize] = Some(cause),
-            Some(rank) => {
-                self.heard[rank as usize].get_or_insert(cause);
+        // A connection that said nothing of itself may have been that of any of the missing.
+        let (ranks, weight) = match (attempt.negotiation.peer(), said) {
+            (Some(rank), true) => (vec![rank as usize], Weight::Named),
+            (Some(rank), false) => (vec![rank as usize], Weight::Broken),
+            (None, said) => {
+                let higher = |rank: &usize| *rank > self.identity.rank as usize;
+                let weight = if said { Weight::Said } else { Weight::Broken };
+                (self.missing().filter(higher).collect(), weight)
             }
-            // A hello that was refused claims nothing: it may have been any of the missing.
-            None => {
-                let missing: Vec<usize> =
-                    self.missing().filter(|rank| *rank > self.identity.rank as usize).collect();
-                for rank in missing {
-                    self.heard[rank].get_or_insert_with(|| cause.clone());
-                }
+        };
+        for rank in ranks {
+            // The newest of what a rank says under its name; else the first of the weightiest.
+            let known = self.heard[rank].as_ref().is_some_and(|(known, _)| *known >= weight);
+            if weight == Weight::Named || !known {
+                self.heard[rank] = Some((weight, cause.clone()));
             }
         }
     }

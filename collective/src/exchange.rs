@@ -83,27 +83,26 @@ impl<'m> Exchange<'m> {
     }
 
     /// Looks once at every connection, without waiting, for a call that waits elsewhere: what a peer
-    /// says of its failure, its end, a frame of another call. `waits_for` is the peer it waits for.
-    pub(crate) fn glance(
-        peers: &'m mut Peers,
-        site: CallSite,
-        waits_for: usize,
-        waited: Duration,
-    ) -> Result<(), CollectiveError> {
-        let mut nothing = Nothing;
-        let mut exchange = Exchange::new(peers, site, 0, &mut nothing);
-        if let Some(aborted) = exchange.peers.abort.raised() {
+    /// says of its failure, its end, a frame of another call.
+    pub(crate) fn glance(peers: &'m mut Peers, site: CallSite) -> Result<(), CollectiveError> {
+        if let Some(aborted) = peers.abort.raised() {
             return Err(aborted);
         }
+        let mut nothing = Nothing;
+        let mut exchange = Exchange::new(peers, site, 0, &mut nothing);
         exchange.wait(Duration::ZERO)?;
         exchange.serve_ready()?;
-        exchange.find_blocked(waits_for, waited)?;
         let Exchange { peers, pending, ready, .. } = exchange;
         (peers.pending, peers.ready) = (pending, ready);
         Ok(())
     }
 
-    fn new(peers: &'m mut Peers, site: CallSite, phase: u16, payload: &'m mut dyn Payload) -> Self {
+    pub(crate) fn new(
+        peers: &'m mut Peers,
+        site: CallSite,
+        phase: u16,
+        payload: &'m mut dyn Payload,
+    ) -> Self {
         // The memory of the last exchange: most are too short to take new.
         let (mut pending, ready) =
             (std::mem::take(&mut peers.pending), std::mem::take(&mut peers.ready));

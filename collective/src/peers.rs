@@ -20,7 +20,7 @@ use crate::frame::{FrameCodec, FrameError, FrameKind, encode_site, last_words};
 use crate::link::Link;
 use crate::meter::Meter;
 use crate::patience::Patience;
-use crate::payload::{Sink, Transfers};
+use crate::payload::{Nothing, Sink, Transfers};
 use crate::selection::Selection;
 use crate::tcp_options::TcpOptions;
 
@@ -332,14 +332,21 @@ impl Peers {
         Ok(all)
     }
 
-    /// Looks once for trouble, while this rank waits for a peer elsewhere.
-    pub(crate) fn glance(
+    /// Looks once at every connection, while this rank waits elsewhere: what is found is certain.
+    pub(crate) fn glance(&mut self, site: CallSite) -> Result<(), CollectiveError> {
+        Exchange::glance(self, site)
+    }
+
+    /// Why the peer that this rank waits for elsewhere will not come, as far as its connection says;
+    /// no error if it has come meanwhile.
+    pub(crate) fn find_blocked(
         &mut self,
         site: CallSite,
-        waits_for: usize,
+        peer: usize,
         waited: Duration,
     ) -> Result<(), CollectiveError> {
-        Exchange::glance(self, site, waits_for, waited)
+        let mut nothing = Nothing;
+        Exchange::new(self, site, 0, &mut nothing).find_blocked(peer, waited)
     }
 
     /// Most bytes of one rank in `gather_bytes`.

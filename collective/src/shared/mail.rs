@@ -297,6 +297,7 @@ impl Shared {
             if counter.has_reached(piece) {
                 return Ok(());
             }
+            peers.glance(site)?;
             let seen = self.look(peers, site, peer, sending, begin, &mut told);
             match seen {
                 // It came meanwhile, and what was seen of it belongs to what it did next.
@@ -321,7 +322,7 @@ impl Shared {
         begin: Instant,
         told: &mut bool,
     ) -> Result<(), CollectiveError> {
-        peers.glance(site, self.first + peer, begin.elapsed())?;
+        peers.find_blocked(site, self.first + peer, begin.elapsed())?;
         if sending {
             return Ok(());
         }

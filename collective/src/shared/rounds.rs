@@ -200,8 +200,9 @@ impl Shared {
             if counter.has_reached(round) {
                 return Ok(());
             }
+            peers.glance(site)?;
             let seen = peers
-                .glance(site, self.first + rank, begin.elapsed())
+                .find_blocked(site, self.first + rank, begin.elapsed())
                 .and_then(|()| self.find_unread(peers, site, rank));
             match seen {
                 // It came meanwhile, and what was seen of it belongs to what it did next.

@@ -8,6 +8,7 @@ use collective::Transport;
 
 use crate::message::{Command, Report, now};
 use crate::network::Network;
+use crate::plan::name;
 use crate::process::Process;
 
 pub struct Gang {
@@ -96,12 +97,17 @@ impl Gang {
 
     /// Waits for all, and counts what the group takes.
     fn formed(&mut self) -> Vec<Duration> {
-        let shared = self.transport == Transport::Shared && self.members.len() > 1;
+        let (carrier, pieces) = match (self.transport, self.members.len()) {
+            (_, 1) | (Transport::Tcp, _) => ("tcp", 0),
+            (Transport::Shared, _) | (Transport::Auto, 2) => ("shm", 1),
+            // A piece per host, also where a rank is alone on it.
+            (Transport::Auto, ranks) => ("shm+tcp", ranks.div_ceil(2)),
+        };
         let mut times = Vec::new();
         for rank in &self.members {
             match rank.hear() {
                 Report::Formed { took, transport } => {
-                    assert_eq!(transport, if shared { "shm" } else { "tcp" });
+                    assert_eq!(transport, carrier);
                     times.push(took);
                 }
                 report => panic!("expected a group, found {report:?}"),
@@ -116,7 +122,7 @@ impl Gang {
             self.descriptors = self.descriptors.max(descriptors);
             segments.extend(census.segments);
         }
-        assert_eq!(segments.len(), usize::from(shared), "one piece of memory for all");
+        assert_eq!(segments.len(), pieces, "a piece of memory per host");
         assert!(self.segments.is_disjoint(&segments), "a new group has new memory");
         self.segments.extend(segments);
         times
@@ -124,6 +130,6 @@ impl Gang {
 }
 
 fn form(generation: u64, rank: usize, peers: &[SocketAddr], transport: Transport) -> Command {
-    let shared = transport == Transport::Shared;
-    Command::Form { generation, rank: rank as u32, peers: peers.to_vec(), shared }
+    let transport = name(transport).to_owned();
+    Command::Form { generation, rank: rank as u32, peers: peers.to_vec(), transport }
 }

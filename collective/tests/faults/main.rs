@@ -32,9 +32,12 @@ use mismatch::Mismatch;
 use network::Network;
 use plan::Plan;
 
+/// The last: as if two ranks each were on a host.
+const TRANSPORTS: [Transport; 3] = [Transport::Shared, Transport::Tcp, Transport::Auto];
+
 #[test]
 fn a_killed_rank_is_an_error_on_all_and_the_rest_go_on() {
-    for transport in [Transport::Shared, Transport::Tcp] {
+    for transport in TRANSPORTS {
         Plan::from_environment()
             .run("kill -9", transport, |seed| Case::draw(seed).run(&Fault::Kill, transport));
     }
@@ -42,7 +45,7 @@ fn a_killed_rank_is_an_error_on_all_and_the_rest_go_on() {
 
 #[test]
 fn an_abort_frees_the_rest_from_a_stopped_rank() {
-    for transport in [Transport::Shared, Transport::Tcp] {
+    for transport in TRANSPORTS {
         Plan::from_environment()
             .run("SIGSTOP", transport, |seed| Case::draw(seed).run(&Fault::Stop, transport));
     }
@@ -64,7 +67,7 @@ fn an_abort_frees_the_rest_from_a_rank_behind_a_cut_link() {
 
 #[test]
 fn calls_that_differ_are_an_error_on_all_that_names_both() {
-    for transport in [Transport::Shared, Transport::Tcp] {
+    for transport in TRANSPORTS {
         Plan::from_environment()
             .run_mismatches(transport, |seed| Mismatch::draw(seed).run(transport));
     }

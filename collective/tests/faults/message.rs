@@ -14,7 +14,7 @@ pub enum Command {
     /// Listen for the next group; answered by `Listening`.
     Listen { address: IpAddr },
     /// Form a group with what listens; answered by `Formed` or `Unformed`.
-    Form { generation: u64, rank: u32, peers: Vec<SocketAddr>, shared: bool },
+    Form { generation: u64, rank: u32, peers: Vec<SocketAddr>, transport: String },
     /// Repeat the operation of a case until it fails; answered by `Inside`, then `Failed`.
     Repeat { seed: u64 },
     /// Make this rank's calls of a mismatch; answered by `Failed`.

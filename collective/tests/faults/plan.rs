@@ -77,11 +77,12 @@ impl Plan {
     }
 }
 
-fn name(transport: Transport) -> &'static str {
+/// What the table and a rank's orders call it.
+pub fn name(transport: Transport) -> &'static str {
     match transport {
         Transport::Shared => "shm",
         Transport::Tcp => "tcp",
-        Transport::Auto => "auto",
+        Transport::Auto => "hosts",
     }
 }
 

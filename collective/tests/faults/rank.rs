@@ -101,10 +101,11 @@ impl Member {
                 self.listener = Some((listener, since));
                 Report::Listening { address }
             }
-            Command::Form { generation, rank, peers, shared } => {
+            Command::Form { generation, rank, peers, transport } => {
                 let (listener, since) = self.listener.take().unwrap();
                 let world_size = peers.len() as u32;
-                match listener.connect(options(generation, rank, world_size, shared), &peers) {
+                let options = options(generation, rank, world_size, &transport);
+                match listener.connect(options, &peers) {
                     Ok(group) => {
                         let transport = group.transport().to_owned();
                         self.group = Some(group);
@@ -154,7 +155,7 @@ impl Failure {
     }
 }
 
-fn options(generation: u64, rank: u32, world_size: u32, shared: bool) -> GroupOptions {
+fn options(generation: u64, rank: u32, world_size: u32, transport: &str) -> GroupOptions {
     GroupOptions {
         job: "faults".parse().unwrap(),
         group: "world".to_owned(),
@@ -165,8 +166,13 @@ fn options(generation: u64, rank: u32, world_size: u32, shared: bool) -> GroupOp
         secret: Secret::new("correct horse battery staple"),
         connect_timeout: CONNECT_TIMEOUT,
         reduction: Reduction::Deterministic,
-        transport: if shared { Transport::Shared } else { Transport::Tcp },
-        host: None,
+        transport: match transport {
+            "shm" => Transport::Shared,
+            "tcp" => Transport::Tcp,
+            _ => Transport::Auto,
+        },
+        // Two ranks are as if on one host.
+        host: (transport == "hosts").then(|| format!("h{}", rank / 2)),
     }
 }
 
