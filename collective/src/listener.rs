@@ -1,9 +1,12 @@
 //! Where a rank waits for its peers, before it knows who they are.
 
+use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::time::Duration;
 
 use api::Rank;
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::TcpCongestion;
 use socket2::{SockRef, TcpKeepalive};
 
 use crate::abort::AbortHandle;
@@ -30,6 +33,8 @@ const GROUP_CHARS_MAX: usize = 256;
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_RETRIES: u32 = 4;
+/// A congestion control that every Linux has and every process may choose, and that sends at once.
+const UNPACED: &str = "reno";
 
 /// A bound socket: its address is told to the peers before the group forms.
 #[derive(Debug)]
@@ -123,6 +128,10 @@ impl Listener {
         for stream in wires.map(Wire::socket) {
             let failed = |source| CollectiveError::socket("set up a connection to a peer", source);
             stream.set_nodelay(true).map_err(failed)?;
+            if stream.peer_addr().is_ok_and(|peer| peer.ip() == self.address.ip()) {
+                // Best effort: what paces for a network finds none between ranks of one host.
+                let _ = setsockopt(stream, TcpCongestion, &OsString::from(UNPACED));
+            }
             let keepalive = TcpKeepalive::new()
                 .with_time(KEEPALIVE_IDLE)
                 .with_interval(KEEPALIVE_INTERVAL)

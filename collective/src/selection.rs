@@ -198,7 +198,8 @@ struct Unchecked {
 }
 
 impl Default for Selection {
-    /// An estimate, not tuned by a measurement: one step while a message costs more than its bytes.
+    /// Few steps while a message costs more than its bytes: as measured over loopback with 2 and 4
+    /// ranks (docs/benchmarks.md), estimated beyond. Other networks want their own table.
     fn default() -> Self {
         let rule = |operation, world_max, bytes_max, algorithm| Rule {
             operation,
@@ -211,8 +212,9 @@ impl Default for Selection {
             .into_iter()
             .flat_map(|operation| {
                 [
+                    rule(operation, Some(2), Some(512 << 10), Algorithm::Direct),
+                    rule(operation, None, Some(128 << 10), Algorithm::RecursiveDoubling),
                     rule(operation, Some(8), Some(16 << 10), Algorithm::Direct),
-                    rule(operation, None, Some(16 << 10), Algorithm::RecursiveDoubling),
                     rule(operation, None, Some(2 << 10), Algorithm::Direct),
                     rule(operation, None, None, Algorithm::Scatter),
                 ]

@@ -43,7 +43,7 @@ const MAGIC: [u8; 8] = *b"CHRTSHM2";
 /// Most bytes of all windows of a host: more ranks get smaller ones.
 const WINDOWS_BYTES: usize = 64 << 20;
 /// A window fits a second-level cache beside the rank's own data.
-const WINDOW_MOST: usize = 128 << 10;
+const WINDOW_MOST: usize = 96 << 10;
 const WINDOW_LEAST: usize = 64 << 10;
 /// Two to stage, two for results.
 const WINDOWS_PER_RANK: usize = 4;
