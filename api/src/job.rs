@@ -209,8 +209,19 @@ impl Default for CheckpointPolicy {
     }
 }
 
-/// When the job ends; at least one of the first two must be set.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// What happens when the loss or the gradient is no longer a number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Divergence {
+    /// The job fails.
+    #[default]
+    Stop,
+    /// The step changes nothing and training goes on with the next one, up to a number in a row.
+    Skip,
+}
+
+/// When the job ends; at least one of `max_steps` and `max_epochs` must be set.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct StopConditions {
     /// Optimiser steps.
@@ -222,6 +233,22 @@ pub struct StopConditions {
     /// Running time over all generations, after which the job stops with a checkpoint.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_time: Option<Span>,
+    /// A loss or gradient that is not a number.
+    pub divergence: Divergence,
+    /// Steps skipped in a row after which the job fails all the same.
+    pub max_skips: NonZeroU32,
+}
+
+impl Default for StopConditions {
+    fn default() -> Self {
+        Self {
+            max_steps: None,
+            max_epochs: None,
+            max_time: None,
+            divergence: Divergence::Stop,
+            max_skips: const { NonZeroU32::new(10).expect("not zero") },
+        }
+    }
 }
 
 /// How often validation runs.

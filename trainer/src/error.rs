@@ -13,14 +13,17 @@ pub enum TrainError {
     DataPlane(#[from] crate::data_plane::DataPlaneError),
     /// The loss or the gradient is no longer a number.
     #[error(
-        "the loss is {loss} at step {step}: training diverged; lower `learning_rate`, set \
-         `clip_norm`, or look at the data"
+        "the loss is {loss} at step {step}{}: training diverged; lower `learning_rate`, set \
+         `clip_norm`, or look at the data",
+        after(*skipped)
     )]
     Diverged {
         /// The step, from 1.
         step: u64,
         /// NaN or infinite.
         loss: f64,
+        /// Steps in a row before it that were skipped for the same reason.
+        skipped: u32,
     },
     /// A peer died, left, or disagreed.
     #[error(transparent)]
@@ -34,6 +37,10 @@ pub enum TrainError {
     /// The control socket to the worker broke.
     #[error(transparent)]
     Control(#[from] api::control::ControlError),
+}
+
+fn after(skipped: u32) -> String {
+    if skipped == 0 { String::new() } else { format!(", after {skipped} skipped ones in a row") }
 }
 
 impl TrainError {

@@ -11,6 +11,7 @@ use std::time::Instant;
 use algorithms::{DataError, Mode, Problem, StepKey};
 use api::control::Control;
 use api::events::{Evaluation, ModelFact, StepMetrics, StepTime};
+use api::job::Divergence;
 use api::session::{RankReport, StopCause, TrainAssignment};
 use api::{JobSpec, Rank, Step};
 use burn::tensor::Device;
@@ -57,6 +58,8 @@ pub struct Trainer {
     buckets: Buckets,
     started: Instant,
     metrics: BTreeMap<String, f64>,
+    /// Steps in a row that changed nothing.
+    skipped: u32,
 }
 
 /// What a rank is made of; see [`Trainer::new`].
@@ -108,6 +111,7 @@ impl Trainer {
             lanes,
             started: Instant::now(),
             metrics: BTreeMap::new(),
+            skipped: 0,
             assignment: parts.assignment,
             problem: parts.problem,
             table: parts.table,
@@ -126,9 +130,10 @@ impl Trainer {
         let spec = self.assignment.spec.clone();
         let mut evaluated = None;
         while self.state.step.0 < self.last_step {
-            let metrics = self.step()?;
+            if let Some(metrics) = self.step()? {
+                self.announce(metrics)?;
+            }
             let step = self.state.step;
-            self.announce(metrics)?;
             let every = spec.evaluate.every_steps;
             if every > 0 && step.0.is_multiple_of(every) && step.0 < self.last_step {
                 self.evaluate()?;
@@ -144,8 +149,9 @@ impl Trainer {
         self.finish()
     }
 
-    /// One optimiser step, and a checkpoint after it when one is due.
-    fn step(&mut self) -> Result<StepMetrics, TrainError> {
+    /// One optimiser step, and a checkpoint after it when one is due; nothing of a step that is
+    /// skipped because its loss or gradient is no number.
+    fn step(&mut self) -> Result<Option<StepMetrics>, TrainError> {
         let begin = Instant::now();
         let mut time = StepTime::default();
         let step = self.state.step.0;
@@ -194,9 +200,11 @@ impl Trainer {
         time.communication_total = ran.as_secs_f64();
         let norm = squared_norm(&self.table, &gradient).sqrt();
         if !loss.is_finite() || !norm.is_finite() {
-            let loss = if loss.is_finite() { norm } else { loss };
-            return Err(TrainError::Diverged { step: step + 1, loss });
+            self.gradient = gradient;
+            self.skip(if loss.is_finite() { norm } else { loss })?;
+            return Ok(None);
         }
+        self.skipped = 0;
         self.metrics.insert("train:loss".into(), loss);
         for (name, sum) in self.problem.model.sums.iter().zip(&sums[COMMON_SUMS..]) {
             self.metrics.insert(format!("train:{name}"), sum / count);
@@ -212,7 +220,7 @@ impl Trainer {
         time.total = begin.elapsed().as_secs_f64();
         time.compute = (time.total - time.data - time.communication - time.checkpoint).max(0.0);
         let samples = f64::from(self.assignment.spec.batch.global.get());
-        Ok(StepMetrics {
+        Ok(Some(StepMetrics {
             step: self.state.step,
             last_step: Step(self.last_step),
             epoch: self.state.step.0 as f64 * samples / self.problem.train.len() as f64,
@@ -223,7 +231,24 @@ impl Trainer {
             tokens_per_second: sums[3] / time.total,
             time,
             memory_bytes: resident_bytes(),
-        })
+        }))
+    }
+
+    /// Counts a step that changes nothing, if the job allows it. Every rank has the same loss, so all
+    /// do the same.
+    fn skip(&mut self, loss: f64) -> Result<(), TrainError> {
+        let step = self.state.step.0 + 1;
+        let stop = &self.assignment.spec.stop;
+        if stop.divergence == Divergence::Stop || self.skipped >= stop.max_skips.get() {
+            return Err(TrainError::Diverged { step, loss, skipped: self.skipped });
+        }
+        self.skipped += 1;
+        self.state.step = Step(step);
+        *self.metrics.entry("train:skipped_steps".into()).or_default() += 1.0;
+        if self.assignment.rank == Rank(0) {
+            println!("step {step}/{} skipped: the loss is {loss}", self.last_step);
+        }
+        self.checkpoint_if_due().map(|_| ())
     }
 
     fn fetch(&mut self, key: StepKey) -> Result<algorithms::Microbatch, DataError> {
