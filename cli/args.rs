@@ -373,6 +373,10 @@ pub struct BenchCollective {
     /// What carries the data: auto, shm, tcp or nccl.
     #[arg(long, default_value = "auto")]
     pub transport: String,
+    /// As if the processes were on so many hosts: memory inside one, TCP between them. Only with
+    /// --transport auto.
+    #[arg(long, value_name = "HOSTS")]
+    pub hosts: Option<u32>,
     /// Type of an element: f32, f64, i64, u8, bf16, f16 or i32.
     #[arg(long, default_value = "f32")]
     pub dtype: String,

@@ -58,6 +58,27 @@ fn every_operation_is_measured_over_tcp() {
 }
 
 #[test]
+fn processes_are_measured_as_if_on_several_hosts() {
+    let finished = bench(&[
+        "--ops",
+        "all_reduce,broadcast,barrier",
+        "--sizes",
+        "300KiB",
+        "--ranks",
+        "3,4",
+        "--hosts",
+        "2",
+        "--iterations",
+        "3",
+        "--json",
+    ]);
+    let report = finished.expect_code(0).last_json();
+    let rows = rows(&report);
+    assert_eq!(rows.len(), 2 * 3, "{report}");
+    assert!(rows.iter().all(|row| row["transport"] == "shm+tcp"), "{report}");
+}
+
+#[test]
 fn bare_limits_stand_beside_the_figures() {
     let arguments = ["--ops", "all_reduce,broadcast,barrier", "--sizes", "64KiB", "--floor"];
     let report = small(&[&arguments[..], &["--json"]].concat()).expect_code(0).last_json();
@@ -157,6 +178,8 @@ fn mistakes_have_one_message_that_says_what_is_expected() {
         (&["--reduction", "slow"], &["--reduction", "`slow`", "deterministic, fast"]),
         (&["--loop", "round"], &["--loop", "`round`", "barrier, plain"]),
         (&["--iterations", "0"], &["--iterations", "1..=1000000"]),
+        (&["--hosts", "3", "--ranks", "2,4"], &["--hosts: `3`", "2 processes"]),
+        (&["--hosts", "2", "--transport", "tcp"], &["--hosts", "--transport auto, found tcp"]),
         (&["--cost", "--ops", "barrier"], &["--cost: barrier adds nothing"]),
         (&["--cost", "--floor"], &["--cost", "--floor"]),
         (&["--cost", "--tune", "t.json"], &["--cost", "--tune"]),

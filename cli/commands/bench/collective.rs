@@ -92,7 +92,7 @@ fn measure(plan: &Plan, with_floor: bool) -> Result<Measured> {
     let mut progress = Progress::new(cases);
     let (mut rows, mut copy) = (Vec::new(), Vec::new());
     for world in &plan.worlds {
-        let mut gang = Gang::start(*world, plan.carrier, &[plan.group(plan.order)])?;
+        let mut gang = Gang::start(*world, plan, &[plan.group(plan.order)])?;
         if with_floor {
             copy.push(CopyLimit::measure(&mut gang)?);
         }

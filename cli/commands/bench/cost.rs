@@ -74,7 +74,7 @@ fn measure(plan: &Plan) -> Result<Vec<Cost>> {
     let mut progress = Progress::new(cases);
     let mut costs = Vec::new();
     for world in &plan.worlds {
-        let mut gang = Gang::start(*world, plan.carrier, &ORDERS.map(|order| plan.group(order)))?;
+        let mut gang = Gang::start(*world, plan, &ORDERS.map(|order| plan.group(order)))?;
         for case in plan.cases(*world) {
             progress.begin(&name(case, *world));
             gang.prepare(|_| Work::collective(case.op, case.bytes, plan.element))?;

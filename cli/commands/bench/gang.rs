@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use api::Secret;
 
-use super::plan::{Carrier, Pacing};
+use super::plan::{Pacing, Plan};
 use super::protocol::{Command, GroupPlan, Membership, Report, Work};
 use super::samples::Samples;
 use crate::error::{CliError, Result};
@@ -38,7 +38,7 @@ enum Event {
 
 impl Gang {
     /// Starts `world` processes and forms their groups.
-    pub fn start(world: u32, carrier: Carrier, plans: &[GroupPlan]) -> Result<Self> {
+    pub fn start(world: u32, plan: &Plan, plans: &[GroupPlan]) -> Result<Self> {
         let secret = secret()?;
         let (sender, heard) = channel();
         let mut gang = Self { members: Vec::new(), heard, transport: String::new() };
@@ -49,7 +49,10 @@ impl Gang {
         let listen = |rank: usize| {
             let rank = rank as u32;
             let (secret, groups) = (secret.clone(), plans.to_vec());
-            Command::Listen(Membership { rank, world, secret, carrier, groups })
+            // Near-equal runs of ranks.
+            let host = plan.hosts.map(|hosts| format!("h{}", rank * hosts / world));
+            let carrier = plan.carrier;
+            Command::Listen(Membership { rank, world, secret, carrier, host, groups })
         };
         let mut groups = vec![Vec::new(); plans.len()];
         let mut bare = Vec::new();

@@ -164,6 +164,8 @@ pub struct Plan {
     pub worlds: Vec<u32>,
     /// What carries the data.
     pub carrier: Carrier,
+    /// Hosts that the processes are as if on, if they are not all on one.
+    pub hosts: Option<u32>,
     /// Type of an element.
     pub element: ElementType,
     /// Order of sums.
@@ -218,11 +220,15 @@ impl Plan {
                 .map_err(|error| CliError::usage(format!("--algorithms: {error}")))?,
             None => Selection::default(),
         };
+        if let Some(hosts) = args.hosts {
+            check_hosts(hosts, carrier, &worlds)?;
+        }
         Ok(Self {
             ops,
             sizes,
             worlds,
             carrier,
+            hosts: args.hosts,
             element,
             order: Order::parse("--reduction", &args.reduction)?,
             selection,
@@ -269,6 +275,22 @@ fn carrier(args: &BenchCollective) -> Result<Carrier> {
         Carrier::Auto | Carrier::Tcp => Ok(Carrier::Tcp),
         other => Err(CliError::usage(format!(
             "{flag} is about TCP, found --transport {other}: leave it out, or say tcp"
+        ))),
+    }
+}
+
+fn check_hosts(hosts: u32, carrier: Carrier, worlds: &[u32]) -> Result<()> {
+    if carrier != Carrier::Auto {
+        return Err(CliError::usage(format!(
+            "--hosts: memory inside a host and TCP between hosts is --transport auto, found \
+             {carrier}"
+        )));
+    }
+    match worlds.iter().min() {
+        Some(least) if (1..=*least).contains(&hosts) => Ok(()),
+        _ => Err(CliError::usage(format!(
+            "--hosts: `{hosts}` is not a number of hosts for {} processes: expected 1 to as many",
+            worlds.iter().min().unwrap_or(&0)
         ))),
     }
 }

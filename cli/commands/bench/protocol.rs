@@ -54,6 +54,8 @@ pub struct Membership {
     pub secret: Secret,
     /// What carries the data.
     pub carrier: Carrier,
+    /// The host that it is as if on, if they are not all on one.
+    pub host: Option<String>,
     /// The groups it is in.
     pub groups: Vec<GroupPlan>,
 }

@@ -191,7 +191,7 @@ fn form(
         connect_timeout: CONNECT_TIMEOUT,
         reduction: plan.order.into(),
         transport,
-        host: None,
+        host: membership.host.clone(),
     };
     let group = listener.connect(options, peers)?;
     if membership.carrier == Carrier::Shm && group.transport() != "shm" {

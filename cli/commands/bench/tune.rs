@@ -94,7 +94,7 @@ fn measure(plan: &Plan, measured: &mut Vec<Measurement>) -> Result<Vec<Row>> {
         let algorithms = candidates(*world, plan.order);
         let groups: Vec<GroupPlan> =
             algorithms.iter().map(|algorithm| only(*algorithm, plan.order)).collect();
-        let mut gang = Gang::start(*world, plan.carrier, &groups)?;
+        let mut gang = Gang::start(*world, plan, &groups)?;
         for case in plan.cases(*world) {
             progress.begin(&name(case, *world));
             let medians = in_turn(&mut gang, plan, case, &timer, groups.len())?;
