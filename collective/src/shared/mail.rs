@@ -333,7 +333,8 @@ impl Shared {
             return Err(self.mail_mismatch(peers, site, peer, theirs));
         }
         if begin.elapsed() >= WAITING_AFTER && !std::mem::replace(told, true) {
-            peers.say_waiting(site, self.first + peer)?;
+            // Why a connection broke is seen on the next look at it.
+            let _ = peers.say_waiting(site, self.first + peer);
         }
         Ok(())
     }
