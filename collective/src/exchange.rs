@@ -8,8 +8,9 @@
 //! Two ranks that wait for each other in calls that cannot meet (`recv` against `recv`, `recv`
 //! against `barrier`) send nothing that could be compared. So a rank that was blocked for
 //! [`WAITING_AFTER`] says for which frame it waits; a peer that has not sent that frame and itself
-//! waits for this rank knows that neither can go on. Longer cycles of point-to-point calls are not
-//! found; an abort ends them.
+//! waits for this rank knows that neither can go on, and a peer that is in a later call knows that
+//! the order of their calls differs, whoever that peer waits for. Longer cycles of point-to-point
+//! calls are not found; an abort ends them.
 
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::call::{CallSite, Operation};
 use crate::error::CollectiveError;
-use crate::frame::{FrameKind, Header};
+use crate::frame::Header;
 use crate::link::{Arrival, Link, LinkError, TURNS};
 use crate::payload::{Nothing, Payload};
 use crate::peers::Peers;
@@ -464,18 +465,15 @@ impl<'m> Exchange<'m> {
     /// Tells every peer from which nothing has come that this rank is blocked.
     fn tell_waiting(&mut self) -> Result<(), CollectiveError> {
         for peer in 0..self.pending.len() {
+            self.find_behind(peer)?;
             if !self.is_blocked_on(peer) {
                 continue;
             }
             self.find_deadlock(peer)?;
-            let (codec, site) = (self.peers.codec, self.site);
-            let Some(link) = self.peers.links[peer].as_mut() else { continue };
             if self.pending[peer].told {
                 continue;
             }
-            let number = link.frames_received.to_le_bytes();
-            let frame = codec.control(FrameKind::Waiting, site, &number);
-            match link.send_control(&frame) {
+            match self.peers.say_waiting(self.site, peer) {
                 Ok(sent) => self.pending[peer].told = sent,
                 Err(error) => return Err(self.broken(peer, error)),
             }

@@ -128,6 +128,12 @@ impl ProcessGroup {
         })
     }
 
+    /// What carries its calls, for tests that interfere.
+    #[cfg(test)]
+    pub(crate) fn parts(&mut self) -> (&mut Peers, &mut Carrier) {
+        (&mut self.core.peers, &mut self.core.carrier)
+    }
+
     /// Ends the connections without a word, as the death of the process would.
     #[cfg(test)]
     pub(crate) fn vanish(mut self) {

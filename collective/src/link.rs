@@ -77,6 +77,32 @@ pub(crate) enum Words {
     Broken(String),
 }
 
+/// A rank is blocked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Waiting {
+    /// In this call …
+    pub site: CallSite,
+    /// … until it gets the data frame of this number.
+    pub frame: u64,
+    /// Collectives that it has called.
+    pub collectives: u64,
+}
+
+impl Waiting {
+    /// As a control frame says it.
+    pub(crate) fn encode(&self, codec: &FrameCodec) -> Vec<u8> {
+        let numbers = [self.frame, self.collectives].map(u64::to_le_bytes);
+        codec.control(FrameKind::Waiting, self.site, &numbers.concat())
+    }
+
+    /// From a control frame's call and payload.
+    pub(crate) fn decode(site: CallSite, payload: &[u8]) -> Option<Self> {
+        let (frame, rest) = payload.split_first_chunk()?;
+        let collectives = u64::from_le_bytes(rest.try_into().ok()?);
+        Some(Self { site, frame: u64::from_le_bytes(*frame), collectives })
+    }
+}
+
 /// A frame that was read before its call.
 #[derive(Debug)]
 pub(crate) struct Early {
@@ -138,8 +164,8 @@ pub(crate) struct Link {
     pub messages_sent: u64,
     /// `recv`s from this peer.
     pub messages_received: u64,
-    /// The call in which the peer is blocked until it gets the data frame of this number.
-    pub waiting: Option<(CallSite, u64)>,
+    /// What the peer waits for, as it last said.
+    pub waiting: Option<Waiting>,
 }
 
 impl Stream {
@@ -251,6 +277,11 @@ impl Link {
             None => stream == 0,
             Some(_) => self.streams[stream].read < self.stripes.part(stream),
         }
+    }
+
+    /// The peer waits for a frame that this rank has not begun to send.
+    pub(crate) fn is_awaited(&self) -> Option<Waiting> {
+        self.waiting.filter(|waiting| waiting.frame == self.frames_sent && !self.is_sending())
     }
 
     /// Whether the front may be taken off the stream before its call.

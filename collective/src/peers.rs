@@ -17,7 +17,7 @@ use crate::element::Element;
 use crate::error::CollectiveError;
 use crate::exchange::{Exchange, Pending, Ready};
 use crate::frame::{FrameCodec, FrameError, FrameKind, encode_site, last_words};
-use crate::link::Link;
+use crate::link::{Link, LinkError, Waiting};
 use crate::meter::Meter;
 use crate::patience::Patience;
 use crate::payload::{Nothing, Sink, Transfers};
@@ -288,7 +288,8 @@ impl Peers {
         Exchange::run(self, site, 0, &mut transfers)
     }
 
-    /// One frame to one rank.
+    /// One frame to one rank. As its part it tells how many collectives this rank has called: a peer
+    /// finds out if the message is in the way of one.
     pub(crate) fn send(
         &mut self,
         site: CallSite,
@@ -297,7 +298,8 @@ impl Peers {
     ) -> Result<(), CollectiveError> {
         let mut transfers = Transfers::none(self.world);
         transfers.send[to as usize] = Some(bytes);
-        Exchange::run(self, site, 0, &mut transfers)
+        let part = self.collectives() as u16;
+        Exchange::run(self, site, part, &mut transfers)
     }
 
     /// One frame from one rank.
@@ -367,28 +369,25 @@ impl Peers {
         self.recent.back().map_or(0, |site| site.number + 1)
     }
 
-    /// Tells a peer that this rank is blocked until it sends something; best effort.
-    pub(crate) fn say_waiting(
-        &mut self,
-        site: CallSite,
-        peer: usize,
-    ) -> Result<(), CollectiveError> {
-        let codec = self.codec;
-        let Some(link) = self.links[peer].as_mut() else { return Ok(()) };
-        let number = link.frames_received.to_le_bytes();
-        let frame = codec.control(FrameKind::Waiting, site, &number);
-        match link.send_control(&frame) {
-            Ok(_) => Ok(()),
-            // Why it broke is seen on the next look at the connections.
-            Err(_) => Ok(()),
-        }
+    /// Tells a peer that this rank is blocked until it sends something; whether it could be told.
+    pub(crate) fn say_waiting(&mut self, site: CallSite, peer: usize) -> Result<bool, LinkError> {
+        let (codec, collectives) = (self.codec, self.collectives());
+        let Some(link) = self.links[peer].as_mut() else { return Ok(false) };
+        let waiting = Waiting { site, frame: link.frames_received, collectives };
+        link.send_control(&waiting.encode(&codec))
     }
 
     /// What this rank called where a peer made that call; else what it calls now.
     pub(crate) fn counterpart(&self, site: CallSite, theirs: CallSite) -> CallSite {
-        let collective = |site: &CallSite| !site.call.operation.is_point_to_point();
-        let same = |own: &&CallSite| collective(&theirs) && own.number == theirs.number;
-        self.recent.iter().find(same).copied().unwrap_or(site)
+        if theirs.call.operation.is_point_to_point() {
+            return site;
+        }
+        self.collective(theirs.number).unwrap_or(site)
+    }
+
+    /// One of the last collectives that this rank called.
+    pub(crate) fn collective(&self, number: u64) -> Option<CallSite> {
+        self.recent.iter().find(|site| site.number == number).copied()
     }
 
     /// The connection to a rank, if it is a peer and the group has not failed.

@@ -11,7 +11,7 @@ use crate::call::{Call, CallSite, Operation};
 use crate::error::CollectiveError;
 use crate::exchange::{Exchange, WAITING_AFTER};
 use crate::frame::{FrameError, FrameKind, Header, decode_last_words, decode_site, encode_site};
-use crate::link::{Link, LinkError, Words};
+use crate::link::{Link, LinkError, Waiting, Words};
 use crate::payload::Length;
 
 /// How long a rank waits for the last words of a peer whose data connection broke. A process that
@@ -69,7 +69,7 @@ impl Exchange<'_> {
             }
             return Err(self.differs(peer, theirs));
         }
-        if awaited && header.phase != self.phase {
+        if awaited && !is_send(theirs) && header.phase != self.phase {
             let message =
                 format!("part {} of `{theirs}` came, expected part {}", header.phase, self.phase);
             return Err(self.protocol(peer, message));
@@ -91,13 +91,14 @@ impl Exchange<'_> {
         match header.kind {
             FrameKind::Leave if !self.is_done(peer) => Err(self.left(peer)),
             FrameKind::Waiting => {
-                let Ok(number) = payload.try_into().map(u64::from_le_bytes) else {
-                    let message = "a notice of waiting without a frame number".to_owned();
+                let Some(waiting) = Waiting::decode(header.site, payload) else {
+                    let message = "a notice of waiting without its numbers".to_owned();
                     return Err(self.protocol(peer, message));
                 };
                 if let Some(link) = self.peers.links[peer].as_mut() {
-                    link.waiting = Some((header.site, number));
+                    link.waiting = Some(waiting);
                 }
+                self.find_behind(peer)?;
                 self.find_deadlock(peer)
             }
             FrameKind::Leave => Ok(()),
@@ -136,12 +137,42 @@ impl Exchange<'_> {
     /// waits for the peer.
     pub(crate) fn find_deadlock(&mut self, peer: usize) -> Result<(), CollectiveError> {
         let Some(link) = self.peers.links[peer].as_ref() else { return Ok(()) };
-        match link.waiting {
-            Some((theirs, number)) if number == link.frames_sent && self.is_blocked_on(peer) => {
-                Err(self.differs(peer, theirs))
+        match link.is_awaited() {
+            Some(waiting) if self.is_blocked_on(peer) => Err(self.differs(peer, waiting.site)),
+            _ => Ok(()),
+        }
+    }
+
+    /// A peer that is stuck in a message to or from this rank, and has not called a collective that
+    /// this rank has called: it called the message first. Whoever waits for it need not be this rank,
+    /// nor need it wait for anything but the message, so nobody else can know.
+    pub(crate) fn find_behind(&self, peer: usize) -> Result<(), CollectiveError> {
+        let Some(link) = self.peers.links[peer].as_ref() else { return Ok(()) };
+        let called = self.peers.collectives();
+        let receives = |waiting: &Waiting| waiting.site.call.operation == Operation::Recv;
+        if let Some(waiting) = link.is_awaited().filter(receives)
+            && waiting.collectives < called
+        {
+            return Err(self.behind(peer, waiting.site, waiting.collectives));
+        }
+        let stuck = !self.pending[peer].receiving && !link.may_read_ahead(false);
+        match link.front {
+            Some(Header { site, phase, .. }) if stuck && is_send(site) => {
+                // So many as it told, modulo 2¹⁶: of a peer that is ahead, no more than a few
+                // frames are unread.
+                let fewer = (called as u16).wrapping_sub(phase);
+                match i16::try_from(fewer) {
+                    Ok(1..) => Err(self.behind(peer, site, called - u64::from(fewer))),
+                    _ => Ok(()),
+                }
             }
             _ => Ok(()),
         }
+    }
+
+    /// A peer's message stands before the collective of that number, which this rank has called.
+    fn behind(&self, peer: usize, theirs: CallSite, number: u64) -> CollectiveError {
+        self.mismatch_of(peer, self.peers.collective(number).unwrap_or(self.site), theirs)
     }
 
     /// While this rank waits for a peer elsewhere: what the peer sends, nobody here receives, and
@@ -159,14 +190,14 @@ impl Exchange<'_> {
         if waited < WAITING_AFTER {
             return Ok(());
         }
+        (0..self.pending.len()).try_for_each(|peer| self.find_behind(peer))?;
         // It is in a call over its connection, or is stuck in a send that nobody here receives.
         let stuck = link.front.is_some() && !link.may_read_ahead(false);
         let sent = link
             .next_data()
             .filter(|header| stuck || !header.site.call.operation.is_point_to_point())
             .map(|header| header.site);
-        let blocked = link.waiting.filter(|(_, number)| *number == link.frames_sent);
-        match sent.or(blocked.map(|(theirs, _)| theirs)) {
+        match sent.or(link.is_awaited().map(|waiting| waiting.site)) {
             // Not asked: the peer may have come meanwhile, and then this is no error.
             Some(theirs) => Err(self.mismatch(waits_for, theirs)),
             None => Ok(()),
@@ -280,4 +311,8 @@ impl Exchange<'_> {
         let (rank, address) = self.peers.peer(peer);
         CollectiveError::PeerLeft { rank, address, during: self.site }
     }
+}
+
+fn is_send(site: CallSite) -> bool {
+    site.call.operation == Operation::Send
 }

@@ -92,23 +92,37 @@ impl Shared {
         peers.links[self.first + to].iter_mut().for_each(|link| link.frames_sent += 1);
         let mut at = 0;
         loop {
-            let piece = self.post.sent[to];
-            self.wait_mail(peers, site, to, Mail::Taken, piece.wrapping_sub(1))?;
             let end = (at + slot).min(bytes.len());
-            let place = self.segment.mail(self.rank, to, piece as usize);
-            // SAFETY: a slot holds a piece, and the receiver has taken the one before the last.
-            unsafe {
-                place.as_ptr().copy_from_nonoverlapping(bytes[at..end].as_ptr(), end - at);
-                self.segment.write_mail_header((self.rank, to), piece as usize, &header.encode());
-            }
-            let sent = piece.wrapping_add(1);
-            self.post.sent[to] = sent;
-            self.segment.mail_counter(self.rank, to, Mail::Sent).advance(sent);
+            self.put_piece(peers, to, &header, &bytes[at..end])?;
             at = end;
             if at == bytes.len() {
                 return Ok(());
             }
         }
+    }
+
+    /// Puts the next piece of a message into its slot, when that is free.
+    fn put_piece(
+        &mut self,
+        peers: &mut Peers,
+        to: usize,
+        header: &PieceHeader,
+        bytes: &[u8],
+    ) -> Result<(), CollectiveError> {
+        let piece = self.post.sent[to];
+        self.wait_mail(peers, header.site, to, Mail::Taken, piece.wrapping_sub(1))?;
+        assert!(bytes.len() <= self.segment.slot(), "a slot holds a piece");
+        let place = self.segment.mail(self.rank, to, piece as usize);
+        // SAFETY: inside the slot (just asserted), and the receiver has taken the piece before the
+        // last.
+        unsafe {
+            place.as_ptr().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+            self.segment.write_mail_header((self.rank, to), piece as usize, &header.encode());
+        }
+        let sent = piece.wrapping_add(1);
+        self.post.sent[to] = sent;
+        self.segment.mail_counter(self.rank, to, Mail::Sent).advance(sent);
+        Ok(())
     }
 
     /// A message from a rank of this host.
@@ -123,35 +137,29 @@ impl Shared {
         if slot == 0 {
             return peers.recv(site, bytes, (self.first + from) as u32);
         }
-        let mut at = 0;
+        let (mut at, mut whole) = (0, false);
         if let Some(early) = self.post.early[from].pop_front() {
             self.check_mail(peers, site, from, &early.header, bytes.len())?;
             self.post.early_bytes -= early.bytes.len();
             at = early.bytes.len();
             bytes[..at].copy_from_slice(&early.bytes);
-            if at == bytes.len() {
-                return Ok(());
-            }
+            whole = at == bytes.len();
         }
-        let mut first = at == 0;
-        loop {
+        while !whole {
             let piece = self.post.taken[from];
             self.wait_mail(peers, site, from, Mail::Sent, piece.wrapping_add(1))?;
             let header = self.mail_header(peers, from, piece)?;
             self.check_mail(peers, site, from, &header, bytes.len())?;
-            if std::mem::take(&mut first) {
-                peers.links[self.first + from]
-                    .iter_mut()
-                    .for_each(|link| link.frames_received += 1);
-            }
             let end = (at + slot).min(bytes.len());
             self.take_piece(from, &mut bytes[at..end]);
             peers.meter.count(end - at);
             at = end;
-            if at == bytes.len() {
-                return Ok(());
-            }
+            whole = at == bytes.len();
         }
+        // Not before: a rank that waits for the rest of a message waits for nothing that its peer
+        // has yet to begin.
+        peers.links[self.first + from].iter_mut().for_each(|link| link.frames_received += 1);
+        Ok(())
     }
 
     /// A message that a peer sent before it came to the collective that this rank is in: this rank
@@ -238,7 +246,7 @@ impl Shared {
     }
 
     /// Takes whatever has come, so that its senders can go on.
-    fn take_early(&mut self, peers: &mut Peers) -> Result<(), CollectiveError> {
+    fn take_early(&mut self, peers: &Peers) -> Result<(), CollectiveError> {
         for from in self.others() {
             loop {
                 let piece = self.post.taken[from];
@@ -256,8 +264,6 @@ impl Shared {
                         break;
                     }
                     self.post.early[from].push_back(Early { header, bytes: Vec::new() });
-                    let link = &mut peers.links[self.first + from];
-                    link.iter_mut().for_each(|link| link.frames_received += 1);
                 }
                 let Some(mut early) = self.post.early[from].pop_back() else { break };
                 let at = early.bytes.len();
@@ -333,8 +339,91 @@ impl Shared {
             return Err(self.mail_mismatch(peers, site, peer, theirs));
         }
         if begin.elapsed() >= WAITING_AFTER && !std::mem::replace(told, true) {
-            peers.say_waiting(site, self.first + peer)?;
+            // Why a connection broke is seen on the next look at it.
+            let _ = peers.say_waiting(site, self.first + peer);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Barrier};
+    use std::thread;
+    use std::time::Duration;
+
+    use api::Rank;
+
+    use super::*;
+    use crate::carrier::Carrier;
+    use crate::tests::{TRANSPORT, group};
+    use crate::{Communicator, ElementType, ProcessGroup, ReduceOp, Transport};
+
+    /// Longer than a rank is silent about what it waits for.
+    const LONG: Duration = Duration::from_millis(3 * WAITING_AFTER.as_millis() as u64);
+
+    fn memory(communicator: &mut ProcessGroup) -> (&mut Peers, &mut Shared) {
+        match communicator.parts() {
+            (peers, Carrier::Memory(shared)) => (peers, shared),
+            (_, other) => panic!("expected shared memory, found {}", other.name()),
+        }
+    }
+
+    #[test]
+    fn a_rank_that_once_waited_for_the_rest_of_a_message_is_waited_for() {
+        TRANSPORT.set(Transport::Shared);
+        group(2, |rank, communicator| {
+            let len = 2 * memory(communicator).1.segment.slot();
+            let message = vec![7u8; len];
+            if rank == 0 {
+                // A sender whose process is held up between two pieces.
+                let (peers, shared) = memory(communicator);
+                let call = Call::over(Operation::Send, ElementType::U8, len).with_detail(1);
+                let site = CallSite { call, number: 0 };
+                let header = PieceHeader { site, collectives: 0, total: len as u64 };
+                peers.links[1].iter_mut().for_each(|link| link.frames_sent += 1);
+                let (first, second) = message.split_at(len / 2);
+                shared.put_piece(peers, 1, &header, first).unwrap();
+                thread::sleep(LONG);
+                shared.put_piece(peers, 1, &header, second).unwrap();
+            } else {
+                let mut buffer = vec![0u8; len];
+                communicator.recv((&mut buffer).into(), Rank(0)).unwrap();
+                assert_eq!(buffer, message);
+                // Computes, while the other waits for it.
+                thread::sleep(LONG);
+            }
+            communicator.barrier().unwrap();
+        });
+    }
+
+    #[test]
+    fn counters_wrap() {
+        const BEFORE: u32 = u32::MAX - 2;
+        TRANSPORT.set(Transport::Shared);
+        let set = Arc::new(Barrier::new(2));
+        group(2, move |rank, communicator| {
+            let (_, shared) = memory(communicator);
+            let (own, other, segment) = (shared.rank, 1 - shared.rank, &shared.segment);
+            for progress in [Progress::Staged, Progress::Folded, Progress::Copied] {
+                segment.counter(own, progress).advance(BEFORE);
+            }
+            segment.mail_counter(own, other, Mail::Sent).advance(BEFORE);
+            segment.mail_counter(other, own, Mail::Taken).advance(BEFORE);
+            shared.round = BEFORE;
+            (shared.post.sent[other], shared.post.taken[other]) = (BEFORE, BEFORE);
+            let (slot, window) = (segment.slot(), segment.window());
+            set.wait();
+            for round in 0..4u8 {
+                let mut sum = vec![1i32; window];
+                communicator.all_reduce((&mut sum).into(), ReduceOp::Sum).unwrap();
+                assert!(sum.iter().all(|value| *value == 2));
+                let message = vec![round + rank as u8; 2 * slot + 1];
+                let mut buffer = vec![0u8; message.len()];
+                communicator.send((&message).into(), Rank(1 - rank)).unwrap();
+                communicator.recv((&mut buffer).into(), Rank(1 - rank)).unwrap();
+                assert!(buffer.iter().all(|byte| *byte == round + 1 - rank as u8));
+            }
+        });
     }
 }

@@ -13,6 +13,9 @@ use crate::{CollectiveError, Communicator, LaneTree, Operation, Partial, Process
 
 type Calls = fn(&mut ProcessGroup) -> Result<(), CollectiveError>;
 
+/// Far more than sockets and mailboxes hold.
+const MUCH: usize = 20 << 20;
+
 fn lanes(communicator: &mut ProcessGroup, lanes: u32) -> Result<(), CollectiveError> {
     let tree = LaneTree::new(lanes);
     let run = tree.lanes_of(communicator.rank().0, communicator.world_size());
@@ -171,6 +174,28 @@ pub(super) fn calls_that_differ_are_an_error_on_both_ranks_that_names_both() {
             if let Some(Some(third)) = results.get(2) {
                 // Told by whoever found it, or found by itself against rank 1.
                 assert!(third.peer().is_some(), "{case}: the third rank says `{third}`");
+            }
+        }
+    }
+}
+
+#[test]
+pub(super) fn a_message_in_the_way_of_a_collective_is_an_error_on_all_that_names_both() {
+    // Between the first and the last rank: their own parts of a small sum need nothing of each other.
+    let messages: [(&str, Calls); 2] = [
+        ("recv(3 u8 from r0) #0", |c| c.recv((&mut [0u8; 3]).into(), Rank(0))),
+        ("send(20971520 u8 to r0) #0", |c| c.send((&vec![0u8; MUCH]).into(), Rank(0))),
+    ];
+    for (text, message) in messages {
+        let results = group(4, move |rank, c| {
+            error(match rank {
+                3 => message(c),
+                _ => all_reduce(c, 10, ReduceOp::Sum).and_then(|()| c.barrier()),
+            })
+        });
+        for (rank, error) in results.iter().enumerate() {
+            for name in [text, "all_reduce(10 f32, sum) #0"] {
+                assert!(error.to_string().contains(name), "r{rank}, {text}: {error}");
             }
         }
     }
@@ -467,6 +492,7 @@ fn operations_are_point_to_point_or_not() {
 }
 
 super::also_over_shared_memory!(
+    a_message_in_the_way_of_a_collective_is_an_error_on_all_that_names_both,
     a_rank_that_is_ahead_is_asked_what_it_called,
     calls_that_differ_are_an_error_on_both_ranks_that_names_both,
     a_rank_with_a_wrong_secret_is_refused_and_fails_nobody_else,
@@ -486,6 +512,7 @@ super::also_over_shared_memory!(
 );
 
 super::also_over_several_hosts!(
+    a_message_in_the_way_of_a_collective_is_an_error_on_all_that_names_both,
     calls_that_differ_are_an_error_on_both_ranks_that_names_both,
     a_rank_with_a_wrong_secret_is_refused_and_fails_nobody_else,
     a_rank_of_another_generation_is_refused_by_name,

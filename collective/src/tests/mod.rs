@@ -28,7 +28,7 @@ const QUICK: Duration = Duration::from_secs(20);
 
 thread_local! {
     /// What groups of this test use.
-    static TRANSPORT: Cell<Transport> = const { Cell::new(Transport::Tcp) };
+    pub(crate) static TRANSPORT: Cell<Transport> = const { Cell::new(Transport::Tcp) };
     static REDUCTION: Cell<Reduction> = const { Cell::new(Reduction::Deterministic) };
     static TCP: RefCell<TcpOptions> = RefCell::default();
     /// The host of each rank, as far as it is not this one's.
@@ -133,7 +133,7 @@ fn in_parallel<R: Send + 'static>(
 }
 
 /// Forms a group and runs one thread per rank; the results by rank.
-fn group<R: Send + 'static>(
+pub(crate) fn group<R: Send + 'static>(
     world: u32,
     body: impl Fn(u32, &mut ProcessGroup) -> R + Clone + Send + 'static,
 ) -> Vec<R> {
