@@ -1,11 +1,11 @@
 //! The contract of a process group.
 //!
 //! Blocking calls, made in the same order on every rank by one thread each. Messages have a place in
-//! that order: a rank that comes to a collective while a peer is in, or has sent, a message that stands
-//! before it, has called something else. Where a call needs nothing of the ranks that differ, and they
-//! are fast enough, that may pass; no program may count on it. What differs between ranks, dies or is
-//! aborted is an error; after an error of a call the group is finished and every
-//! later call returns that error again: a new group (a new generation) replaces it.
+//! that order: a rank that comes to a collective while a peer is in, or has sent, a message that
+//! stands before it has called something else. Where a call needs nothing of the ranks that differ,
+//! that may pass; no program may count on it. What differs between ranks, dies or is aborted is an
+//! error; after an error of a call the group is finished and every later call returns that error
+//! again: a new group (a new generation) replaces it.
 
 use std::time::Duration;
 
