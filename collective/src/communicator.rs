@@ -1,8 +1,11 @@
 //! The contract of a process group.
 //!
-//! Blocking calls, made in the same order on every rank by one thread each. What differs between
-//! ranks, dies or is aborted is an error; after an error of a call the group is finished and every
-//! later call returns that error again: a new group (a new generation) replaces it.
+//! Blocking calls, made in the same order on every rank by one thread each. Messages have a place in
+//! that order: a rank that comes to a collective while a peer is in, or has sent, a message that
+//! stands before it has called something else. Where a call needs nothing of the ranks that differ,
+//! that may pass; no program may count on it. What differs between ranks, dies or is aborted is an
+//! error; after an error of a call the group is finished and every later call returns that error
+//! again: a new group (a new generation) replaces it.
 
 use std::time::Duration;
 
@@ -207,7 +210,8 @@ pub trait Communicator: Send {
     /// Sends to one rank, which must call [`Communicator::recv`] with the same type and length.
     ///
     /// Returns when the buffer may be reused, which can be before the peer has it. Two ranks may
-    /// send to each other at the same time.
+    /// send to each other at the same time, up to 256 MiB: a rank that is blocked in a send keeps
+    /// what comes in its memory.
     fn send(&mut self, buffer: Buffer<'_>, to: Rank) -> Result<(), CollectiveError>;
 
     /// Receives what `from` sends to this rank.

@@ -199,7 +199,7 @@ struct Unchecked {
 
 impl Default for Selection {
     /// Few steps while a message costs more than its bytes: as measured over loopback with 2 and 4
-    /// ranks (docs/benchmarks.md), estimated beyond. Other networks want their own table.
+    /// ranks, estimated beyond. Other networks want their own table.
     fn default() -> Self {
         let rule = |operation, world_max, bytes_max, algorithm| Rule {
             operation,

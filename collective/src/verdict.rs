@@ -144,8 +144,8 @@ impl Exchange<'_> {
     }
 
     /// A peer that is stuck in a message to or from this rank, and has not called a collective that
-    /// this rank has called: it called the message first. Whoever waits for it need not be this rank,
-    /// nor need it wait for anything but the message, so nobody else can know.
+    /// this rank has called: the order of their calls differs. Whoever waits for it need not be this
+    /// rank, but nobody else can know.
     pub(crate) fn find_behind(&self, peer: usize) -> Result<(), CollectiveError> {
         let Some(link) = self.peers.links[peer].as_ref() else { return Ok(()) };
         let called = self.peers.collectives();

@@ -181,7 +181,7 @@ pub(super) fn calls_that_differ_are_an_error_on_both_ranks_that_names_both() {
 
 #[test]
 pub(super) fn a_message_in_the_way_of_a_collective_is_an_error_on_all_that_names_both() {
-    // Between the first and the last rank: their own parts of a small sum need nothing of each other.
+    // Between the first and the last rank: their parts of a small sum need nothing of each other.
     let messages: [(&str, Calls); 2] = [
         ("recv(3 u8 from r0) #0", |c| c.recv((&mut [0u8; 3]).into(), Rank(0))),
         ("send(20971520 u8 to r0) #0", |c| c.send((&vec![0u8; MUCH]).into(), Rank(0))),

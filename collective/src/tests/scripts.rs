@@ -98,3 +98,6 @@ pub(super) fn random_scripts_have_the_results_of_the_reference() {
         None => (0..SCRIPTS).for_each(|index| script(SEED + index)),
     }
 }
+
+super::also_over_shared_memory!(random_scripts_have_the_results_of_the_reference);
+super::also_over_several_hosts!(random_scripts_have_the_results_of_the_reference);
