@@ -3,21 +3,24 @@
 //! The file's bytes are a function of the weights alone: the same whatever number of ranks saved
 //! the checkpoint, and the same as those of the finished model.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use api::Rank;
 use api::events::CheckpointFact;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::decode::{TensorSink, read_shard};
+use crate::decode::read_shard;
 use crate::error::StoreError;
 use crate::format::{self, TensorEntry};
+use crate::read::Scatter;
+use crate::reshard::{self, Source, Want};
 use crate::restore::{RestoreError, read_recorded};
 use crate::saver::hex;
+use crate::slice::Slice;
 use crate::store::Store;
 use crate::tools::blocking;
 
@@ -55,21 +58,25 @@ async fn export_here(
     to: &Path,
 ) -> Result<ExportReport, RestoreError> {
     let manifest = read_recorded(store, fact).await?;
-    let weights: BTreeMap<&str, &TensorEntry> = manifest
-        .tensors()
-        .filter_map(|tensor| Some((tensor.name.strip_prefix(WEIGHTS_PREFIX)?, tensor)))
-        .collect();
+    let weights: Vec<&TensorEntry> =
+        manifest.tensors().filter(|tensor| tensor.name.starts_with(WEIGHTS_PREFIX)).collect();
     if weights.is_empty() {
         let (key, name) = (fact.manifest_key.clone(), format!("{WEIGHTS_PREFIX}…"));
         return Err(RestoreError::Missing { key, name });
     }
-    let tensors = weights.iter().map(|(name, tensor)| (*name, tensor.shape.clone()));
-    let (header, entries) = format::layout(tensors).map_err(|error| RestoreError::Target {
-        name: fact.manifest_key.clone(),
-        problem: error.to_string(),
-    })?;
-    let places: BTreeMap<&str, u64> =
-        entries.iter().map(|entry| (entry.name.as_str(), entry.offset)).collect();
+    let wrong = |problem: String| {
+        let name = fact.manifest_key.clone();
+        RestoreError::Target { name, problem }
+    };
+    let tensors = weights.iter().map(|tensor| {
+        let name = tensor.name.strip_prefix(WEIGHTS_PREFIX).unwrap_or(&tensor.name);
+        TensorEntry::new(name, tensor.dtype, &tensor.shape, None)
+    });
+    let (header, entries) =
+        format::layout(tensors.collect()).map_err(|error| wrong(error.to_string()))?;
+    let wants: Vec<Want> = weights.iter().map(|tensor| want(tensor)).collect();
+    let sources = reshard::sources(&manifest.shards, &wants, Rank(0));
+    let mut sources = sources.map_err(|error| wrong(error.to_string()))?;
 
     let failed = |error: io::Error| StoreError::host(to, &error);
     let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty());
@@ -77,12 +84,15 @@ async fn export_here(
     std::fs::create_dir_all(parent).map_err(failed)?;
     let staged = tempfile::Builder::new().prefix(".export-").tempfile_in(parent).map_err(failed)?;
     staged.as_file().write_all_at(&header, 0).map_err(failed)?;
-    for shard in &manifest.shards {
-        let place =
-            |tensor: &TensorEntry| places.get(tensor.name.strip_prefix(WEIGHTS_PREFIX)?).copied();
-        let places = shard.tensors.iter().map(place).collect();
-        let mut sink = FileSink { file: staged.as_file(), places };
-        read_shard(store, shard, &mut sink).await?;
+    // Every shard, also those without weights: what is exported is part of a whole checkpoint.
+    for (index, shard) in manifest.shards.iter().enumerate() {
+        let (here, rest): (Vec<_>, Vec<_>) = sources.into_iter().partition(|s| s.shard == index);
+        sources = rest;
+        let write = |want: usize, at: u64, bytes: &[u8]| {
+            staged.as_file().write_all_at(bytes, entries[want].offset + at)
+        };
+        let place = |source: &Source| wants[source.want].slice.clone();
+        read_shard(store, shard, &mut Scatter::new(shard, &here, place, write)).await?;
     }
     let (sha256, bytes) = hash(staged.as_file()).map_err(failed)?;
     make_readable(staged.as_file()).map_err(failed)?;
@@ -112,17 +122,12 @@ fn hash(mut file: &File) -> io::Result<(String, u64)> {
     }
 }
 
-/// A shard's tensors, each at its place in the file or nowhere.
-struct FileSink<'a> {
-    file: &'a File,
-    places: Vec<Option<u64>>,
-}
-
-impl TensorSink for FileSink<'_> {
-    fn data(&mut self, tensor: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        match self.places.get(tensor).copied().flatten() {
-            Some(place) => self.file.write_all_at(bytes, place + offset),
-            None => Ok(()),
-        }
+/// All of a tensor.
+fn want(tensor: &TensorEntry) -> Want {
+    Want {
+        name: tensor.name.clone(),
+        dtype: tensor.dtype,
+        shape: tensor.shape.clone(),
+        slice: Slice::whole(&tensor.shape),
     }
 }

@@ -5,6 +5,9 @@
 //! to resume from or what to delete. Its invariant: a reader never sees half a checkpoint, because
 //! a manifest is written after every shard it names, only if absent, and never changed.
 //!
+//! Tensors may be stored in parts and read in others: a part is a [`Slice`], `reshard` finds who has
+//! what, `fetch` plans which bytes to read, `tiles` is how any range of them is checked.
+//!
 //! [`Store`] and the functions in `tools` are asynchronous (coordinator, worker, command line);
 //! [`Saver`] and [`Restore`] block and own their runtime (a rank's step loop).
 
@@ -14,6 +17,7 @@ mod decode;
 mod download;
 mod error;
 mod export;
+mod fetch;
 mod format;
 pub mod keys;
 mod local;
@@ -21,21 +25,30 @@ mod manifest;
 mod nonce;
 mod plan;
 mod probe;
+mod read;
+mod reshard;
 mod restore;
 mod s3;
 mod saver;
+mod slice;
 mod staging;
 mod store;
+mod tiles;
 mod tools;
 mod upload;
 
 pub use error::{Place, StoreError};
 pub use export::{ExportReport, export};
-pub use format::{Dtype, FormatError, TensorEntry, TensorSlice, safetensors_bytes};
+pub use format::{
+    Checks, Dtype, FormatError, TensorEntry, TensorPiece, TensorSlice, safetensors_bytes,
+};
 pub use manifest::{MANIFEST_VERSION, Manifest, ManifestInfo, ShardEntry};
-pub use plan::share_tensors;
+pub use plan::{HeldTensor, share_replicas, share_tensors};
+pub use read::{PieceTarget, ReadOptions, ReadStats};
+pub use reshard::ReshardError;
 pub use restore::{Restore, RestoreError, TensorTarget};
 pub use saver::{SaveError, Saver, SaverOptions};
+pub use slice::{Runs, Slice};
 pub use store::{ObjectInfo, Store};
 pub use tools::{
     StoredCheckpoint, VerifyReport, delete_checkpoint, find_complete, list_checkpoints, verify,

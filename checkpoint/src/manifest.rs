@@ -13,10 +13,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::StoreError;
 use crate::format::{self, TensorEntry};
-use crate::keys;
+use crate::{keys, reshard};
 
-/// The version this crate writes, and the only one it reads.
-pub const MANIFEST_VERSION: u32 = 1;
+/// The version this crate writes: 2, in which a shard may hold parts of tensors and checksums of
+/// parts. In version 1, which it reads too, every tensor is whole and every shard is read whole.
+pub const MANIFEST_VERSION: u32 = 2;
+/// The oldest version that is read.
+const MANIFEST_VERSION_MIN: u32 = 1;
 /// Largest manifest: about half a million tensors; a larger object is no manifest of ours.
 pub(crate) const MANIFEST_BYTES_MAX: u64 = 64 << 20;
 /// Largest uncompressed shard: well beyond a host's memory.
@@ -39,7 +42,7 @@ pub struct ShardEntry {
     pub blake3: String,
     /// How the object is compressed.
     pub compression: Compression,
-    /// The tensors inside, in the file's order.
+    /// The tensors inside, whole or in part, in the file's order.
     pub tensors: Vec<TensorEntry>,
 }
 
@@ -99,9 +102,14 @@ impl Manifest {
         self.shards.iter().map(|shard| shard.stored_bytes).sum()
     }
 
-    /// Every tensor, shard by shard.
+    /// Every tensor by name, each once: as the first of its pieces says.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorEntry> {
-        self.shards.iter().flat_map(|shard| &shard.tensors)
+        let pieces = self.shards.iter().flat_map(|shard| &shard.tensors);
+        let mut tensors: BTreeMap<&str, &TensorEntry> = BTreeMap::new();
+        for piece in pieces {
+            tensors.entry(piece.name.as_str()).or_insert(piece);
+        }
+        tensors.into_values()
     }
 
     /// Reads a manifest's bytes as they lie under `key`; refuses one that contradicts itself or
@@ -110,9 +118,9 @@ impl Manifest {
         let corrupt = |problem| StoreError::Corrupt { key: key.to_owned(), problem };
         let Version { version } = serde_json::from_slice(bytes)
             .map_err(|error| corrupt(format!("it is not a manifest: {error}")))?;
-        if version != MANIFEST_VERSION {
+        if !(MANIFEST_VERSION_MIN..=MANIFEST_VERSION).contains(&version) {
             return Err(corrupt(format!(
-                "it has version {version}, expected {MANIFEST_VERSION}: it was written by another \
+                "it has version {version}, expected at most {MANIFEST_VERSION}: it was written by another \
                  release of Cohort, use that one"
             )));
         }
@@ -147,7 +155,7 @@ impl Manifest {
             return Err(format!("it names {found} shards for a world size of {world_size}"));
         }
         let folder = keys::checkpoint(&self.job, self.step, self.generation);
-        let mut names = HashSet::new();
+        let mut keys = HashSet::new();
         for (rank, shard) in self.shards.iter().enumerate() {
             if shard.rank != Rank(rank as u32) {
                 return Err(format!("its shard {rank} is that of {}", shard.rank));
@@ -155,13 +163,11 @@ impl Manifest {
             shard
                 .validate(&folder)
                 .map_err(|problem| format!("shard of {} `{}`: {problem}", shard.rank, shard.key))?;
-            for tensor in &shard.tensors {
-                if !names.insert(tensor.name.as_str()) {
-                    return Err(format!("tensor `{}` is in two shards", tensor.name));
-                }
+            if !keys.insert(shard.key.as_str()) {
+                return Err(format!("`{}` is the key of two shards", shard.key));
             }
         }
-        Ok(())
+        reshard::check_whole(&self.shards).map_err(|error| error.to_string())
     }
 }
 
@@ -174,8 +180,8 @@ struct Version {
 impl ShardEntry {
     /// The bytes before the first tensor, as the entries imply them.
     pub(crate) fn header(&self) -> Result<Vec<u8>, String> {
-        let tensors = self.tensors.iter().map(|t| (t.name.as_str(), t.shape.clone()));
-        let (header, entries) = format::layout(tensors).map_err(|error| error.to_string())?;
+        let entries = self.tensors.clone();
+        let (header, entries) = format::layout(entries).map_err(|error| error.to_string())?;
         if entries != self.tensors {
             return Err("its tensors do not lie one after another".into());
         }
@@ -199,7 +205,8 @@ impl ShardEntry {
             return Err("its checksum is not 64 hexadecimal digits".into());
         }
         let header = self.header()?.len() as u64;
-        let end = self.tensors.last().map_or(header, |last| last.offset + last.bytes);
+        let tensors = self.tensors.last().map_or(header, |last| last.offset + last.bytes);
+        let end = tensors + self.tensors.iter().map(TensorEntry::check_bytes).sum::<u64>();
         if end != self.bytes {
             return Err(format!("its tensors end at byte {end} of {}", self.bytes));
         }

@@ -4,17 +4,20 @@
 //! The number of ranks that wrote it does not matter: tensors are found by name, wherever they
 //! lie. Every byte of every shard is checked before [`Restore::read_all`] succeeds.
 
-use std::collections::HashMap;
-use std::io;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
+use api::Rank;
 use api::config::StoreSection;
 use api::events::CheckpointFact;
 use tokio::runtime::{Builder, Runtime};
 
-use crate::decode::{TensorSink, read_shard};
 use crate::error::StoreError;
-use crate::format::TensorEntry;
+use crate::format::{Dtype, TensorEntry};
 use crate::manifest::{self, MANIFEST_BYTES_MAX, Manifest};
+use crate::read::{PieceTarget, ReadError, ReadOptions, ReadStats, read};
+use crate::reshard::ReshardError;
+use crate::slice::Slice;
 use crate::store::{Store, with_retries};
 
 /// Why a checkpoint was not restored.
@@ -79,6 +82,14 @@ pub enum RestoreError {
         /// Its shape in the model.
         expected: Vec<usize>,
     },
+    /// The checkpoint does not hold the parts of tensors that are wanted.
+    #[error("checkpoint `{key}`: {problem}: was the model changed since?")]
+    Reshard {
+        /// The manifest's key.
+        key: String,
+        /// What is missing or differs.
+        problem: Box<ReshardError>,
+    },
     /// The caller asks for the impossible.
     #[error("tensor `{name}` cannot be restored: {problem}")]
     Target {
@@ -117,7 +128,7 @@ pub struct TensorTarget<'a> {
 /// An opened checkpoint. Its methods block and must not be called from async code.
 pub struct Restore {
     store: Store,
-    manifest: Manifest,
+    manifest: Arc<Manifest>,
     key: String,
     /// Present until dropped.
     runtime: Option<Runtime>,
@@ -142,7 +153,7 @@ impl Restore {
             .enable_all()
             .build()
             .map_err(|error| RestoreError::Runtime(error.to_string()))?;
-        let manifest = runtime.block_on(read_recorded(&store, fact))?;
+        let manifest = Arc::new(runtime.block_on(read_recorded(&store, fact))?);
         let key = fact.manifest_key.clone();
         Ok(Self { store, manifest, key, runtime: Some(runtime) })
     }
@@ -157,29 +168,65 @@ impl Restore {
     pub fn read_all(&mut self, targets: &mut [TensorTarget<'_>]) -> Result<(), RestoreError> {
         let saved: HashMap<&str, &TensorEntry> =
             self.manifest.tensors().map(|tensor| (tensor.name.as_str(), tensor)).collect();
-        let mut outs: HashMap<&str, &mut TensorTarget<'_>> = HashMap::new();
-        for target in targets {
+        let mut wanted = HashSet::new();
+        for target in targets.iter() {
             self.check(target, saved.get(target.name).copied())?;
-            let name = target.name;
-            if outs.insert(name, target).is_some() {
-                let (name, problem) = (name.to_owned(), "it is asked for twice".to_owned());
+            if !wanted.insert(target.name) {
+                let (name, problem) = (target.name.to_owned(), "it is asked for twice".to_owned());
                 return Err(RestoreError::Target { name, problem });
             }
         }
-        if let Some(extra) = self.manifest.tensors().find(|t| !outs.contains_key(t.name.as_str())) {
+        if let Some(extra) = self.manifest.tensors().find(|t| !wanted.contains(t.name.as_str())) {
             let (key, name) = (self.key.clone(), extra.name.clone());
             return Err(RestoreError::Extra { key, name });
         }
-        let runtime = self.runtime.as_ref().expect("the runtime is present until drop");
-        for shard in &self.manifest.shards {
-            let outs = shard.tensors.iter().map(|tensor| {
-                let target = outs.remove(tensor.name.as_str());
-                target.map(|target| bytemuck::cast_slice_mut(&mut *target.out))
-            });
-            let mut sink = Outs(outs.collect());
-            runtime.block_on(read_shard(&self.store, shard, &mut sink))?;
+        let pieces = targets.iter_mut().filter_map(|target| {
+            let shape = &saved.get(target.name)?.shape;
+            let out = bytemuck::cast_slice_mut(&mut *target.out);
+            let (name, slice) = (target.name, Slice::whole(shape));
+            Some(PieceTarget { name, dtype: Dtype::F32, shape, slice, out })
+        });
+        let mut pieces: Vec<PieceTarget<'_>> = pieces.collect();
+        self.read_pieces(&mut pieces, &ReadOptions::of(Rank(0)), true).map(drop)
+    }
+
+    /// Fills every target, which may be any parts of any tensors, whatever mesh wrote them, reading
+    /// little more than is wanted. After an error the targets' contents are worthless.
+    ///
+    /// How much more is bounded by the options, where parts are large beside the tiles that
+    /// checksums are over. Of a compressed shard it is always all.
+    pub fn read(
+        &mut self,
+        targets: &mut [PieceTarget<'_>],
+        options: &ReadOptions,
+    ) -> Result<ReadStats, RestoreError> {
+        self.read_pieces(targets, options, false)
+    }
+
+    fn read_pieces(
+        &self,
+        targets: &mut [PieceTarget<'_>],
+        options: &ReadOptions,
+        all: bool,
+    ) -> Result<ReadStats, RestoreError> {
+        for target in targets.iter() {
+            let elements = target.slice.length.iter().try_fold(1u64, |p, l| p.checked_mul(*l));
+            let bytes = elements.and_then(|elements| elements.checked_mul(target.dtype.bytes()));
+            if bytes != Some(target.out.len() as u64) {
+                let (slice, found, name) =
+                    (&target.slice, target.out.len(), target.name.to_owned());
+                let problem = format!("{found} bytes were given for {slice}");
+                return Err(RestoreError::Target { name, problem });
+            }
         }
-        Ok(())
+        let runtime = self.runtime.as_ref().expect("the runtime is present until drop");
+        let reading = read(&self.store, &self.manifest, targets, options, all);
+        runtime.block_on(reading).map_err(|error| match error {
+            ReadError::Store(error) => RestoreError::Store(error),
+            ReadError::Reshard(problem) => {
+                RestoreError::Reshard { key: self.key.clone(), problem: Box::new(problem) }
+            }
+        })
     }
 
     fn check(
@@ -233,18 +280,4 @@ pub(crate) async fn read_recorded(
         return Err(RestoreError::Other { key, found, expected });
     }
     Ok(manifest)
-}
-
-/// A shard's tensors, each where it is to go.
-struct Outs<'a>(Vec<Option<&'a mut [u8]>>);
-
-impl TensorSink for Outs<'_> {
-    fn data(&mut self, tensor: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let out = self.0.get_mut(tensor).and_then(Option::as_deref_mut);
-        let start = offset as usize;
-        let place = out.and_then(|out| out.get_mut(start..start + bytes.len()));
-        let place = place.ok_or_else(|| io::Error::other("a tensor has no place to go"))?;
-        place.copy_from_slice(bytes);
-        Ok(())
-    }
 }

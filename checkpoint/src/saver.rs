@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::error::StoreError;
-use crate::format::{FormatError, TensorSlice};
+use crate::format::{self, FormatError, TensorPiece, TensorSlice};
 use crate::manifest::{self, MANIFEST_VERSION, Manifest, ManifestInfo, ShardEntry};
 use crate::nonce::nonce;
 use crate::staging::{ARENAS_MAX, Staged};
@@ -220,12 +220,26 @@ impl Saver {
     /// Copies this rank's tensors and returns; its shard is written behind. Waits only when both
     /// arenas are still being uploaded. `step` must be larger than the last one staged.
     pub fn stage(&mut self, step: Step, tensors: &[TensorSlice<'_>]) -> Result<(), SaveError> {
+        let shapes = format::shapes(tensors)?;
+        self.stage_pieces(step, &format::whole(tensors, &shapes))
+    }
+
+    /// The same for parts of tensors, as a mesh cuts them. The pieces of all ranks must make whole
+    /// tensors; what several ranks hold need be given by one of them only
+    /// ([`share_replicas`](crate::share_replicas) says by which). An empty piece is left out.
+    pub fn stage_pieces(
+        &mut self,
+        step: Step,
+        pieces: &[TensorPiece<'_>],
+    ) -> Result<(), SaveError> {
         self.shared.next_error()?;
         if let Some(last) = self.last_staged.filter(|last| step <= *last) {
             return Err(SaveError::StepOrder { step: step.0, last: last.0 });
         }
         let arena = self.shared.wait(|state| state.arenas.pop())?;
-        let staged = match Staged::copy(tensors, arena) {
+        // A compressed shard cannot be read in part.
+        let with_checks = self.options.compression == Compression::None;
+        let mut staged = match Staged::copy(pieces, arena, with_checks) {
             Ok(staged) => staged,
             Err(error) => {
                 self.shared.update(|state| state.arenas.push(Vec::new()));
@@ -240,7 +254,7 @@ impl Saver {
         let (store, options, writer) =
             (self.store.clone(), self.options.clone(), self.writer.clone());
         self.spawn(async move {
-            let written = write_shard(&store, &options, &writer, step, &staged).await;
+            let written = write_shard(&store, &options, &writer, step, &mut staged).await;
             let arena = staged.into_arena();
             guard.done(move |state| {
                 state.arenas.push(arena);
@@ -346,10 +360,12 @@ impl Saver {
         descriptor_json: &[u8],
     ) -> Result<(String, String, u64), SaveError> {
         self.shared.next_error()?;
-        let staged = Staged::copy(tensors, Vec::new())?;
+        let shapes = format::shapes(tensors)?;
+        let staged = Staged::copy(&format::whole(tensors, &shapes), Vec::new(), false)?;
+        let pieces = staged.pieces(Bytes::new());
         let mut hasher = Sha256::new();
-        for piece in staged.pieces() {
-            hasher.update(&piece);
+        for piece in &pieces {
+            hasher.update(piece);
         }
         let sha256 = hex(&hasher.finalize());
         let folder = keys::model(&self.options.job, self.options.generation);
@@ -359,7 +375,7 @@ impl Saver {
         let store = &self.store;
         let runtime = self.runtime.as_ref().expect("the runtime is present until drop");
         runtime.block_on(async {
-            write_object(store, &weights_key, &staged.pieces(), Compression::None).await?;
+            write_object(store, &weights_key, &pieces, Compression::None).await?;
             write_object(store, &descriptor_key, &descriptor, Compression::None).await
         })?;
         Ok((folder, sha256, staged.bytes()))
@@ -433,13 +449,16 @@ async fn write_shard(
     options: &SaverOptions,
     writer: &str,
     step: Step,
-    staged: &Staged,
+    staged: &mut Staged,
 ) -> Result<ShardEntry, StoreError> {
     let mut key = keys::shard(&options.job, step, options.generation, options.rank, writer);
     if options.compression == Compression::Zstd {
         key.push_str(".zst");
     }
-    let stored = write_object(store, &key, &staged.pieces(), options.compression).await?;
+    let checksums = tokio::task::block_in_place(|| staged.checksums());
+    let pieces = staged.pieces(checksums);
+    let stored = write_object(store, &key, &pieces, options.compression).await?;
+    drop(pieces);
     Ok(ShardEntry {
         rank: options.rank,
         key,

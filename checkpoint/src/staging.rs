@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::format::{self, FormatError, TensorEntry, TensorSlice};
+use crate::format::{self, Checks, FormatError, TensorEntry, TensorPiece};
+use crate::tiles::{self, TileSums};
 
 /// One being uploaded while the next is filled; a third would only hide a store that is too slow.
 pub(crate) const ARENAS_MAX: usize = 2;
@@ -31,28 +32,59 @@ impl AsRef<[u8]> for Shared {
 }
 
 impl Staged {
-    /// Copies tensors into `arena`, whose former content is dropped and whose memory is reused.
-    pub fn copy(tensors: &[TensorSlice<'_>], mut arena: Vec<u8>) -> Result<Self, FormatError> {
-        let order = format::order(tensors)?;
-        let sorted = || order.iter().map(|index| &tensors[*index]);
-        let (header, entries) = format::layout(sorted().map(|t| (t.name, format::shape_of(t))))?;
+    /// Copies pieces into `arena`, whose former content is dropped and whose memory is reused. With
+    /// checks, the file ends with [`checksums`](Self::checksums).
+    pub fn copy(
+        pieces: &[TensorPiece<'_>],
+        mut arena: Vec<u8>,
+        with_checks: bool,
+    ) -> Result<Self, FormatError> {
+        let (order, mut entries): (Vec<usize>, Vec<TensorEntry>) =
+            format::order(pieces)?.into_iter().unzip();
+        for entry in entries.iter_mut().filter(|_| with_checks) {
+            let ways = tiles::ways(&entry.place().length, entry.dtype.bytes());
+            entry.checks = ways.into_iter().map(|tile| Checks { tile, crc32c: 0 }).collect();
+        }
+        let (header, entries) = format::layout(entries)?;
         arena.clear();
         arena.reserve_exact(entries.iter().map(|entry| entry.bytes as usize).sum());
-        for tensor in sorted() {
-            arena.extend_from_slice(bytemuck::cast_slice(tensor.data));
+        for index in order {
+            arena.extend_from_slice(pieces[index].data);
         }
         Ok(Self { header: header.into(), arena: Arc::new(arena), tensors: entries })
     }
 
-    /// The file, without copying the arena.
-    pub fn pieces(&self) -> Vec<Bytes> {
+    /// Computes what is stored to check parts of the tensors by, and notes its own checksums in the
+    /// entries.
+    pub fn checksums(&mut self) -> Bytes {
+        let header = self.header.len() as u64;
+        let mut all = Vec::new();
+        for entry in &mut self.tensors {
+            let length = entry.place().length;
+            let start = (entry.offset - header) as usize;
+            let data = &self.arena[start..start + entry.bytes as usize];
+            for checks in &mut entry.checks {
+                let mut sums = TileSums::new(&length, &checks.tile, entry.dtype.bytes());
+                sums.update(data);
+                let bytes = tiles::to_bytes(&sums.finish());
+                checks.crc32c = crc32c::crc32c(&bytes);
+                all.extend_from_slice(&bytes);
+            }
+        }
+        all.into()
+    }
+
+    /// The file, without copying the arena; `checksums` are its end.
+    pub fn pieces(&self, checksums: Bytes) -> Vec<Bytes> {
         let data = Bytes::from_owner(Shared(self.arena.clone()));
-        [self.header.clone(), data].into_iter().filter(|piece| !piece.is_empty()).collect()
+        let pieces = [self.header.clone(), data, checksums];
+        pieces.into_iter().filter(|piece| !piece.is_empty()).collect()
     }
 
     /// Length of the file.
     pub fn bytes(&self) -> u64 {
-        (self.header.len() + self.arena.len()) as u64
+        let checks: u64 = self.tensors.iter().map(TensorEntry::check_bytes).sum();
+        (self.header.len() + self.arena.len()) as u64 + checks
     }
 
     /// The memory, for the next copy; new if something still holds it.
@@ -63,7 +95,10 @@ impl Staged {
 
 #[cfg(test)]
 mod tests {
+    use safetensors::SafeTensors;
+
     use super::*;
+    use crate::format::TensorSlice;
 
     #[test]
     fn a_second_copy_reuses_the_memory_and_gives_the_same_bytes() {
@@ -72,15 +107,22 @@ mod tests {
             TensorSlice { name: "b", shape: &[10, 100], data: &data },
             TensorSlice { name: "a", shape: &[1000], data: &data },
         ];
-        let first = Staged::copy(&tensors, Vec::new()).expect("copies");
-        let file: Vec<u8> = first.pieces().concat();
+        let shapes = format::shapes(&tensors).expect("agree");
+        let pieces = format::whole(&tensors, &shapes);
+        let first = Staged::copy(&pieces, Vec::new(), false).expect("copies");
+        let file: Vec<u8> = first.pieces(Bytes::new()).concat();
         assert_eq!(file, format::safetensors_bytes(&tensors).expect("writes"));
         assert_eq!(first.bytes(), file.len() as u64);
         let arena = first.into_arena();
         let address = arena.as_ptr();
         assert_eq!(arena.capacity(), 8000);
-        let second = Staged::copy(&tensors, arena).expect("copies");
-        assert_eq!(second.pieces().concat(), file);
+        let mut second = Staged::copy(&pieces, arena, true).expect("copies");
+        let checksums = second.checksums();
+        let checked = second.pieces(checksums).concat();
+        assert_eq!(checked.len() as u64, second.bytes());
+        let theirs = SafeTensors::deserialize(&checked).expect("a safetensors file");
+        assert_eq!(theirs.tensor("b").expect("there").data(), bytemuck::cast_slice::<_, u8>(&data));
+        assert_eq!(theirs.len(), 3, "two tensors and the checksums");
         assert_eq!(second.arena.as_ptr(), address, "memory was not reused");
     }
 }

@@ -15,7 +15,8 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{
-    Error, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
+    Error, GetOptions, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
+    PutPayload,
 };
 
 use crate::error::{Attempt, Place, StoreError};
@@ -212,6 +213,31 @@ impl Store {
             return Err(StoreError::Corrupt { key: key.to_owned(), problem });
         }
         Ok(found)
+    }
+
+    /// Reads some bytes of an object that must have `bytes` bytes in all: one that was cut off or
+    /// replaced is told by its size in the same answer.
+    pub(crate) async fn get_range_of(
+        &self,
+        key: &str,
+        range: Range<u64>,
+        bytes: u64,
+    ) -> Result<Bytes, StoreError> {
+        let attempt = self.attempt("read", key);
+        let expected = range.end.saturating_sub(range.start);
+        let options = GetOptions::new().with_range(Some(range));
+        let found = self.inner.get_opts(&self.path(key)?, options).await;
+        let found = found.map_err(|error| attempt.failed(error))?;
+        if found.meta.size != bytes {
+            let problem = format!("it has {} bytes, expected {bytes}", found.meta.size);
+            return Err(StoreError::Corrupt { key: key.to_owned(), problem });
+        }
+        let content = found.bytes().await.map_err(|error| attempt.failed(error))?;
+        if content.len() as u64 != expected {
+            let problem = format!("{} of {expected} bytes came", content.len());
+            return Err(attempt.unavailable(problem, false));
+        }
+        Ok(content)
     }
 
     /// The size of an object.

@@ -216,7 +216,7 @@ fn a_manifest_that_is_not_the_recorded_one_is_refused() {
     let text = edit(&|m| m.job = "other".parse().expect("a name"));
     assert!(text.contains("jobs/other/"), "{text}");
     let text = edit(&|m| m.version = 99);
-    assert!(text.contains("version 99, expected 1"), "{text}");
+    assert!(text.contains("version 99, expected at most 2"), "{text}");
     let text = edit(&|m| drop(m.shards.pop()));
     assert!(text.contains("1 shards for a world size of 2"), "{text}");
     let text = edit(&|m| m.shards.reverse());
@@ -233,7 +233,7 @@ fn a_manifest_that_is_not_the_recorded_one_is_refused() {
         let twin = m.shards[0].clone();
         m.shards[1] = checkpoint::ShardEntry { rank: api::Rank(1), ..twin };
     });
-    assert!(text.contains("in two shards"), "{text}");
+    assert!(text.contains("the key of two shards"), "{text}");
 
     fs::write(&path, "{").expect("writes");
     assert!(damaged.problems().contains("not a manifest"));

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "every test binary uses a part")]
 
+pub mod counting;
+
 use std::collections::BTreeMap;
 
 use api::config::StoreSection;
