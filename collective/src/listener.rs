@@ -28,6 +28,8 @@ const WORLD_SIZE_MAX: u32 = 480;
 const DESCRIPTORS_MAX: usize = 960;
 /// Most characters of a group's name.
 const GROUP_CHARS_MAX: usize = 256;
+/// Most bytes of the name of a host.
+const HOST_BYTES_MAX: usize = 1024;
 /// A host that vanished is found after 10 s + 4 · 5 s, on the connection for last words, which is
 /// idle. A stopped process on a living host is not taken for dead: its kernel still answers.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
@@ -163,6 +165,8 @@ fn check(
         format!("{} addresses of peers, expected one for each of {world} ranks", peers.len())
     } else if options.group.chars().count() > GROUP_CHARS_MAX {
         format!("its name is longer than {GROUP_CHARS_MAX} characters")
+    } else if options.host.as_ref().is_some_and(|host| host.len() > HOST_BYTES_MAX) {
+        format!("the name of its host is longer than {HOST_BYTES_MAX} bytes")
     } else if world > 1 && options.secret.reveal().is_empty() {
         "the secret is empty".to_owned()
     } else {

@@ -239,11 +239,17 @@ fn check(file: &Path) -> Result<()> {
 /// The whole table or none of it.
 fn write(table: &Selection, file: &Path) -> Result<()> {
     let unwritable = |e: &dyn std::fmt::Display| CliError::usage(format!("--tune: {e}"));
-    let temporary = file.with_extension("partial");
+    // Beside it, under a name that is nobody else's.
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    let temporary = file.with_file_name(format!(".{name}.{}.partial", std::process::id()));
     table.save(&temporary).map_err(|e| unwritable(&e))?;
     let replaced = File::open(&temporary)
         .and_then(|written| written.sync_all())
         .and_then(|()| std::fs::rename(&temporary, file));
+    if replaced.is_err() {
+        // Best effort: the error that follows is what counts.
+        let _ = std::fs::remove_file(&temporary);
+    }
     replaced.map_err(|e| unwritable(&format!("cannot write `{}`: {e}", file.display())))
 }
 

@@ -52,7 +52,7 @@ const MAIL_BYTES: usize = 16 << 20;
 const SLOT_MOST: usize = 64 << 10;
 const SLOT_LEAST: usize = PAGE;
 /// … and still more get none.
-const MAIL_RANKS_MAX: usize = 64;
+const MAIL_RANKS_MAX: usize = 45;
 
 /// Which of a rank's counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -357,4 +357,5 @@ impl Drop for Segment {
 }
 
 const _: () = assert!(HEADERS_AT + 2 * HEADER_BYTES <= CONTROL_BYTES);
+const _: () = assert!(2 * MAIL_RANKS_MAX * MAIL_RANKS_MAX * SLOT_LEAST <= MAIL_BYTES);
 const _: () = assert!(MAGIC.len() + NONCE_BYTES <= PAGE);

@@ -453,11 +453,14 @@ fn partials_that_are_not_this_ranks_are_refused() {
 #[test]
 fn options_that_cannot_be_are_refused() {
     type Change = fn(&mut crate::GroupOptions, &mut Vec<SocketAddr>);
-    let cases: [(&str, Change); 5] = [
+    let cases: [(&str, Change); 6] = [
         ("a world of 0 ranks", |options, _| options.world_size = 0),
         ("a world of 5000 ranks, expected 1 to 480", |options, _| options.world_size = 5000),
         ("r2 is not below the world size of 2", |options, _| options.rank = Rank(2)),
         ("3 addresses of peers", |_, peers| peers.push(peers[0])),
+        ("its host is longer than 1024 bytes", |options, _| {
+            options.host = Some("h".repeat(1025));
+        }),
         ("the secret is empty", |options, _| options.secret = Secret::new("")),
     ];
     for (expected, change) in cases {

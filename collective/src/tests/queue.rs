@@ -1,6 +1,7 @@
 //! Calls that run behind the caller.
 
 use std::sync::mpsc::channel;
+use std::sync::{Arc, Barrier};
 
 use api::Rank;
 
@@ -53,8 +54,11 @@ fn calls_run_in_order_behind_the_caller_and_give_their_buffers_back() {
 
 #[test]
 fn the_error_of_a_call_comes_from_its_handle_and_from_all_later_ones() {
-    let texts = in_parallel(2, |rank, listener, peers| {
+    // A rank that panics must not fail one that is still forming.
+    let formed = Arc::new(Barrier::new(2));
+    let texts = in_parallel(2, move |rank, listener, peers| {
         let group = listener.connect(options(rank, 2), &peers).unwrap();
+        formed.wait();
         let queue = Queue::start(Box::new(group)).unwrap();
         let len = 10 + rank as usize;
         let submit = || {
