@@ -190,7 +190,7 @@ pub(crate) fn sources(
             let preference = |(shard, _): &&(usize, usize)| {
                 let count = shards.len() as u64;
                 let distance = (*shard as u64 + count - u64::from(reader.0) % count) % count;
-                (distance != 0, read.get(shard).copied().unwrap_or(0), distance)
+                (shards[*shard].rank != reader, read.get(shard).copied().unwrap_or(0), distance)
             };
             let Some((shard, tensor)) = replicas.iter().min_by_key(preference).copied() else {
                 continue;
