@@ -445,15 +445,18 @@ impl Communicator for ProcessGroup {
                     .map(|partial| typed::<T>(site, partial.data))
                     .collect::<Outcome<_>>()?;
                 let output = typed_mut::<T>(site, output)?;
-                match parts.split_first() {
-                    // The lanes of a rank in their order, then the ranks in whatever is fastest.
-                    Some((first, rest)) if core.peers.reduction == Reduction::Fast => {
+                match (parts.split_first(), &core.carrier) {
+                    // The lanes of a rank in their order, then the ranks in whatever is fastest. In
+                    // memory the fixed order is: partials are read where they are.
+                    (Some((first, rest)), Carrier::Sockets)
+                        if core.peers.reduction == Reduction::Fast =>
+                    {
                         output.copy_from_slice(first);
                         for part in rest {
                             let pairs = output.iter_mut().zip(*part);
                             pairs.for_each(|(sum, value)| *sum = sum.sum(*value));
                         }
-                        carry!(core, all_reduce(site, ReduceOp::Sum, output))
+                        core.peers.all_reduce(site, ReduceOp::Sum, output)
                     }
                     _ => carry!(core, reduce_lanes(site, tree, &parts, output)),
                 }
