@@ -1,5 +1,5 @@
-//! `checkpoint.keep` is kept: when a command has ended, the store holds the newest checkpoints, all
-//! of them whole, and nothing else; also after a rank was killed.
+//! `checkpoint.keep` is kept: when a command has ended, the store holds the newest checkpoints and those
+//! that are kept for good, all of them whole, and nothing else; also after a rank was killed.
 
 mod common;
 
@@ -23,6 +23,16 @@ fn a_clean_run_leaves_the_newest_checkpoints() {
     let last = running.finish().expect_code(0).last_json();
     assert_eq!((&last["state"], &last["restarts"]), (&"succeeded".into(), &0.into()), "{last}");
     check_left(&dir, &[(195, 1), (200, 1)]);
+}
+
+#[test]
+fn every_k_th_checkpoint_is_kept_for_good() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("run");
+    let sets = [&SETS[..], &["checkpoint.keep_every_steps=80"]].concat();
+    let running = Running::start(&mut submit_local(&small_job(folder.path(), ""), &dir, &sets));
+    running.finish().expect_code(0);
+    check_left(&dir, &[(80, 1), (160, 1), (195, 1), (200, 1)]);
 }
 
 #[test]

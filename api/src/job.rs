@@ -10,7 +10,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::document::{self, DocumentError};
-use crate::ids::Name;
+use crate::ids::{Name, Step};
 use crate::schema::{AlgorithmSchema, SchemaError, Value};
 use crate::units::Span;
 
@@ -195,8 +195,17 @@ pub struct CheckpointPolicy {
     pub every_steps: u64,
     /// Newest committed checkpoints kept; the leader deletes older ones.
     pub keep: NonZeroU32,
+    /// Checkpoints at steps that this divides are kept for good; 0: none.
+    pub keep_every_steps: u64,
     /// Compression of the shards.
     pub compression: Compression,
+}
+
+impl CheckpointPolicy {
+    /// Whether a checkpoint stays however old it is.
+    pub fn is_kept_for_good(&self, step: Step) -> bool {
+        self.keep_every_steps > 0 && step.0.is_multiple_of(self.keep_every_steps)
+    }
 }
 
 impl Default for CheckpointPolicy {
@@ -204,6 +213,7 @@ impl Default for CheckpointPolicy {
         Self {
             every_steps: 100,
             keep: const { NonZeroU32::new(3).expect("not zero") },
+            keep_every_steps: 0,
             compression: Compression::None,
         }
     }
@@ -357,6 +367,16 @@ impl JobSpec {
             return fail(format!(
                 "parallel.data = {data} does not equal resources.ranks = {ranks}: the product of \
                  the parallel axes must be the number of ranks"
+            ));
+        }
+        let CheckpointPolicy { every_steps, keep_every_steps, .. } = self.checkpoint;
+        if keep_every_steps > 0
+            && (every_steps == 0 || !keep_every_steps.is_multiple_of(every_steps))
+        {
+            return fail(format!(
+                "checkpoint.keep_every_steps = {keep_every_steps} is not a multiple of \
+                 checkpoint.every_steps = {every_steps}: there is no checkpoint to keep at most of \
+                 these steps"
             ));
         }
         if self.stop.max_steps.is_none() && self.stop.max_epochs.is_none() {

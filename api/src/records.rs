@@ -161,6 +161,11 @@ impl CheckpointRecord {
     pub fn id(job: &Name, step: Step) -> String {
         format!("{job}/{:012}", step.0)
     }
+
+    /// The step that an id names, if it is one.
+    pub fn step_of(id: &str) -> Option<Step> {
+        id.rsplit_once('/')?.1.parse().ok().map(Step)
+    }
 }
 
 /// A finished model.

@@ -17,6 +17,8 @@ use crate::records::{RecordError, Records};
 pub struct Retention {
     /// Recorded: may be resumed from, verified and exported.
     recorded: BTreeSet<(Step, Generation)>,
+    /// The oldest of the newest that `checkpoint.keep` keeps.
+    window: Option<(Step, Generation)>,
     /// Nothing of this generation and those before it will be recorded any more.
     cleared: Generation,
 }
@@ -27,7 +29,8 @@ impl Retention {
     /// # Errors
     /// When one of its records cannot be read: then nothing is known to be of no use.
     pub fn of(records: &Records, job: &Name) -> Result<Option<Self>, RecordError> {
-        let Some((_, JobRecord { status, .. })) = records.read(KIND_JOB, job.as_str())? else {
+        let Some((_, JobRecord { spec, status, .. })) = records.read(KIND_JOB, job.as_str())?
+        else {
             return Ok(None);
         };
         let mut recorded = BTreeSet::new();
@@ -45,7 +48,9 @@ impl Retention {
             true => status.generation,
             false => Generation(status.generation.0.saturating_sub(1)),
         };
-        Ok(Some(Self { recorded, cleared }))
+        let keep = spec.checkpoint.keep.get() as usize;
+        let window = recorded.iter().rev().take(keep).last().copied();
+        Ok(Some(Self { recorded, window, cleared }))
     }
 
     /// Whether a checkpoint of the store may go. `is_complete`: it has a manifest. `ended`: a
@@ -63,9 +68,9 @@ impl Retention {
         let is_before = |recorded: Option<&(Step, Generation)>| {
             recorded.is_some_and(|(recorded, _)| step < *recorded)
         };
-        // Nobody writes or records at steps before the newest recorded one; before the oldest one
-        // lie those that were recorded once.
-        let is_dropped = is_before(self.recorded.first());
+        // Nobody writes or records at steps before the newest recorded one; before the oldest of
+        // the newest ones, between those that are kept for good, lie those that were recorded once.
+        let is_dropped = is_before(self.window.as_ref());
         // Its own ranks have said all they had to say: only what is newer and whole may be adopted.
         let is_left_over = ended.is_some_and(|ended| generation <= ended)
             && (!is_complete || is_before(self.recorded.last()));

@@ -5,7 +5,7 @@
 //! difference before you commit it. Commands:
 //!
 //! ```text
-//! submit NAME [ranks=2] [keep=1] [max_failures=0] [max_time=60s] [relaxed] [request=ID]
+//! submit NAME [ranks=2] [keep=1] [keep_every=200] [max_failures=0] [max_time=60s] [relaxed] [request=ID]
 //! stop NAME | stop-endpoint NAME | resume NAME
 //! deploy NAME model=MODEL [listen=127.0.0.1:0] [request=ID]
 //! hello WORKER [slots=2] [host=H] [incarnation=1] [cluster=ID] [TASK[@PORT][+peers] …]
@@ -504,6 +504,9 @@ fn spec(words: &Words<'_>) -> JobSpec {
     }
     if let Some(keep) = nonzero("keep") {
         spec.checkpoint.keep = keep;
+    }
+    if let Some(steps) = words.number("keep_every") {
+        spec.checkpoint.keep_every_steps = steps;
     }
     if let Some(failures) = words.number("max_failures") {
         spec.recovery.max_failures = failures as u32;

@@ -258,8 +258,10 @@ impl History {
         let ranks = 1 + self.below(5);
         let text = format!(
             "name = \"{name}\"\nalgorithm = \"transformer\"\n[stop]\nmax_steps = 30\n\
-             [resources]\nranks = {ranks}\n[checkpoint]\nkeep = {}\n[recovery]\nmax_failures = {}\n",
+             [resources]\nranks = {ranks}\n[checkpoint]\nevery_steps = 1\nkeep = {}\nkeep_every_steps = {}\n\
+             [recovery]\nmax_failures = {}\n",
             1 + self.below(2),
+            self.below(4),
             self.below(3)
         );
         let folder = std::path::Path::new("/data");

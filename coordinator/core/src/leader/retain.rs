@@ -74,20 +74,24 @@ impl Leader {
 }
 
 /// Records beyond the newest `checkpoint.keep`, counting those at `written` that are about to be
-/// recorded. Never those.
+/// recorded. Never those, nor what `checkpoint.keep_every_steps` keeps for good.
 pub(super) fn surplus_checkpoints(
     records: &Records,
     job: &JobRecord,
     written: impl IntoIterator<Item = Step>,
 ) -> Vec<RecordKey> {
+    let policy = &job.spec.checkpoint;
     let id = |step| CheckpointRecord::id(&job.spec.name, step);
+    let is_kept = |key: &&RecordKey| {
+        CheckpointRecord::step_of(&key.id).is_some_and(|step| policy.is_kept_for_good(step))
+    };
     let written: BTreeSet<String> = written.into_iter().map(id).collect();
     let former: Vec<&RecordKey> = records
         .list(KIND_CHECKPOINT, &format!("{}/", job.spec.name))
         .map(|(key, _)| key)
         .filter(|key| !written.contains(&key.id))
         .collect();
-    let kept = (job.spec.checkpoint.keep.get() as usize).saturating_sub(written.len());
+    let kept = (policy.keep.get() as usize).saturating_sub(written.len());
     let surplus = former.len().saturating_sub(kept);
-    former.into_iter().take(surplus).cloned().collect()
+    former.into_iter().take(surplus).filter(|key| !is_kept(key)).cloned().collect()
 }
