@@ -208,6 +208,17 @@ pub enum CheckpointCommand {
         #[arg(long)]
         step: Option<u64>,
     },
+    /// Say which tensors differ between two checkpoints of a job, and by how much.
+    Diff {
+        /// The job.
+        job: String,
+        /// The step of the one; absent: the one before the other.
+        #[arg(long, value_name = "STEP")]
+        from: Option<u64>,
+        /// The step of the other; absent: the newest.
+        #[arg(long, value_name = "STEP")]
+        to: Option<u64>,
+    },
     /// Write a checkpoint's weights as one safetensors file.
     Export {
         /// The job.

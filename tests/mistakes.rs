@@ -200,6 +200,9 @@ fn a_taken_name_and_a_flipped_byte() {
     export.args(["checkpoint", "export", "small", "-o"]).arg(&exported).arg("--dir").arg(&dir);
     let export = run(&mut export);
     assert!(export.code == 9 && !exported.exists(), "nothing half-written: {export:?}");
+    let mut diff = cluster();
+    let diff = run(diff.args(["checkpoint", "diff", "small", "--dir"]).arg(&dir));
+    refused(diff, 9, &[&name]);
     // The one before is whole.
     let mut older = cluster();
     older.args(["checkpoint", "export", "small", "--step", "5", "-o"]).arg(&exported);

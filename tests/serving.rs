@@ -125,6 +125,12 @@ fn a_job_is_stopped_with_its_state_and_resumed() {
     assert!(saved >= 12, "the state at the stop was saved: {job}");
     let verified = ask(&["checkpoint", "verify", "small"]).expect_code(0);
     assert!(verified.last_json()["report"]["ok"] == true, "{verified:?}");
+    let diff = ask(&["checkpoint", "diff", "small"]).expect_code(0).last_json();
+    assert_eq!(diff["to"].as_u64(), Some(saved), "{diff}");
+    assert!(diff["from"].as_u64() < Some(saved), "{diff}");
+    let changed = diff["report"]["differing"].as_array().expect("tensors");
+    assert!(changed.iter().all(|tensor| tensor["difference"] == "values"), "{diff}");
+    assert!(changed.iter().any(|tensor| tensor["largest"].as_f64() > Some(0.0)), "{diff}");
     let mut resume = cluster();
     resume.args(["resume", "small", "--json", "--follow", "--dir"]).arg(&dir);
     let mut resumed = Running::start(&mut resume);

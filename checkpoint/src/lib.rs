@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod decode;
+mod diff;
 mod download;
 mod error;
 mod export;
@@ -37,6 +38,7 @@ mod tiles;
 mod tools;
 mod upload;
 
+pub use diff::{DiffReport, Difference, TensorDiff, diff};
 pub use error::{Place, StoreError};
 pub use export::{ExportReport, export};
 pub use format::{

@@ -1,8 +1,8 @@
-//! `cluster checkpoints` and `cluster checkpoint verify|export`.
+//! `cluster checkpoints` and `cluster checkpoint verify|diff|export`.
 
 use api::records::CheckpointRecord;
 use api::{ExitClass, Name, Step};
-use checkpoint::Store;
+use checkpoint::{Difference, Store};
 
 use crate::args::{CheckpointCommand, Global};
 use crate::context::Access;
@@ -36,6 +36,7 @@ pub async fn list(global: &Global, job: &str) -> Result<()> {
 pub async fn run(global: &Global, command: CheckpointCommand) -> Result<()> {
     match command {
         CheckpointCommand::Verify { job, step } => verify(global, &job, step).await,
+        CheckpointCommand::Diff { job, from, to } => diff(global, &job, from, to).await,
         CheckpointCommand::Export { job, output, step } => {
             let (records, store) = open(global, &job).await?;
             let record = pick(&job, &records, step)?;
@@ -95,6 +96,53 @@ async fn verify(global: &Global, job: &str, step: Option<u64>) -> Result<()> {
         .with_hint("an older one may be whole: `cluster checkpoint export JOB --step N`"));
     }
     Ok(())
+}
+
+async fn diff(global: &Global, job: &str, from: Option<u64>, to: Option<u64>) -> Result<()> {
+    let (records, store) = open(global, job).await?;
+    let second = pick(job, &records, to)?;
+    let first = match from {
+        Some(_) => pick(job, &records, from)?,
+        None => {
+            let older = records.iter().rfind(|record| record.fact.step < second.fact.step);
+            older.ok_or_else(|| {
+                let text =
+                    format!("job `{job}` has no checkpoint before step {}", second.fact.step.0);
+                CliError::new(ExitClass::NotFound, text).with_hint("name one with --from STEP")
+            })?
+        }
+    };
+    let report = checkpoint::diff(&store, &first.fact, &second.fact)
+        .await
+        .map_err(|e| CliError::new(ExitClass::Corrupt, e.to_string()))?;
+    let (from, to) = (first.fact.step, second.fact.step);
+    if global.json {
+        output::json(&serde_json::json!({ "from": from, "to": to, "report": report }));
+        return Ok(());
+    }
+    let rows = report.differing.iter().map(|tensor| diff_row(&tensor.name, &tensor.difference));
+    output::table(&["tensor", "differs in", "largest"], rows.collect(), "no tensor differs");
+    output::line(&format!(
+        "step {} and step {}: {} tensors differ, {} are the same",
+        from.0,
+        to.0,
+        report.differing.len(),
+        report.same
+    ));
+    Ok(())
+}
+
+fn diff_row(name: &str, difference: &Difference) -> Vec<String> {
+    let (what, largest) = match difference {
+        Difference::OnlyFirst => ("only the first has it".to_owned(), String::new()),
+        Difference::OnlySecond => ("only the second has it".to_owned(), String::new()),
+        Difference::Kind { first, second } => (format!("{first} became {second}"), String::new()),
+        Difference::Values { elements, differing, largest } => (
+            format!("{differing} of {elements} elements"),
+            largest.map_or("not a number".to_owned(), |largest| format!("{largest:.3e}")),
+        ),
+    };
+    vec![name.to_owned(), what, largest]
 }
 
 /// A job's records in step order, and the store they lie in.

@@ -49,7 +49,7 @@ impl Retention {
             false => Generation(status.generation.0.saturating_sub(1)),
         };
         let keep = spec.checkpoint.keep.get() as usize;
-        let window = recorded.iter().rev().take(keep).last().copied();
+        let window = recorded.iter().rev().take(keep).next_back().copied();
         Ok(Some(Self { recorded, window, cleared }))
     }
 
