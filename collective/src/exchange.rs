@@ -166,7 +166,8 @@ impl<'m> Exchange<'m> {
                 }
                 continue;
             }
-            self.wait(timeout)?;
+            let soon = self.payload.beside(self.peers)?;
+            self.wait(soon.unwrap_or(timeout).min(timeout))?;
             if let Some(aborted) = self.peers.abort.raised() {
                 return Err(aborted);
             }

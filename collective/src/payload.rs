@@ -5,6 +5,10 @@
 
 use std::io::IoSlice;
 use std::ops::Range;
+use std::time::Duration;
+
+use crate::error::CollectiveError;
+use crate::peers::Peers;
 
 /// Memory ranges handed to the kernel in one call, well below its limit of 1,024.
 const WRITE_SLICES: usize = 64;
@@ -69,6 +73,12 @@ pub(crate) trait Payload {
 
     /// Memory for a range of the bytes from a peer, from its start on; empty if there is none yet.
     fn room(&mut self, peer: usize, range: Range<usize>) -> &mut [u8];
+
+    /// Called before each wait: does what has to go on beside the connections, and says how soon it
+    /// wants to be called again.
+    fn beside(&mut self, _peers: &Peers) -> Result<Option<Duration>, CollectiveError> {
+        Ok(None)
+    }
 
     /// Bytes are now in that memory. Whether more may be sent or received than before.
     fn arrived(&mut self, _peer: usize, _range: Range<usize>) -> bool {

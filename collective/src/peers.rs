@@ -20,7 +20,7 @@ use crate::frame::{FrameCodec, FrameError, FrameKind, encode_site, last_words};
 use crate::link::{Link, LinkError, Waiting};
 use crate::meter::Meter;
 use crate::patience::Patience;
-use crate::payload::{Nothing, Sink, Transfers};
+use crate::payload::{Nothing, Payload, Sink, Transfers};
 use crate::selection::Selection;
 use crate::tcp_options::TcpOptions;
 
@@ -298,8 +298,17 @@ impl Peers {
     ) -> Result<(), CollectiveError> {
         let mut transfers = Transfers::none(self.world);
         transfers.send[to as usize] = Some(bytes);
+        self.send_payload(site, &mut transfers)
+    }
+
+    /// The same of a payload that goes to one rank.
+    pub(crate) fn send_payload(
+        &mut self,
+        site: CallSite,
+        payload: &mut dyn Payload,
+    ) -> Result<(), CollectiveError> {
         let part = self.collectives() as u16;
-        Exchange::run(self, site, part, &mut transfers)
+        Exchange::run(self, site, part, payload)
     }
 
     /// One frame from one rank.

@@ -1,13 +1,17 @@
 //! Calls that move data and compute nothing, up and down the hosts.
 
+use std::ops::Range;
+use std::time::Duration;
+
 use super::Mixed;
 use crate::call::CallSite;
 use crate::chunk::chunk_range;
 use crate::element::Element;
 use crate::error::CollectiveError;
 use crate::exchange::Exchange;
-use crate::payload::{Sink, Transfers};
+use crate::payload::{Length, Payload, Sink, Slices, Transfers};
 use crate::peers::{Parts, Peers};
+use crate::shared::Shared;
 
 impl Mixed {
     /// Returns when every rank is here: those of a host, then a rank of each, then those of a host.
@@ -149,7 +153,7 @@ impl Mixed {
         if self.hosts.here().contains(&to) {
             return self.shared.send(peers, site, bytes, to);
         }
-        peers.send(site, bytes, to)
+        peers.send_payload(site, &mut Sending { to: to as usize, bytes, shared: &mut self.shared })
     }
 
     /// A message from a rank.
@@ -170,5 +174,39 @@ impl Mixed {
     fn on_rail_of(&self, rank: u32) -> Option<usize> {
         let host = self.hosts.runs.iter().position(|run| run.contains(&rank))?;
         self.rail.iter().position(|member| *member == Some(host))
+    }
+}
+
+/// How often a rank that is blocked in a send to another host looks into its mailboxes.
+const MAILBOX_AGAIN: Duration = Duration::from_millis(1);
+
+/// A message to a rank of another host. While it waits, the ranks of this host that send to this one
+/// go on: else each might wait for the other.
+struct Sending<'a> {
+    to: usize,
+    bytes: &'a [u8],
+    shared: &'a mut Shared,
+}
+
+impl Payload for Sending<'_> {
+    fn outgoing(&self, peer: usize) -> Option<usize> {
+        (peer == self.to).then_some(self.bytes.len())
+    }
+
+    fn incoming(&self, _: usize) -> Option<Length> {
+        None
+    }
+
+    fn ready<'b>(&'b self, _: usize, range: Range<usize>, slices: &mut Slices<'b>) {
+        slices.push(&self.bytes[range]);
+    }
+
+    fn room(&mut self, _: usize, _: Range<usize>) -> &mut [u8] {
+        &mut []
+    }
+
+    fn beside(&mut self, peers: &Peers) -> Result<Option<Duration>, CollectiveError> {
+        self.shared.take_early(peers)?;
+        Ok(Some(MAILBOX_AGAIN))
     }
 }

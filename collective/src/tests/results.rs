@@ -271,6 +271,31 @@ pub(super) fn two_ranks_may_send_much_to_each_other_at_the_same_time() {
 }
 
 #[test]
+pub(super) fn a_rank_that_is_blocked_in_a_send_takes_what_others_send_to_it() {
+    // Rank 2 waits for rank 0, which waits for room at rank 1, which waits for room at rank 2.
+    const LEN: usize = 2 << 20;
+    group(3, |rank, communicator| {
+        let message = |from: u32| vec![i64::from(from); LEN];
+        let send = |communicator: &mut ProcessGroup, to| {
+            communicator.send((&message(rank)).into(), Rank(to)).unwrap();
+        };
+        let receive = |communicator: &mut ProcessGroup, from| {
+            let mut buffer = vec![-1; LEN];
+            communicator.recv((&mut buffer).into(), Rank(from)).unwrap();
+            assert_eq!(buffer, message(from));
+        };
+        match rank {
+            0 => [1, 2].into_iter().for_each(|to| send(communicator, to)),
+            1 => {
+                send(communicator, 2);
+                receive(communicator, 0);
+            }
+            _ => [0, 1].into_iter().for_each(|from| receive(communicator, from)),
+        }
+    });
+}
+
+#[test]
 pub(super) fn a_long_random_script_stays_in_step() {
     // Ranks run ahead of each other where a call lets them; nothing may be taken for another call.
     const WORLD: u32 = 4;
@@ -315,6 +340,7 @@ super::also_over_shared_memory!(
     a_negative_zero_and_nan_survive,
     bytes_of_different_lengths_reach_every_rank_and_too_many_are_refused,
     two_ranks_may_send_much_to_each_other_at_the_same_time,
+    a_rank_that_is_blocked_in_a_send_takes_what_others_send_to_it,
     a_long_random_script_stays_in_step,
 );
 
@@ -324,5 +350,6 @@ super::also_over_several_hosts!(
     a_negative_zero_and_nan_survive,
     bytes_of_different_lengths_reach_every_rank_and_too_many_are_refused,
     two_ranks_may_send_much_to_each_other_at_the_same_time,
+    a_rank_that_is_blocked_in_a_send_takes_what_others_send_to_it,
     a_long_random_script_stays_in_step,
 );
