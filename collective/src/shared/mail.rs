@@ -353,17 +353,13 @@ impl Shared {
 mod tests {
     use std::sync::{Arc, Barrier};
     use std::thread;
-    use std::time::Duration;
 
     use api::Rank;
 
     use super::*;
     use crate::carrier::Carrier;
-    use crate::tests::{TRANSPORT, group};
+    use crate::tests::{HANG, TRANSPORT, group};
     use crate::{Communicator, ElementType, ProcessGroup, ReduceOp, Transport};
-
-    /// Longer than a rank is silent about what it waits for.
-    const LONG: Duration = Duration::from_millis(3 * WAITING_AFTER.as_millis() as u64);
 
     fn memory(communicator: &mut ProcessGroup) -> (&mut Peers, &mut Shared) {
         match communicator.parts() {
@@ -379,7 +375,7 @@ mod tests {
             let len = 2 * memory(communicator).1.segment.slot();
             let message = vec![7u8; len];
             if rank == 0 {
-                // A sender whose process is held up between two pieces.
+                // A sender that is held up between two pieces until its peer says that it waits.
                 let (peers, shared) = memory(communicator);
                 let call = Call::over(Operation::Send, ElementType::U8, len).with_detail(1);
                 let site = CallSite { call, number: 0 };
@@ -387,14 +383,20 @@ mod tests {
                 peers.links[1].iter_mut().for_each(|link| link.frames_sent += 1);
                 let (first, second) = message.split_at(len / 2);
                 shared.put_piece(peers, 1, &header, first).unwrap();
-                thread::sleep(LONG);
+                let begun = Instant::now();
+                while peers.links[1].as_ref().is_some_and(|link| link.waiting.is_none()) {
+                    assert!(begun.elapsed() < HANG, "the receiver does not say that it waits");
+                    peers.glance(site).unwrap();
+                    thread::yield_now();
+                }
                 shared.put_piece(peers, 1, &header, second).unwrap();
+                // The receiver computes, and this rank has waited for it long enough to judge.
+                let barrier = CallSite { call: Call::plain(Operation::Barrier), number: 0 };
+                peers.find_blocked(barrier, 1, WAITING_AFTER).unwrap();
             } else {
                 let mut buffer = vec![0u8; len];
                 communicator.recv((&mut buffer).into(), Rank(0)).unwrap();
                 assert_eq!(buffer, message);
-                // Computes, while the other waits for it.
-                thread::sleep(LONG);
             }
             communicator.barrier().unwrap();
         });

@@ -494,41 +494,23 @@ fn operations_are_point_to_point_or_not() {
     assert!(!Operation::Barrier.is_point_to_point());
 }
 
-super::also_over_shared_memory!(
+super::also_over_memory_and_hosts!(
     a_message_in_the_way_of_a_collective_is_an_error_on_all_that_names_both,
+    calls_that_differ_are_an_error_on_both_ranks_that_names_both,
+    a_rank_with_a_wrong_secret_is_refused_and_fails_nobody_else,
+    a_rank_of_another_generation_is_refused_by_name,
+    strangers_do_not_keep_a_group_from_forming,
+    a_peer_that_dies_is_named_at_once_in_whatever_call,
+    a_peer_that_leaves_while_it_is_needed_is_named,
+    an_abort_ends_a_call_and_every_later_one_and_is_told_to_the_peers,
+    an_abort_ends_a_group_that_is_forming,
+    an_abort_before_connecting_holds,
+    a_peer_that_never_comes_is_named,
+    a_wrong_call_of_one_rank_is_told_to_all,
+    partials_that_are_not_this_ranks_are_refused,
+    options_that_cannot_be_are_refused,
+    operations_are_point_to_point_or_not,
+    a_rank_that_is_not_in_the_subgroup_it_asks_for_lets_nobody_wait,
+    ; only memory:
     a_rank_that_is_ahead_is_asked_what_it_called,
-    calls_that_differ_are_an_error_on_both_ranks_that_names_both,
-    a_rank_with_a_wrong_secret_is_refused_and_fails_nobody_else,
-    a_rank_of_another_generation_is_refused_by_name,
-    strangers_do_not_keep_a_group_from_forming,
-    a_peer_that_dies_is_named_at_once_in_whatever_call,
-    a_peer_that_leaves_while_it_is_needed_is_named,
-    an_abort_ends_a_call_and_every_later_one_and_is_told_to_the_peers,
-    an_abort_ends_a_group_that_is_forming,
-    an_abort_before_connecting_holds,
-    a_peer_that_never_comes_is_named,
-    a_wrong_call_of_one_rank_is_told_to_all,
-    partials_that_are_not_this_ranks_are_refused,
-    options_that_cannot_be_are_refused,
-    operations_are_point_to_point_or_not,
-    a_rank_that_is_not_in_the_subgroup_it_asks_for_lets_nobody_wait,
-);
-
-super::also_over_several_hosts!(
-    a_message_in_the_way_of_a_collective_is_an_error_on_all_that_names_both,
-    calls_that_differ_are_an_error_on_both_ranks_that_names_both,
-    a_rank_with_a_wrong_secret_is_refused_and_fails_nobody_else,
-    a_rank_of_another_generation_is_refused_by_name,
-    strangers_do_not_keep_a_group_from_forming,
-    a_peer_that_dies_is_named_at_once_in_whatever_call,
-    a_peer_that_leaves_while_it_is_needed_is_named,
-    an_abort_ends_a_call_and_every_later_one_and_is_told_to_the_peers,
-    an_abort_ends_a_group_that_is_forming,
-    an_abort_before_connecting_holds,
-    a_peer_that_never_comes_is_named,
-    a_wrong_call_of_one_rank_is_told_to_all,
-    partials_that_are_not_this_ranks_are_refused,
-    options_that_cannot_be_are_refused,
-    operations_are_point_to_point_or_not,
-    a_rank_that_is_not_in_the_subgroup_it_asks_for_lets_nobody_wait,
 );

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Far beyond what any test needs on a loaded machine; a test that reaches it hangs.
-const HANG: Duration = Duration::from_secs(120);
+pub(crate) const HANG: Duration = Duration::from_secs(120);
 /// What "at once" may take on a loaded machine.
 const QUICK: Duration = Duration::from_secs(20);
 
@@ -70,6 +70,18 @@ macro_rules! also_over_several_hosts {
     };
 }
 use also_over_several_hosts;
+
+/// Runs tests once more over each of the two, and some over memory alone.
+macro_rules! also_over_memory_and_hosts {
+    ($($test:ident),* $(,)?) => {
+        super::also_over_memory_and_hosts!($($test),*; only memory:);
+    };
+    ($($test:ident),* $(,)?; only memory: $($alone:ident),* $(,)?) => {
+        super::also_over_shared_memory!($($test,)* $($alone,)*);
+        super::also_over_several_hosts!($($test),*);
+    };
+}
+use also_over_memory_and_hosts;
 
 fn options(rank: u32, world_size: u32) -> GroupOptions {
     GroupOptions {

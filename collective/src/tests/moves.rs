@@ -132,13 +132,9 @@ pub(super) fn what_has_come_of_a_call_that_waits_is_in_the_flight_log() {
     });
 }
 
-super::also_over_shared_memory!(
+super::also_over_memory_and_hosts!(
+    elements_arrive_where_they_should,
+    subgroups_of_subgroups_work_beside_their_parents,
+    ; only memory:
     what_has_come_of_a_call_that_waits_is_in_the_flight_log,
-    elements_arrive_where_they_should,
-    subgroups_of_subgroups_work_beside_their_parents,
-);
-
-super::also_over_several_hosts!(
-    elements_arrive_where_they_should,
-    subgroups_of_subgroups_work_beside_their_parents,
 );

@@ -89,13 +89,7 @@ fn a_call_that_panics_fails_itself_later_calls_and_the_peers() {
     assert!(texts.iter().all(|text| text.contains("panicked")), "{texts:?}");
 }
 
-super::also_over_shared_memory!(
-    calls_run_in_order_behind_the_caller_and_give_their_buffers_back,
-    a_call_that_panics_fails_itself_later_calls_and_the_peers,
-    the_error_of_a_call_comes_from_its_handle_and_from_all_later_ones,
-);
-
-super::also_over_several_hosts!(
+super::also_over_memory_and_hosts!(
     calls_run_in_order_behind_the_caller_and_give_their_buffers_back,
     a_call_that_panics_fails_itself_later_calls_and_the_peers,
     the_error_of_a_call_comes_from_its_handle_and_from_all_later_ones,

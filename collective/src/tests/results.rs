@@ -334,17 +334,7 @@ pub(super) fn a_long_random_script_stays_in_step() {
     });
 }
 
-super::also_over_shared_memory!(
-    every_operation_on_every_world_has_the_bits_of_the_reference,
-    lanes_have_the_same_bits_on_any_number_of_ranks,
-    a_negative_zero_and_nan_survive,
-    bytes_of_different_lengths_reach_every_rank_and_too_many_are_refused,
-    two_ranks_may_send_much_to_each_other_at_the_same_time,
-    a_rank_that_is_blocked_in_a_send_takes_what_others_send_to_it,
-    a_long_random_script_stays_in_step,
-);
-
-super::also_over_several_hosts!(
+super::also_over_memory_and_hosts!(
     every_operation_on_every_world_has_the_bits_of_the_reference,
     lanes_have_the_same_bits_on_any_number_of_ranks,
     a_negative_zero_and_nan_survive,

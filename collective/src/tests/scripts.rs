@@ -99,5 +99,4 @@ pub(super) fn random_scripts_have_the_results_of_the_reference() {
     }
 }
 
-super::also_over_shared_memory!(random_scripts_have_the_results_of_the_reference);
-super::also_over_several_hosts!(random_scripts_have_the_results_of_the_reference);
+super::also_over_memory_and_hosts!(random_scripts_have_the_results_of_the_reference,);
