@@ -8,13 +8,14 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::flight::FlightLog;
-use crate::session::{MESSAGE_BYTES_MAX, RankOrder, RankReport};
+use crate::ids::Generation;
+use crate::session::{MESSAGE_BYTES_MAX, RankLine, RankOrder, RankReport};
 
 /// The control socket cannot be used, or broke.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -38,7 +39,10 @@ pub struct Control {
 
 #[derive(Default)]
 struct Shared {
+    /// The generation that reports are of.
+    generation: AtomicU64,
     stop: AtomicBool,
+    pause: AtomicBool,
     abort: Mutex<Option<AbortHook>>,
     flight: Mutex<Option<FlightHook>>,
 }
@@ -52,7 +56,7 @@ pub fn die_with_parent() -> Result<(), ControlError> {
         .map_err(|e| ControlError(format!("cannot set the parent-death signal: {e}")))
 }
 
-/// Orders that the rank waits for: the assignment and the peers.
+/// Orders that the rank waits for: the assignment, the peers, the next generation.
 pub struct Orders {
     receiver: Receiver<RankOrder>,
 }
@@ -93,12 +97,26 @@ impl Control {
         Ok((control, Orders { receiver }))
     }
 
-    /// Tells the worker something.
+    /// Tells the worker something, as a process of the generation that it is in.
     pub fn report(&self, report: &RankReport) -> Result<(), ControlError> {
-        let mut line = serde_json::to_vec(report).map_err(|e| ControlError(e.to_string()))?;
+        let generation = Generation(self.shared.generation.load(Ordering::Relaxed));
+        let line = RankLine { generation, report: report.clone() };
+        let mut line = serde_json::to_vec(&line).map_err(|e| ControlError(e.to_string()))?;
         line.push(b'\n');
         let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         writer.write_all(&line).map_err(|e| ControlError(e.to_string()))
+    }
+
+    /// What is reported from now on is of this generation. The first one is that of the assignment.
+    pub fn enter(&self, generation: Generation) {
+        self.shared.generation.store(generation.0, Ordering::Relaxed);
+        // That order was for the group of before.
+        self.shared.pause.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether the ranks are to leave their group between two steps.
+    pub fn pause_requested(&self) -> bool {
+        self.shared.pause.load(Ordering::Relaxed)
     }
 
     /// Whether the job was asked to stop.
@@ -128,6 +146,11 @@ impl Control {
 }
 
 impl Orders {
+    /// The next order, if there is one already.
+    pub fn try_next(&self) -> Option<RankOrder> {
+        self.receiver.try_recv().ok()
+    }
+
     /// The next order that something waits for.
     pub fn next(&self, deadline: Duration) -> Result<RankOrder, ControlError> {
         self.receiver.recv_timeout(deadline).map_err(|error| {
@@ -170,9 +193,24 @@ fn handle(order: RankOrder, control: &Control, sender: &Sender<RankOrder>) {
                 hook(&reason);
             }
         }
+        RankOrder::Pause { reason } => {
+            tracing::info!(%reason, "asked to pause");
+            shared.pause.store(true, Ordering::Relaxed);
+        }
         RankOrder::Flight { request, entries } => control.answer_flight(request, entries),
         RankOrder::Committed { step } => tracing::debug!(%step, "checkpoint committed"),
+        RankOrder::Regroup(regroup) => {
+            let reason = regroup.reason.clone();
+            // Queued first: whoever is woken looks for it.
+            let _ = sender.send(RankOrder::Regroup(regroup));
+            if let Some(hook) = &*shared.abort.lock().unwrap_or_else(PoisonError::into_inner) {
+                hook(&reason);
+            }
+        }
         order @ (RankOrder::Assignment { .. } | RankOrder::Peers { .. }) => {
+            if let RankOrder::Assignment { assignment, .. } = &order {
+                shared.generation.store(assignment.generation().0, Ordering::Relaxed);
+            }
             // The receiver is gone only when the rank is leaving anyway.
             let _ = sender.send(order);
         }

@@ -4,6 +4,7 @@
 //! form the rest of the code takes.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::num::NonZeroU32;
 use std::path::Path;
 
@@ -122,14 +123,59 @@ pub enum DeviceKind {
     Cuda,
 }
 
+/// How many processes a gang has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected a number of ranks of at least 1, or { min = 1, max = 8 }")]
+pub enum Ranks {
+    /// Always this many.
+    Fixed(NonZeroU32),
+    /// As many as there are slots for, within bounds; the result does not depend on it.
+    Elastic(Elastic),
+}
+
+/// Bounds of an elastic gang.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Elastic {
+    /// With fewer the job waits in the queue, its state saved.
+    pub min: NonZeroU32,
+    /// It never grows beyond.
+    pub max: NonZeroU32,
+}
+
+impl Ranks {
+    /// Fewest ranks that the job runs on.
+    pub fn min(self) -> u32 {
+        match self {
+            Self::Fixed(ranks) | Self::Elastic(Elastic { min: ranks, .. }) => ranks.get(),
+        }
+    }
+
+    /// Most ranks that the job runs on.
+    pub fn max(self) -> u32 {
+        match self {
+            Self::Fixed(ranks) | Self::Elastic(Elastic { max: ranks, .. }) => ranks.get(),
+        }
+    }
+}
+
+impl fmt::Display for Ranks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed(ranks) => write!(f, "{ranks}"),
+            Self::Elastic(Elastic { min, max }) => write!(f, "{min}-{max}"),
+        }
+    }
+}
+
 /// What a job runs on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Resources {
     /// What ranks compute on.
     pub device: DeviceKind,
-    /// Processes of the gang.
-    pub ranks: NonZeroU32,
+    /// Processes of the gang: a number, or `{ min, max }` for a job that runs on what there is.
+    pub ranks: Ranks,
     /// Threads each rank computes with; part of the numeric fingerprint.
     pub threads_per_rank: NonZeroU32,
 }
@@ -137,7 +183,7 @@ pub struct Resources {
 impl Default for Resources {
     fn default() -> Self {
         let one = const { NonZeroU32::new(1).expect("not zero") };
-        Self { device: DeviceKind::Cpu, ranks: one, threads_per_rank: one }
+        Self { device: DeviceKind::Cpu, ranks: Ranks::Fixed(one), threads_per_rank: one }
     }
 }
 
@@ -273,13 +319,20 @@ pub struct Evaluate {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Recovery {
-    /// Failures without a newly committed checkpoint in between, after which the job fails.
+    /// Failures without progress in between, after which the job fails. Progress is a newly
+    /// committed checkpoint, or steps that survivors held in memory.
     pub max_failures: u32,
+    /// How long a gang that may run on fewer ranks waits for a replacement of a lost one before it
+    /// goes on without; 0: not at all.
+    pub wait_for_replacement: Span,
+    /// Processes beside the gang that have read the data and built the model, and take a lost
+    /// rank's place at once.
+    pub spares: u32,
 }
 
 impl Default for Recovery {
     fn default() -> Self {
-        Self { max_failures: 3 }
+        Self { max_failures: 3, wait_for_replacement: Span::millis(0), spares: 0 }
     }
 }
 
@@ -338,7 +391,14 @@ impl JobSpec {
     /// Checks every rule that needs only the file; names both values where two disagree.
     pub fn validate(&self) -> Result<(), JobError> {
         let fail = |message: String| Err(JobError::Disagreement(message));
-        let (ranks, lanes) = (self.resources.ranks.get(), self.batch.lanes.get());
+        let (ranks, lanes) = (self.resources.ranks.max(), self.batch.lanes.get());
+        if let Ranks::Elastic(Elastic { min, max }) = self.resources.ranks
+            && min > max
+        {
+            return fail(format!(
+                "resources.ranks.min = {min} is more than resources.ranks.max = {max}"
+            ));
+        }
         let global = self.batch.global.get();
         if lanes > LANES_MAX {
             return fail(format!("batch.lanes = {lanes}, expected at most {LANES_MAX}"));
@@ -362,11 +422,12 @@ impl JobSpec {
             ));
         }
         if let Some(data) = self.parallel.data
-            && data != self.resources.ranks
+            && Ranks::Fixed(data) != self.resources.ranks
         {
             return fail(format!(
-                "parallel.data = {data} does not equal resources.ranks = {ranks}: the product of \
-                 the parallel axes must be the number of ranks"
+                "parallel.data = {data} does not equal resources.ranks = {}: the product of \
+                 the parallel axes must be the number of ranks",
+                self.resources.ranks
             ));
         }
         let CheckpointPolicy { every_steps, keep_every_steps, .. } = self.checkpoint;
@@ -457,7 +518,7 @@ mod tests {
     fn overrides_reach_nested_keys_and_keep_types() {
         let set = ["resources.ranks=3", "batch.global=24", "name=b", "tags.team=vision"];
         let spec = parse(SMALL, &set).expect("valid");
-        assert_eq!((spec.resources.ranks.get(), spec.batch.global.get()), (3, 24));
+        assert_eq!((spec.resources.ranks.max(), spec.batch.global.get()), (3, 24));
         assert_eq!((spec.name.as_str(), spec.tags["team"].as_str()), ("b", "vision"));
     }
 

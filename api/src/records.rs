@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::events::{CheckpointFact, ModelFact};
-use crate::ids::{Generation, Name, Rank, Step};
+use crate::ids::{Generation, Name, Rank, Step, TaskId};
 use crate::job::JobSpec;
 use crate::session::ExitCause;
 
@@ -77,6 +77,32 @@ pub struct Placement {
     pub rank: Rank,
     /// The worker that runs it.
     pub worker: Name,
+    /// As what its process was started; absent: as this rank of this generation. A process that
+    /// outlives a generation keeps its task, whatever rank it has in the next.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_as: Option<StartedAs>,
+    /// Its place among the processes of this gang on its worker, which says what device it uses; it
+    /// keeps it for life.
+    #[serde(default)]
+    pub local_rank: u32,
+}
+
+/// The generation and rank that a process was started as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartedAs {
+    /// The generation.
+    pub generation: Generation,
+    /// The rank in it.
+    pub rank: Rank,
+}
+
+impl Placement {
+    /// The task of the process, for a gang of `generation` of `workload`.
+    pub fn task(&self, workload: &Name, generation: Generation) -> TaskId {
+        let StartedAs { generation, rank } =
+            self.started_as.unwrap_or(StartedAs { generation, rank: self.rank });
+        TaskId { workload: workload.clone(), generation, rank }
+    }
 }
 
 /// The first thing that went wrong in a generation, not the victims that followed.
@@ -118,10 +144,15 @@ pub struct JobStatus {
     pub gang: Vec<Placement>,
     /// Ranks of the current gang that have ended well, while others still run.
     pub completed: Vec<Rank>,
-    /// Failures since the last newly committed checkpoint.
+    /// Failures since the job last made progress: a newly committed checkpoint, or steps that the
+    /// survivors of a failure had gained over those of the one before.
     pub failures: u32,
     /// Generations started beyond the first.
     pub restarts: u64,
+    /// How many of these went on from what the members of the former one held in memory.
+    pub regroups: u64,
+    /// The furthest step at which a generation began to run.
+    pub furthest: Step,
     /// Numeric fingerprint of the first gang; a different one may not continue a strict job.
     pub fingerprint: Option<String>,
     /// The newest committed checkpoint.

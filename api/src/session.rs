@@ -96,6 +96,23 @@ pub struct TaskView {
     pub address: Option<SocketAddr>,
     /// Whether it has been given its peers.
     pub has_peers: bool,
+    /// The generation it was last told to be in, which address and peers are of. Absent: the one
+    /// it was started in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<Generation>,
+    /// Whether it has run as a rank, so that it holds a state to go on from.
+    #[serde(default)]
+    pub holds_state: bool,
+    /// Whether its group is broken or paused, and it waits for the next generation.
+    #[serde(default)]
+    pub waits: bool,
+}
+
+impl TaskView {
+    /// The generation it was last told to be in.
+    pub fn generation(&self) -> Generation {
+        self.generation.unwrap_or(self.task.generation)
+    }
 }
 
 /// Something that happened to a task.
@@ -109,6 +126,8 @@ pub enum TaskEvent {
     },
     /// The rank or replica said something.
     Report {
+        /// The generation it was in when it said it.
+        generation: Generation,
         /// What it said.
         report: RankReport,
     },
@@ -156,6 +175,11 @@ pub enum ExitCause {
         /// Why.
         reason: String,
     },
+    /// It lives, but its group is broken and nobody of the group has ended.
+    GroupBroken {
+        /// What it said.
+        message: String,
+    },
 }
 
 impl ExitCause {
@@ -190,6 +214,7 @@ impl fmt::Display for ExitCause {
             Self::Killed { reason } => write!(f, "stopped by its worker: {reason}"),
             Self::WorkerLost { reason } => write!(f, "worker lost: {reason}"),
             Self::NotStarted { reason } => write!(f, "could not be started: {reason}"),
+            Self::GroupBroken { message } => write!(f, "lost its group{}", tail(message)),
         }
     }
 }
@@ -266,6 +291,16 @@ pub enum Assignment {
     Serve(ServeAssignment),
 }
 
+impl Assignment {
+    /// The generation in which the task begins.
+    pub fn generation(&self) -> Generation {
+        match self {
+            Self::Train(train) => train.generation,
+            Self::Serve(serve) => serve.generation,
+        }
+    }
+}
+
 /// One rank's part in a gang.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainAssignment {
@@ -288,6 +323,29 @@ pub struct TrainAssignment {
     /// Running time of earlier generations since the job was submitted or resumed, counted towards
     /// `stop.max_time`.
     pub elapsed: Span,
+    /// Read data and build the model, say [`RankReport::Ready`], and wait for a
+    /// [`RankOrder::Regroup`]: a warm spare is no rank yet, and `rank` and `world_size` are not its.
+    #[serde(default)]
+    pub spare: bool,
+}
+
+/// A running process's part in the next generation of its gang.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Regroup {
+    /// The next generation.
+    pub generation: Generation,
+    /// Its rank in it.
+    pub rank: Rank,
+    /// Ranks in the gang.
+    pub world_size: u32,
+    /// The checkpoint to go on from where no member holds a newer state.
+    pub restore: Option<CheckpointFact>,
+    /// What the ranks of the next generation prove to one another.
+    pub secret: Secret,
+    /// As in [`TrainAssignment`].
+    pub elapsed: Span,
+    /// Why, for logs.
+    pub reason: String,
 }
 
 /// One replica's part in an endpoint.
@@ -320,6 +378,8 @@ pub enum RankOrder {
     },
     /// Every rank listens: form the group. Addresses in rank order.
     Peers {
+        /// Of which generation; of another one they are not for this process (any more).
+        generation: Generation,
         /// Where each rank listens.
         addresses: Vec<SocketAddr>,
     },
@@ -327,6 +387,15 @@ pub enum RankOrder {
     Committed {
         /// Its step.
         step: Step,
+    },
+    /// Break the group off if it is not broken already, keep process, model and state, and be part
+    /// of the gang's next generation.
+    Regroup(Box<Regroup>),
+    /// Finish the step, leave the group together with all other ranks, say [`RankReport::Paused`]
+    /// and wait for a [`RankOrder::Regroup`].
+    Pause {
+        /// Why.
+        reason: String,
     },
     /// Finish the current step, write a checkpoint and leave with code 0.
     Stop {
@@ -347,6 +416,16 @@ pub enum RankOrder {
     },
 }
 
+/// One line of a rank or replica to its worker: a report and the generation it was made in, so that
+/// what a process says of a former group is never taken for a word about the present one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RankLine {
+    /// The generation that the process was in.
+    pub generation: Generation,
+    /// What it says.
+    pub report: RankReport,
+}
+
 /// From a rank or replica to its worker, which passes it on to the leader.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "report", rename_all = "kebab-case")]
@@ -357,6 +436,27 @@ pub enum RankReport {
         address: SocketAddr,
         /// Numeric fingerprint of this process; empty for replicas.
         fingerprint: String,
+    },
+    /// A warm spare has read its data and built its model.
+    Ready {
+        /// Numeric fingerprint of this process.
+        fingerprint: String,
+    },
+    /// Its group broke, or could not be formed. It keeps its state and waits for a
+    /// [`RankOrder::Regroup`].
+    Broken {
+        /// Steps applied to the state it holds; absent: it holds none.
+        step: Option<Step>,
+        /// What happened, for people.
+        message: String,
+        /// The peer that is to blame.
+        blames: Option<Rank>,
+    },
+    /// It has left its group between two steps as ordered, and waits for a
+    /// [`RankOrder::Regroup`].
+    Paused {
+        /// Steps applied.
+        step: Step,
     },
     /// The group is formed and the state is restored; the next step to compute is `step`.
     Running {

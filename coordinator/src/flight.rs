@@ -50,8 +50,7 @@ pub(crate) struct Questions {
 
 struct Open {
     job: Name,
-    generation: Generation,
-    answers: mpsc::Sender<(Rank, Told)>,
+    answers: mpsc::Sender<(TaskId, Told)>,
 }
 
 impl Default for Questions {
@@ -66,10 +65,10 @@ impl Questions {
     }
 
     /// Opens a question to at most `ranks` ranks.
-    fn ask(self: &Arc<Self>, job: &Name, generation: Generation, ranks: usize) -> Question {
+    fn ask(self: &Arc<Self>, job: &Name, ranks: usize) -> Question {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let (answers, inbox) = mpsc::channel(ranks.max(1));
-        self.lock().insert(number, Open { job: job.clone(), generation, answers });
+        self.lock().insert(number, Open { job: job.clone(), answers });
         Question { number, questions: Arc::clone(self), inbox }
     }
 
@@ -77,9 +76,9 @@ impl Questions {
     pub(crate) fn answer(&self, number: u64, task: &TaskId, told: Told) {
         let open = self.lock();
         let Some(question) = open.get(&number) else { return };
-        if (&question.job, question.generation) == (&task.workload, task.generation) {
+        if question.job == task.workload {
             // Full only when somebody answers more often than it was asked.
-            let _ = question.answers.try_send((task.rank, told));
+            let _ = question.answers.try_send((task.clone(), told));
         }
     }
 }
@@ -88,18 +87,18 @@ impl Questions {
 struct Question {
     number: u64,
     questions: Arc<Questions>,
-    inbox: mpsc::Receiver<(Rank, Told)>,
+    inbox: mpsc::Receiver<(TaskId, Told)>,
 }
 
 impl Question {
     /// The answers of so many ranks, or those that came in time.
-    async fn answers(&mut self, count: usize) -> BTreeMap<Rank, Told> {
+    async fn answers(&mut self, count: usize) -> BTreeMap<TaskId, Told> {
         let deadline = Instant::now() + ANSWER_WAIT;
         let mut answers = BTreeMap::new();
         while answers.len() < count
-            && let Ok(Some((rank, told))) = timeout_at(deadline, self.inbox.recv()).await
+            && let Ok(Some((task, told))) = timeout_at(deadline, self.inbox.recv()).await
         {
-            answers.insert(rank, told);
+            answers.insert(task, told);
         }
         answers
     }
@@ -138,7 +137,8 @@ impl FlightDesk {
                 wanted.0, status.generation.0
             )));
         }
-        let count = job.spec.resources.ranks.get();
+        let size = u32::try_from(status.gang.len()).unwrap_or(u32::MAX);
+        let count = size.max(job.spec.resources.ranks.min());
         let mut ranks: Vec<RankFlight> = (0..count).map(|rank| unknown(job, Rank(rank))).collect();
         let mut generation = wanted.unwrap_or(status.generation);
         let mut notes = Vec::new();
@@ -183,7 +183,7 @@ impl FlightDesk {
         entries: usize,
         ranks: &mut [RankFlight],
     ) -> Result<usize, Status> {
-        let mut question = self.questions.ask(job, generation, ranks.len());
+        let mut question = self.questions.ask(job, ranks.len());
         let entries = u32::try_from(entries).unwrap_or(u32::MAX);
         let number = question.number;
         let places = leadership.ask_flight(job.clone(), generation, number, entries).await?;
@@ -199,7 +199,7 @@ impl FlightDesk {
             };
             flight.worker = Some(place.worker.clone());
             flight.host = place.host.clone();
-            match answers.remove(&place.rank) {
+            match answers.remove(&place.task) {
                 Some(Ok(log)) => {
                     flight.absent.clear();
                     flight.source = FlightSource::Live;
@@ -367,24 +367,25 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn answers_of_the_right_generation_count_and_late_ones_do_not() {
+    async fn answers_of_the_right_job_count_and_late_ones_do_not() {
         let questions = Arc::new(Questions::default());
         let job: Name = "a".parse().expect("a name");
-        let mut question = questions.ask(&job, Generation(2), 3);
+        let mut question = questions.ask(&job, 3);
         let number = question.number;
         assert_ne!(number, FLIGHT_LAST);
         let log = |rank| Ok(Box::new(FlightLog { rank: Rank(rank), ..FlightLog::default() }));
         questions.answer(number, &task(2, 0), log(0));
-        questions.answer(number, &task(1, 1), log(1));
+        let other = TaskId { workload: "b".parse().expect("a name"), ..task(2, 1) };
+        questions.answer(number, &other, log(1));
         questions.answer(number + 1, &task(2, 1), log(1));
         questions.answer(number, &task(2, 2), Err("it has just been started".into()));
         let answers = question.answers(2).await;
-        let told: Vec<_> = answers.iter().map(|(rank, log)| (rank.0, log.is_ok())).collect();
+        let told: Vec<_> = answers.iter().map(|(task, log)| (task.rank.0, log.is_ok())).collect();
         assert_eq!(told, [(0, true), (2, false)]);
         drop(question);
         assert!(questions.lock().is_empty());
         questions.answer(number, &task(2, 1), log(1));
-        let mut question = questions.ask(&job, Generation(2), 1);
+        let mut question = questions.ask(&job, 1);
         questions.answer(question.number, &task(2, 0), log(0));
         assert_eq!(question.answers(1).await.len(), 1, "nothing more is waited for");
     }

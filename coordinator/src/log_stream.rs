@@ -38,7 +38,7 @@ impl Workload {
             return Some(Self {
                 name: name.clone(),
                 generation: job.status.generation,
-                ranks: job.spec.resources.ranks.get(),
+                ranks: job.spec.resources.ranks.max(),
                 ended: job.status.phase.is_terminal(),
             });
         }

@@ -68,7 +68,10 @@ fn records(
     let status = JobStatus {
         phase,
         generation: Generation(generation),
-        gang: has_gang.then_some(Placement { rank: Rank(0), worker }).into_iter().collect(),
+        gang: has_gang
+            .then_some(Placement { rank: Rank(0), worker, started_as: None, local_rank: 0 })
+            .into_iter()
+            .collect(),
         checkpoint: recorded.last().copied().map(fact),
         ended_ms: phase.is_terminal().then_some(1),
         ..JobStatus::default()

@@ -11,7 +11,7 @@ use api::events::{CheckpointFact, JobEvent};
 use api::ids::Step;
 use api::records::{JobRecord, KIND_JOB};
 use api::session::{Assignment, CoordinatorMessage, RankOrder};
-use api::{Generation, Name, TaskId, pb};
+use api::{Generation, Name, pb};
 use checkpoint::Store;
 use coordinator_core::{
     Decision, Effect, Input, Leader, Millis, Outcome, RecordKey, SessionId, Transaction, Write,
@@ -155,8 +155,7 @@ impl Term {
                 let places = self.leader.places(&job, generation);
                 for place in &places {
                     let Some(session) = place.session else { continue };
-                    let rank = place.rank;
-                    let task = TaskId { workload: job.clone(), generation, rank };
+                    let task = place.task.clone();
                     let order = RankOrder::Flight { request, entries };
                     self.send(session, CoordinatorMessage::Deliver { task, order })?;
                 }
@@ -348,6 +347,11 @@ impl Term {
             && let Assignment::Train(train) = assignment.as_mut()
         {
             train.secret = self.secrets.of(&train.spec.name, train.generation)?;
+        }
+        if let CoordinatorMessage::Deliver { task, order: RankOrder::Regroup(regroup) } =
+            &mut message
+        {
+            regroup.secret = self.secrets.of(&task.workload, regroup.generation)?;
         }
         match self.sessions.get(&session) {
             Some(handle) => handle.send(message),

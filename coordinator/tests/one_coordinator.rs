@@ -168,7 +168,7 @@ async fn what_cannot_be_done_is_refused_in_one_clear_message() {
     assert_eq!(invalid.exit_class(), ExitClass::Usage);
     assert!(invalid.to_string().contains("divination"), "{invalid}");
     let mut crowded = spec("other", 1);
-    crowded.resources.ranks = 9.try_into().expect("not zero");
+    crowded.resources.ranks = api::job::Ranks::Fixed(9.try_into().expect("not zero"));
     let invalid = client.submit(&crowded).await.expect_err("more ranks than lanes");
     assert!(invalid.to_string().contains("batch.lanes = 8"), "{invalid}");
     assert_eq!(client.jobs().await.expect("lists").len(), 1, "a refused job was recorded");

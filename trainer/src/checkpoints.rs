@@ -8,18 +8,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use api::events::CheckpointFact;
-use api::session::TrainAssignment;
-use api::{Rank, Step};
+use api::{JobSpec, Rank, Step};
 use checkpoint::{ManifestInfo, Saver, SaverOptions, ShardEntry, TensorSlice, share_tensors};
 use collective::Communicator;
 
 use crate::error::TrainError;
 use crate::parameters::Table;
+use crate::place::Place;
 use crate::state::TrainState;
 
 /// Saves a job's state as its policy says.
 pub struct Checkpoints {
-    saver: Saver,
+    /// Present until [`Checkpoints::take_saver`].
+    saver: Option<Saver>,
     rank: Rank,
     world_size: u32,
     info: ManifestInfo,
@@ -39,26 +40,27 @@ struct Pending {
 impl Checkpoints {
     /// Starts this rank's saver.
     pub fn start(
-        assignment: &TrainAssignment,
+        spec: &JobSpec,
+        place: &Place,
         section: api::config::StoreSection,
         info: ManifestInfo,
     ) -> Result<Self, TrainError> {
         let options = SaverOptions {
             uri: section.uri.clone(),
             section,
-            job: assignment.spec.name.clone(),
-            generation: assignment.generation,
-            rank: assignment.rank,
-            world_size: assignment.world_size,
-            compression: assignment.spec.checkpoint.compression,
+            job: spec.name.clone(),
+            generation: place.generation,
+            rank: place.rank,
+            world_size: place.world_size,
+            compression: spec.checkpoint.compression,
         };
         Ok(Self {
-            saver: Saver::start(options)?,
-            rank: assignment.rank,
-            world_size: assignment.world_size,
+            saver: Some(Saver::start(options)?),
+            rank: place.rank,
+            world_size: place.world_size,
             info,
             pending: None,
-            newest: assignment.restore.as_ref().map(|fact| fact.step),
+            newest: place.restore.as_ref().map(|fact| fact.step),
             committing: BTreeSet::new(),
         })
     }
@@ -86,14 +88,14 @@ impl Checkpoints {
             .iter()
             .map(|t| TensorSlice { name: &t.name, shape: t.shape, data: t.data })
             .collect();
-        self.saver.stage(step, &slices)?;
+        self.saver()?.stage(step, &slices)?;
         self.pending = Some(Pending { step, own: None });
         Ok(())
     }
 
     /// 1 when this rank's shard of the pending checkpoint is written.
     pub fn shards_done(&mut self) -> Result<i64, TrainError> {
-        for (step, entry) in self.saver.poll_shards()? {
+        for (step, entry) in self.saver()?.poll_shards()? {
             if let Some(pending) = self.pending.as_mut().filter(|p| p.step == step) {
                 pending.own = Some(entry);
             }
@@ -119,7 +121,7 @@ impl Checkpoints {
         let Some(pending) = self.pending.take() else { return Ok(()) };
         let own = match pending.own {
             Some(entry) => entry,
-            None => self.saver.wait_shard(pending.step)?,
+            None => self.saver()?.wait_shard(pending.step)?,
         };
         let bytes = serde_json::to_vec(&own).map_err(unreadable)?;
         let all = communicator.gather_bytes(&bytes)?;
@@ -128,14 +130,15 @@ impl Checkpoints {
                 all.iter().map(|bytes| serde_json::from_slice(bytes)).collect();
             let shards = shards.map_err(unreadable)?;
             self.committing.insert(pending.step);
-            self.saver.commit(pending.step, shards, self.info.clone());
+            let info = self.info.clone();
+            self.saver()?.commit(pending.step, shards, info);
         }
         Ok(())
     }
 
     /// Checkpoints whose manifest has been written since the last call (rank 0).
     pub fn committed(&mut self) -> Result<Vec<CheckpointFact>, TrainError> {
-        let facts = self.saver.poll_committed()?;
+        let facts = self.saver()?.poll_committed()?;
         self.committing.retain(|step| facts.iter().all(|fact| fact.step != *step));
         Ok(facts)
     }
@@ -149,16 +152,24 @@ impl Checkpoints {
         self.complete(communicator)?;
         let mut facts = self.committed()?;
         for step in std::mem::take(&mut self.committing) {
-            facts.push(self.saver.wait_committed(step)?);
+            facts.push(self.saver()?.wait_committed(step)?);
         }
         facts.sort_by_key(|fact| fact.step);
         Ok(facts)
     }
 
-    /// The saver, for the model's files at the end.
-    pub fn into_saver(self) -> Saver {
-        self.saver
+    /// The saver, for the model's files at the end. Nothing is staged after that.
+    pub fn take_saver(&mut self) -> Result<Saver, TrainError> {
+        self.saver.take().ok_or_else(gone)
     }
+
+    fn saver(&mut self) -> Result<&mut Saver, TrainError> {
+        self.saver.as_mut().ok_or_else(gone)
+    }
+}
+
+fn gone() -> TrainError {
+    checkpoint::SaveError::Background("the saver of this generation has been closed".into()).into()
 }
 
 fn unreadable(error: serde_json::Error) -> TrainError {

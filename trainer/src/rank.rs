@@ -1,34 +1,29 @@
 //! The rank process: `cluster rank`, started by a worker.
 //!
-//! Assignment → data and model → listen → peers → group → restore → step loop. Any error is
-//! reported with whether trying again can help and whose fault it was, before the process exits.
+//! Assignment → data and model → a [`Member`] of its gang, through one generation or many. An error
+//! that ends the process is reported with whether trying again can help and whose fault it was,
+//! before it exits.
 
-use std::cell::OnceCell;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use api::control::{Control, ControlError, Orders, die_with_parent};
 use api::session::{Assignment, FLIGHT_LAST, RankOrder, RankReport, TrainAssignment};
-use api::{ExitClass, JobSpec, Rank, Step};
-use checkpoint::{ManifestInfo, Restore};
-use collective::{FlightRecorder, GroupOptions, Listener};
+use api::{ExitClass, JobSpec};
+use checkpoint::ManifestInfo;
+use collective::FlightRecorder;
 
-use crate::agreement::agree;
-use crate::checkpoints::Checkpoints;
-use crate::data_plane::{tcp_options, transport};
+use crate::data_plane::tcp_options;
 use crate::error::TrainError;
+use crate::member::Member;
 use crate::optimizer::Optimizer;
 use crate::parameters::Table;
-use crate::state::TrainState;
-use crate::train::{Trainer, TrainerParts, last_step};
+use crate::place::Place;
+use crate::train::{Held, Progress, last_step};
 use crate::{channels, device};
 
 /// The assignment is written before the rank is started; a slow host gets this long.
 const ASSIGNMENT_DEADLINE: Duration = Duration::from_secs(60);
-/// The others may still be reading large data sets when this rank listens already.
-const PEERS_DEADLINE: Duration = Duration::from_secs(600);
-/// Every peer listens when the addresses are known, so connecting is quick.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Runs one rank to its end; the exit code is that of [`ExitClass`].
 pub fn run_rank() -> ExitCode {
@@ -42,12 +37,12 @@ pub fn run_rank() -> ExitCode {
             return ExitCode::from(ExitClass::Usage.code());
         }
     };
-    let recorder = OnceCell::new();
-    match run(&control, &orders, &recorder) {
+    let mut recorder = None;
+    match run(&control, orders, &mut recorder) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
-            if let Some(recorder) = recorder.get() {
+            if let Some(recorder) = &recorder {
                 say_last(&control, recorder, &error);
             }
             let report = RankReport::Failed {
@@ -77,8 +72,8 @@ fn say_last(control: &Control, recorder: &FlightRecorder, error: &TrainError) {
 
 fn run(
     control: &Control,
-    orders: &Orders,
-    recorder: &OnceCell<FlightRecorder>,
+    orders: Orders,
+    recorder: &mut Option<FlightRecorder>,
 ) -> Result<(), TrainError> {
     let RankOrder::Assignment { assignment, store, data, .. } = orders.next(ASSIGNMENT_DEADLINE)?
     else {
@@ -88,10 +83,10 @@ fn run(
         return Err(unexpected("this assignment is not for a rank"));
     };
     let spec = &assignment.spec;
-    let recorder = recorder.get_or_init(|| recorder_of(&assignment));
-    let told = recorder.clone();
+    let now = recorder.insert(recorder_of(&assignment)).clone();
+    let told = now.clone();
     control.on_flight(move |entries| told.last(entries));
-    recorder.set_tag("reading data");
+    now.set_tag("reading data");
     spec.validate().map_err(|e| TrainError::Job(e.to_string()))?;
     limit_threads(spec)?;
     let tcp = tcp_options(&data)?;
@@ -110,69 +105,31 @@ fn run(
         lanes: spec.batch.lanes.get(),
         metrics: Default::default(),
     };
-
-    recorder.set_tag("waiting for the other ranks");
-    let encrypts = tcp.tls.is_some();
-    let listener = Listener::bind(data.address)?.with_tcp(tcp);
-    let abort = listener.abort_handle();
-    control.on_abort(move |reason| abort.abort(reason));
-    control.report(&RankReport::Listening { address: listener.address(), fingerprint })?;
-    let RankOrder::Peers { addresses } = orders.next(PEERS_DEADLINE)? else {
-        return Err(unexpected("expected the peers' addresses"));
-    };
-    let group = GroupOptions {
-        job: spec.name.clone(),
-        group: "data".into(),
-        generation: assignment.generation,
-        rank: assignment.rank,
-        world_size: assignment.world_size,
-        secret: assignment.secret.clone(),
-        connect_timeout: CONNECT_TIMEOUT,
-        reduction: match spec.parallel.reduction {
-            api::job::Reduction::Deterministic => collective::Reduction::Deterministic,
-            api::job::Reduction::Fast => collective::Reduction::Fast,
-        },
-        transport: transport(&data),
-        host: None,
-    };
-    recorder.set_tag("forming the group");
-    let mut communicator = listener.connect(group, &addresses)?;
-    communicator.set_recorder(recorder.clone());
-    if assignment.rank == Rank(0) && assignment.world_size > 1 {
-        let connections = if encrypts { "encrypted connections" } else { "plaintext connections" };
-        println!("ranks reduce over {}, with {connections}", communicator.transport());
-    }
-    recorder.set_tag("comparing data and settings");
-    let validation = problem.validation.as_ref().map_or("none", |data| data.digest());
-    agree(
-        &mut communicator,
-        &[
-            ("training data", &info.data_digest),
-            ("validation data", validation),
-            ("settings", &info.spec_digest),
-            ("number of steps", &total.to_string()),
-        ],
-    )?;
-
-    recorder.set_tag("restoring");
-    let state = initial_state(&assignment, &table, &optimizer, &info, &store)?;
-    let checkpoints = Checkpoints::start(&assignment, store, info)?;
-    control.report(&RankReport::Running { step: state.step })?;
-    let trainer = Trainer::new(TrainerParts {
-        assignment,
+    let held = Held {
+        spec: spec.clone(),
         problem,
         table,
-        state,
         optimizer,
         device,
-        communicator: Box::new(communicator),
-        checkpoints,
+        last_step: total,
+        state: None,
+        progress: Progress::default(),
+    };
+    let place = (!assignment.spare).then(|| Place::first(&assignment));
+    let mut member = Member {
         control: control.clone(),
-        recorder: recorder.clone(),
-    })?;
+        orders,
+        store,
+        data,
+        tcp,
+        info,
+        fingerprint,
+        recorder: now,
+    };
     // From inside the pool, so that matrix products need no hand-over to another thread.
     let mut ended = None;
-    rayon::scope(|_| ended = Some(trainer.run()));
+    rayon::scope(|_| ended = Some(member.run(held, place)));
+    *recorder = Some(member.recorder);
     ended.map_or_else(|| Err(unexpected("the step loop did not run")), |end| end.map(|_| ()))
 }
 
@@ -190,58 +147,6 @@ fn limit_threads(spec: &JobSpec) -> Result<(), TrainError> {
         .num_threads(spec.resources.threads_per_rank.get() as usize)
         .build_global()
         .map_err(|e| TrainError::Job(format!("cannot start the compute threads: {e}")))
-}
-
-/// Fresh, or from the checkpoint that the leader named; a checkpoint of other data or settings is
-/// refused.
-fn initial_state(
-    assignment: &TrainAssignment,
-    table: &Table,
-    optimizer: &Optimizer,
-    info: &ManifestInfo,
-    store: &api::config::StoreSection,
-) -> Result<TrainState, TrainError> {
-    let spec = &assignment.spec;
-    let mut state = TrainState {
-        step: Step(0),
-        values: Vec::new(),
-        optimizer: optimizer.initial_state(table.len),
-    };
-    let Some(fact) = &assignment.restore else {
-        state.values = table.initial(spec.seed);
-        return Ok(state);
-    };
-    let mut restore = Restore::open(store, &store.uri, fact)?;
-    let found = restore.manifest();
-    for (what, found, expected) in [
-        ("training data", &found.data_digest, &info.data_digest),
-        ("settings", &found.spec_digest, &info.spec_digest),
-    ] {
-        if found != expected {
-            return Err(TrainError::Job(format!(
-                "the checkpoint at step {} was made with other {what} (digest {found}, now \
-                 {expected}): restore them, or submit a new job",
-                fact.step.0
-            )));
-        }
-    }
-    let strict = spec.parallel.determinism == api::job::Determinism::Strict;
-    if found.fingerprint != info.fingerprint {
-        let message = format!(
-            "the checkpoint at step {} was made under the numeric fingerprint `{}`, this rank has \
-             `{}`: the result would differ in its last bits",
-            fact.step.0, found.fingerprint, info.fingerprint
-        );
-        if strict {
-            return Err(TrainError::Job(format!(
-                "{message}; run on the same kind of host, or set parallel.determinism = \"relaxed\""
-            )));
-        }
-        eprintln!("warning: {message}");
-    }
-    state.values = vec![0.0; table.len];
-    state.restore(table, &mut restore)?;
-    Ok(state)
 }
 
 /// BLAKE3 over the settings that the result depends on: not the name, ranks or policies.

@@ -12,10 +12,11 @@ use algorithms::{DataError, Mode, Problem, StepKey};
 use api::control::Control;
 use api::events::{Evaluation, ModelFact, StepMetrics, StepTime};
 use api::job::Divergence;
-use api::session::{RankReport, StopCause, TrainAssignment};
+use api::session::{RankReport, StopCause};
 use api::{JobSpec, Rank, Step};
 use burn::tensor::Device;
 use collective::{Communicator, FlightRecorder, LaneFold, Queue, ReduceOp};
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoints::Checkpoints;
 use crate::engine::{GradientSink, Leaves, MicrobatchSums, evaluate, forward_backward};
@@ -25,65 +26,117 @@ use crate::optimizer::Optimizer;
 use crate::order::SampleOrder;
 use crate::parallel::{Buckets, Lanes};
 use crate::parameters::Table;
+use crate::place::Place;
 use crate::state::TrainState;
 
 /// Metric sums that every model has: loss, counted elements, samples, tokens.
 const COMMON_SUMS: usize = 4;
 
-/// How a rank's work ended.
+/// How a rank's work in a generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     /// The job ran to its last step and the model is written.
     Finished,
     /// It was asked to stop, and its state is saved.
     Stopped,
+    /// All ranks left the group between two steps, to meet again in the next generation.
+    Paused,
 }
 
-/// One rank of a job, ready to step.
-pub struct Trainer {
-    assignment: TrainAssignment,
-    problem: Problem,
-    table: Table,
-    lanes: Lanes,
-    order: SampleOrder,
-    optimizer: Optimizer,
-    state: TrainState,
-    device: Device,
-    queue: Queue,
-    checkpoints: Checkpoints,
-    control: Control,
-    recorder: FlightRecorder,
-    last_step: u64,
-    gradient: Vec<f32>,
-    buckets: Buckets,
-    started: Instant,
-    metrics: BTreeMap<String, f64>,
-    /// Steps in a row that changed nothing.
-    skipped: u32,
-}
-
-/// What a rank is made of; see [`Trainer::new`].
-pub struct TrainerParts {
-    /// The rank's part in the gang.
-    pub assignment: TrainAssignment,
+/// What a process keeps from generation to generation.
+pub struct Held {
+    /// The job.
+    pub spec: JobSpec,
     /// Model and data.
     pub problem: Problem,
     /// Parameters' places.
     pub table: Table,
-    /// Fresh or restored.
-    pub state: TrainState,
     /// Update rule.
     pub optimizer: Optimizer,
     /// Where tensors live.
     pub device: Device,
-    /// The formed group.
-    pub communicator: Box<dyn Communicator>,
-    /// This rank's saver.
-    pub checkpoints: Checkpoints,
-    /// To the worker.
-    pub control: Control,
-    /// Told what this rank is doing.
-    pub recorder: FlightRecorder,
+    /// The step at which the job ends.
+    pub last_step: u64,
+    /// The job's state; none before the first generation.
+    pub state: Option<TrainState>,
+    /// What goes with it.
+    pub progress: Progress,
+}
+
+/// What a job's state does not say of how it came about; the same on every rank.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// The last value of each metric.
+    pub metrics: BTreeMap<String, f64>,
+    /// Steps in a row that changed nothing.
+    pub skipped: u32,
+    /// The last step at which validation ran.
+    pub evaluated: Option<Step>,
+}
+
+impl Held {
+    /// Steps applied; 0 without a state.
+    pub fn step(&self) -> Step {
+        self.state.as_ref().map(|state| state.step).unwrap_or_default()
+    }
+
+    /// A state of the right shape, to be filled.
+    pub fn blank_state(&self) -> TrainState {
+        TrainState {
+            step: Step(0),
+            values: vec![0.0; self.table.len],
+            optimizer: self.optimizer.initial_state(self.table.len),
+        }
+    }
+}
+
+/// What belongs to one generation.
+pub struct Bound {
+    place: Place,
+    lanes: Lanes,
+    order: SampleOrder,
+    queue: Queue,
+    checkpoints: Checkpoints,
+    buckets: Buckets,
+    gradient: Vec<f32>,
+}
+
+impl Bound {
+    /// This rank's share of the work in a formed group.
+    ///
+    /// # Errors
+    /// If the system refuses a thread for collectives.
+    pub fn new(
+        held: &Held,
+        place: &Place,
+        communicator: Box<dyn Communicator>,
+        checkpoints: Checkpoints,
+    ) -> Result<Self, TrainError> {
+        let lanes = Lanes::new(&held.spec.batch, place.rank.0, place.world_size);
+        Ok(Self {
+            place: place.clone(),
+            order: SampleOrder::new(held.spec.seed, held.problem.train.len()),
+            buckets: Buckets::new(&held.table, &lanes),
+            lanes,
+            queue: Queue::start(communicator)?,
+            checkpoints,
+            gradient: vec![0.0; held.table.len],
+        })
+    }
+}
+
+/// One rank in one generation.
+pub struct Trainer {
+    bound: Bound,
+    control: Control,
+    recorder: FlightRecorder,
+    started: Instant,
+}
+
+/// What is decided between two steps.
+enum Boundary {
+    Stop(StopCause),
+    Pause,
 }
 
 /// The step at which a job ends.
@@ -95,90 +148,108 @@ pub fn last_step(spec: &JobSpec, samples: u64) -> u64 {
 }
 
 impl Trainer {
-    /// Puts the parts together.
-    ///
-    /// # Errors
-    /// If the system refuses a thread for collectives.
-    pub fn new(parts: TrainerParts) -> Result<Self, TrainError> {
-        let spec = &parts.assignment.spec;
-        let (rank, world) = (parts.assignment.rank.0, parts.assignment.world_size);
-        let lanes = Lanes::new(&spec.batch, rank, world);
-        Ok(Self {
-            order: SampleOrder::new(spec.seed, parts.problem.train.len()),
-            last_step: last_step(spec, parts.problem.train.len()),
-            gradient: vec![0.0; parts.table.len],
-            buckets: Buckets::new(&parts.table, &lanes),
-            lanes,
-            started: Instant::now(),
-            metrics: BTreeMap::new(),
-            skipped: 0,
-            assignment: parts.assignment,
-            problem: parts.problem,
-            table: parts.table,
-            optimizer: parts.optimizer,
-            state: parts.state,
-            device: parts.device,
-            queue: Queue::start(parts.communicator)?,
-            checkpoints: parts.checkpoints,
-            control: parts.control,
-            recorder: parts.recorder,
-        })
+    /// A rank that is ready to step.
+    pub fn new(bound: Bound, control: Control, recorder: &FlightRecorder) -> Self {
+        Self { bound, control, recorder: recorder.clone(), started: Instant::now() }
     }
 
-    /// Steps until the job ends or is asked to stop.
-    pub fn run(mut self) -> Result<End, TrainError> {
-        let spec = self.assignment.spec.clone();
-        let mut evaluated = None;
-        while self.state.step.0 < self.last_step {
-            if let Some(metrics) = self.step()? {
-                self.announce(metrics)?;
-            }
-            let step = self.state.step;
-            let every = spec.evaluate.every_steps;
-            if every > 0 && step.0.is_multiple_of(every) && step.0 < self.last_step {
-                self.evaluate()?;
-                evaluated = Some(step);
-            }
-            if let Some(why) = self.agree_to_stop()? {
-                return self.stop_here(why);
+    /// Steps until the job ends, is asked to stop, or pauses. After an error `held` is what it was
+    /// after the last whole step.
+    pub fn run(&mut self, held: &mut Held) -> Result<End, TrainError> {
+        let ended = self.steps(held);
+        if ended.is_err() {
+            self.say_committed();
+        }
+        ended
+    }
+
+    fn steps(&mut self, held: &mut Held) -> Result<End, TrainError> {
+        // What was due after the last step of the generation before may not have been done.
+        if held.step().0 > 0 {
+            self.checkpoint_if_due(held)?;
+            self.evaluate_if_due(held)?;
+            if let Some(end) = self.boundary(held)? {
+                return Ok(end);
             }
         }
-        if evaluated != Some(self.state.step) {
-            self.evaluate()?;
+        while held.step().0 < held.last_step {
+            if let Some(metrics) = self.step(held)? {
+                self.announce(held, metrics)?;
+            }
+            self.evaluate_if_due(held)?;
+            if let Some(end) = self.boundary(held)? {
+                return Ok(end);
+            }
         }
-        self.finish()
+        if held.progress.evaluated != Some(held.step()) {
+            self.evaluate(held)?;
+        }
+        self.finish(held)
+    }
+
+    /// Between two steps: does anyone want to stop or pause?
+    fn boundary(&mut self, held: &mut Held) -> Result<Option<End>, TrainError> {
+        match self.agree_on_boundary(held)? {
+            None => Ok(None),
+            Some(Boundary::Stop(why)) => self.stop_here(held, why).map(Some),
+            Some(Boundary::Pause) => {
+                self.say_committed();
+                Ok(Some(End::Paused))
+            }
+        }
+    }
+
+    fn evaluate_if_due(&mut self, held: &mut Held) -> Result<(), TrainError> {
+        let (step, every) = (held.step(), held.spec.evaluate.every_steps);
+        let is_due = every > 0 && step.0.is_multiple_of(every) && step.0 < held.last_step;
+        if is_due && held.progress.evaluated != Some(step) {
+            self.evaluate(held)?;
+        }
+        Ok(())
+    }
+
+    /// Checkpoints that are complete are not lost with the group.
+    fn say_committed(&mut self) {
+        for fact in self.bound.checkpoints.committed().unwrap_or_default() {
+            // Best effort: where the worker is gone, so is the process.
+            let _ = self.control.report(&RankReport::Checkpoint(fact));
+        }
     }
 
     /// One optimiser step, and a checkpoint after it when one is due; nothing of a step that is
-    /// skipped because its loss or gradient is no number.
-    fn step(&mut self) -> Result<Option<StepMetrics>, TrainError> {
+    /// skipped because its loss or gradient is no number. The state changes only when every
+    /// reduction has succeeded.
+    fn step(&mut self, held: &mut Held) -> Result<Option<StepMetrics>, TrainError> {
         let begin = Instant::now();
         let mut time = StepTime::default();
-        let step = self.state.step.0;
-        let mut stats: LaneFold<f64> = self.lanes.fold();
+        let step = held.step().0;
+        let bound = &mut self.bound;
+        let Held { spec, problem, table, optimizer, device, last_step, state, progress } = held;
+        let Some(state) = state else { return Err(stateless()) };
+        let mut stats: LaneFold<f64> = bound.lanes.fold();
 
         self.recorder.set_tag(format_args!("step {step} forward and backward"));
-        let leaves = Leaves::new(&self.table, &self.state.values, &self.device, true);
-        for lane in self.lanes.own() {
-            self.buckets.begin_lane();
-            let mut sums = vec![0.0; COMMON_SUMS + self.problem.model.sums.len()];
-            let microbatches = self.lanes.microbatches(lane);
+        let leaves = Leaves::new(table, &state.values, device, true);
+        for lane in bound.lanes.own() {
+            bound.buckets.begin_lane();
+            let mut sums = vec![0.0; COMMON_SUMS + problem.model.sums.len()];
+            let microbatches = bound.lanes.microbatches(lane);
             let last = microbatches.end - 1;
             for microbatch in microbatches {
-                let key = StepKey { seed: self.assignment.spec.seed, step, microbatch };
+                let key = StepKey { seed: spec.seed, step, microbatch };
                 let fetching = Instant::now();
-                let batch = self.fetch(key)?;
+                let batch = fetch(spec, problem, device, bound, key)?;
                 time.data += fetching.elapsed().as_secs_f64();
                 let (samples, tokens) = (batch.samples, batch.tokens);
-                let (model, mode) = (&self.problem.model, Mode::Train(key));
+                let (model, mode) = (&problem.model, Mode::Train(key));
                 let mut sink = LaneSink {
-                    buckets: &mut self.buckets,
-                    lanes: &self.lanes,
-                    queue: &self.queue,
+                    buckets: &mut bound.buckets,
+                    lanes: &bound.lanes,
+                    queue: &bound.queue,
                     lane,
                     last: microbatch == last,
                 };
-                let found = forward_backward(model, &self.table, &leaves, batch, mode, &mut sink);
+                let found = forward_backward(model, table, &leaves, batch, mode, &mut sink);
                 add_sums(&mut sums, &found, samples, tokens);
             }
             stats.push(lane, sums);
@@ -188,221 +259,252 @@ impl Trainer {
         // What the backward pass did not hide: the buckets still under way, and the sums.
         self.recorder.set_tag(format_args!("step {step} reduce"));
         let reducing = Instant::now();
-        let mut sums = vec![0.0; COMMON_SUMS + self.problem.model.sums.len()];
-        self.lanes.reduce(&mut *self.queue.turn(), &mut stats, &mut sums)?;
+        let mut sums = vec![0.0; COMMON_SUMS + problem.model.sums.len()];
+        bound.lanes.reduce(&mut *bound.queue.turn(), &mut stats, &mut sums)?;
         time.communication = reducing.elapsed().as_secs_f64();
 
         self.recorder.set_tag(format_args!("step {step} update"));
         let count = sums[1].max(1.0);
         let loss = sums[0] / count;
-        let mut gradient = std::mem::take(&mut self.gradient);
-        let ran = self.buckets.collect((1.0 / count) as f32, &mut gradient)?;
+        let ran = bound.buckets.collect((1.0 / count) as f32, &mut bound.gradient)?;
         time.communication_total = ran.as_secs_f64();
-        let norm = squared_norm(&self.table, &gradient).sqrt();
+        let norm = squared_norm(table, &bound.gradient).sqrt();
         if !loss.is_finite() || !norm.is_finite() {
-            self.gradient = gradient;
-            self.skip(if loss.is_finite() { norm } else { loss })?;
+            self.skip(held, if loss.is_finite() { norm } else { loss })?;
             return Ok(None);
         }
-        self.skipped = 0;
-        self.metrics.insert("train:loss".into(), loss);
-        for (name, sum) in self.problem.model.sums.iter().zip(&sums[COMMON_SUMS..]) {
-            self.metrics.insert(format!("train:{name}"), sum / count);
+        progress.skipped = 0;
+        progress.metrics.insert("train:loss".into(), loss);
+        for (name, sum) in problem.model.sums.iter().zip(&sums[COMMON_SUMS..]) {
+            progress.metrics.insert(format!("train:{name}"), sum / count);
         }
-        let (scale, state) = (self.optimizer.clip_factor(norm), &mut self.state);
-        let optimizer = self.optimizer;
+        let scale = optimizer.clip_factor(norm);
         let values = &mut state.values;
-        optimizer.apply(step, &self.table, values, &mut state.optimizer, &gradient, scale);
+        optimizer.apply(step, table, values, &mut state.optimizer, &bound.gradient, scale);
         state.step = Step(step + 1);
-        self.gradient = gradient;
-
-        time.checkpoint = self.checkpoint_if_due()?;
-        time.total = begin.elapsed().as_secs_f64();
-        time.compute = (time.total - time.data - time.communication - time.checkpoint).max(0.0);
-        let samples = f64::from(self.assignment.spec.batch.global.get());
-        Ok(Some(StepMetrics {
-            step: self.state.step,
-            last_step: Step(self.last_step),
-            epoch: self.state.step.0 as f64 * samples / self.problem.train.len() as f64,
+        let samples = f64::from(spec.batch.global.get());
+        let mut metrics = StepMetrics {
+            step: state.step,
+            last_step: Step(*last_step),
+            epoch: state.step.0 as f64 * samples / problem.train.len() as f64,
             loss,
             learning_rate: optimizer.schedule.rate(step),
             gradient_norm: norm,
-            samples_per_second: sums[2] / time.total,
-            tokens_per_second: sums[3] / time.total,
+            samples_per_second: 0.0,
+            tokens_per_second: 0.0,
             time,
             memory_bytes: resident_bytes(),
-        }))
+        };
+
+        let time = &mut metrics.time;
+        time.checkpoint = self.checkpoint_if_due(held)?;
+        time.total = begin.elapsed().as_secs_f64();
+        time.compute = (time.total - time.data - time.communication - time.checkpoint).max(0.0);
+        metrics.samples_per_second = sums[2] / metrics.time.total;
+        metrics.tokens_per_second = sums[3] / metrics.time.total;
+        Ok(Some(metrics))
     }
 
     /// Counts a step that changes nothing, if the job allows it. Every rank has the same loss, so all
     /// do the same.
-    fn skip(&mut self, loss: f64) -> Result<(), TrainError> {
-        let step = self.state.step.0 + 1;
-        let stop = &self.assignment.spec.stop;
-        if stop.divergence == Divergence::Stop || self.skipped >= stop.max_skips.get() {
-            return Err(TrainError::Diverged { step, loss, skipped: self.skipped });
+    fn skip(&mut self, held: &mut Held, loss: f64) -> Result<(), TrainError> {
+        let step = held.step().0 + 1;
+        let stop = &held.spec.stop;
+        let progress = &mut held.progress;
+        if stop.divergence == Divergence::Stop || progress.skipped >= stop.max_skips.get() {
+            return Err(TrainError::Diverged { step, loss, skipped: progress.skipped });
         }
-        self.skipped += 1;
-        self.state.step = Step(step);
-        *self.metrics.entry("train:skipped_steps".into()).or_default() += 1.0;
-        if self.assignment.rank == Rank(0) {
-            println!("step {step}/{} skipped: the loss is {loss}", self.last_step);
+        progress.skipped += 1;
+        *progress.metrics.entry("train:skipped_steps".into()).or_default() += 1.0;
+        if let Some(state) = &mut held.state {
+            state.step = Step(step);
         }
-        self.checkpoint_if_due().map(|_| ())
+        if self.is_first() {
+            println!("step {step}/{} skipped: the loss is {loss}", held.last_step);
+        }
+        self.checkpoint_if_due(held).map(|_| ())
     }
 
-    fn fetch(&mut self, key: StepKey) -> Result<algorithms::Microbatch, DataError> {
-        let global = u64::from(self.assignment.spec.batch.global.get());
-        let (offset, count) = self.lanes.samples(key.microbatch);
-        let indices = self.order.samples(key.step * global + offset, count);
-        let device = self.device.clone().autodiff();
-        self.problem.train.microbatch(&indices, Some(key), &device)
+    fn is_first(&self) -> bool {
+        self.bound.place.rank == Rank(0)
     }
 
-    fn checkpoint_if_due(&mut self) -> Result<f64, TrainError> {
-        let every = self.assignment.spec.checkpoint.every_steps;
-        let step = self.state.step;
-        if every == 0 || !step.0.is_multiple_of(every) || step.0 == self.last_step {
+    fn checkpoint_if_due(&mut self, held: &Held) -> Result<f64, TrainError> {
+        let every = held.spec.checkpoint.every_steps;
+        let step = held.step();
+        if every == 0 || !step.0.is_multiple_of(every) || step.0 == held.last_step {
             return Ok(0.0);
         }
         let begin = Instant::now();
-        self.stage()?;
+        self.stage(held)?;
         Ok(begin.elapsed().as_secs_f64())
     }
 
-    fn stage(&mut self) -> Result<(), TrainError> {
-        self.recorder.set_tag(format_args!("checkpoint at step {}", self.state.step.0));
-        let mut turn = self.queue.turn();
-        let metrics = self.metrics.clone();
-        self.checkpoints.stage(&mut *turn, self.state.step, &self.table, &self.state, metrics)
+    fn stage(&mut self, held: &Held) -> Result<(), TrainError> {
+        let Some(state) = &held.state else { return Err(stateless()) };
+        self.recorder.set_tag(format_args!("checkpoint at step {}", state.step.0));
+        let metrics = held.progress.metrics.clone();
+        let bound = &mut self.bound;
+        let mut turn = bound.queue.turn();
+        bound.checkpoints.stage(&mut *turn, state.step, &held.table, state, metrics)
     }
 
     /// Reports the step, and what the savers have finished meanwhile.
-    fn announce(&mut self, metrics: StepMetrics) -> Result<(), TrainError> {
-        if self.assignment.rank != Rank(0) {
+    fn announce(&mut self, held: &Held, metrics: StepMetrics) -> Result<(), TrainError> {
+        if !self.is_first() {
             return Ok(());
         }
-        let lines = (self.last_step / 20).max(1);
-        if metrics.step.0.is_multiple_of(lines) || metrics.step.0 == self.last_step {
+        let lines = (held.last_step / 20).max(1);
+        if metrics.step.0.is_multiple_of(lines) || metrics.step.0 == held.last_step {
             println!(
                 "step {}/{} loss {:.4} rate {:.3e} {:.1} samples/s",
                 metrics.step.0,
-                self.last_step,
+                held.last_step,
                 metrics.loss,
                 metrics.learning_rate,
                 metrics.samples_per_second
             );
         }
         self.control.report(&RankReport::Step(metrics))?;
-        for fact in self.checkpoints.committed()? {
+        for fact in self.bound.checkpoints.committed()? {
             self.control.report(&RankReport::Checkpoint(fact))?;
         }
         Ok(())
     }
 
-    /// One small all-reduce: does anyone want to stop, and whose shard is written.
-    fn agree_to_stop(&mut self) -> Result<Option<StopCause>, TrainError> {
-        let time_up = self
-            .assignment
-            .spec
-            .stop
-            .max_time
-            .is_some_and(|limit| self.started.elapsed() + self.assignment.elapsed.0 >= limit.0);
-        self.recorder.set_tag(format_args!("agreement after step {}", self.state.step.0));
+    /// One small all-reduce: does anyone want to stop, do all want to pause, and whose shard is
+    /// written.
+    fn agree_on_boundary(&mut self, held: &Held) -> Result<Option<Boundary>, TrainError> {
+        let used = self.started.elapsed() + self.bound.place.elapsed.0;
+        let time_up = held.spec.stop.max_time.is_some_and(|limit| used >= limit.0);
+        self.recorder.set_tag(format_args!("agreement after step {}", held.step().0));
         let ordered = self.control.stop_requested();
-        let shards = self.checkpoints.shards_done()?;
-        let mut votes = [i64::from(ordered), i64::from(time_up), shards];
-        self.queue.turn().all_reduce(votes.as_mut_slice().into(), ReduceOp::Sum)?;
-        let [ordered, time_up, shards] = votes;
-        self.checkpoints.agree(&mut *self.queue.turn(), shards)?;
-        if self.state.step.0 >= self.last_step {
+        let pause = self.control.pause_requested();
+        let bound = &mut self.bound;
+        let shards = bound.checkpoints.shards_done()?;
+        let mut votes = [i64::from(ordered), i64::from(time_up), shards, i64::from(pause)];
+        bound.queue.turn().all_reduce(votes.as_mut_slice().into(), ReduceOp::Sum)?;
+        let [ordered, time_up, shards, pause] = votes;
+        bound.checkpoints.agree(&mut *bound.queue.turn(), shards)?;
+        if held.step().0 >= held.last_step {
             return Ok(None);
         }
-        // With its time used up a job is over, whoever was asked to leave just then.
-        let by_time = (time_up > 0).then_some(StopCause::MaxTime);
-        Ok(by_time.or((ordered > 0).then_some(StopCause::Order)))
+        // With its time used up a job is over, whoever was asked to leave just then. The order to
+        // pause goes to every rank: those that have it wait until all have.
+        let by_time = (time_up > 0).then_some(Boundary::Stop(StopCause::MaxTime));
+        let by_order = (ordered > 0).then_some(Boundary::Stop(StopCause::Order));
+        let all_pause = pause == i64::from(bound.place.world_size);
+        Ok(by_time.or(by_order).or(all_pause.then_some(Boundary::Pause)))
     }
 
     /// Validation over the whole set, dealt to lanes, so its result has the same bits for any
     /// number of ranks.
-    fn evaluate(&mut self) -> Result<(), TrainError> {
-        let Some(data) = &self.problem.validation else { return Ok(()) };
-        self.recorder.set_tag(format_args!("validation at step {}", self.state.step.0));
-        let size = u64::from(self.assignment.spec.batch.microbatch_size());
+    fn evaluate(&mut self, held: &mut Held) -> Result<(), TrainError> {
+        let step = held.step();
+        held.progress.evaluated = Some(step);
+        let Held { spec, problem, device, table, state, .. } = &*held;
+        let Some(data) = &problem.validation else { return Ok(()) };
+        let Some(state) = state else { return Err(stateless()) };
+        self.recorder.set_tag(format_args!("validation at step {}", step.0));
+        let bound = &mut self.bound;
+        let size = u64::from(spec.batch.microbatch_size());
         let microbatches = data.len().div_ceil(size);
-        let lanes = self.assignment.spec.batch.lanes.get();
-        let leaves = Leaves::new(&self.table, &self.state.values, &self.device, false);
-        let mut fold: LaneFold<f64> = self.lanes.fold();
-        for lane in self.lanes.own() {
-            let mut sums = vec![0.0; COMMON_SUMS + self.problem.model.sums.len()];
-            for microbatch in self.lanes.deal(lane, lanes, microbatches) {
+        let lanes = spec.batch.lanes.get();
+        let leaves = Leaves::new(table, &state.values, device, false);
+        let mut fold: LaneFold<f64> = bound.lanes.fold();
+        for lane in bound.lanes.own() {
+            let mut sums = vec![0.0; COMMON_SUMS + problem.model.sums.len()];
+            for microbatch in bound.lanes.deal(lane, lanes, microbatches) {
                 let first = microbatch * size;
                 let indices: Vec<u64> = (first..data.len().min(first + size)).collect();
-                let batch = data.microbatch(&indices, None, &self.device)?;
+                let batch = data.microbatch(&indices, None, device)?;
                 let (samples, tokens) = (batch.samples, batch.tokens);
-                let found = evaluate(&self.problem.model, &leaves, batch);
+                let found = evaluate(&problem.model, &leaves, batch);
                 add_sums(&mut sums, &found, samples, tokens);
             }
             fold.push(lane, sums);
         }
-        let mut sums = vec![0.0; COMMON_SUMS + self.problem.model.sums.len()];
-        self.lanes.reduce(&mut *self.queue.turn(), &mut fold, &mut sums)?;
+        let mut sums = vec![0.0; COMMON_SUMS + problem.model.sums.len()];
+        let reduced = bound.lanes.reduce(&mut *bound.queue.turn(), &mut fold, &mut sums);
+        if let Err(error) = reduced {
+            held.progress.evaluated = None;
+            return Err(error.into());
+        }
         let count = sums[1].max(1.0);
         let mut metrics = BTreeMap::from([("validation:loss".to_owned(), sums[0] / count)]);
-        for (name, sum) in self.problem.model.sums.iter().zip(&sums[COMMON_SUMS..]) {
+        for (name, sum) in problem.model.sums.iter().zip(&sums[COMMON_SUMS..]) {
             metrics.insert(format!("validation:{name}"), sum / count);
         }
-        self.metrics.extend(metrics);
-        if self.assignment.rank == Rank(0) {
-            let metrics = self.metrics.clone();
+        held.progress.metrics.extend(metrics);
+        if self.is_first() {
+            let metrics = held.progress.metrics.clone();
             let listed: Vec<String> =
                 metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
-            println!("step {}/{} {}", self.state.step.0, self.last_step, listed.join(" "));
-            let evaluation = Evaluation { step: self.state.step, metrics };
-            self.control.report(&RankReport::Evaluation(evaluation))?;
+            println!("step {}/{} {}", step.0, held.last_step, listed.join(" "));
+            self.control.report(&RankReport::Evaluation(Evaluation { step, metrics }))?;
         }
         Ok(())
     }
 
-    fn stop_here(mut self, why: StopCause) -> Result<End, TrainError> {
-        self.save_and_report()?;
-        if self.assignment.rank == Rank(0) {
-            println!("stopped at step {}/{}", self.state.step.0, self.last_step);
-            self.control.report(&RankReport::Stopped { step: self.state.step, why })?;
+    fn stop_here(&mut self, held: &Held, why: StopCause) -> Result<End, TrainError> {
+        self.save_and_report(held)?;
+        let step = held.step();
+        if self.is_first() {
+            println!("stopped at step {}/{}", step.0, held.last_step);
+            self.control.report(&RankReport::Stopped { step, why })?;
         }
-        self.queue.turn().barrier()?;
-        self.checkpoints.into_saver().finish()?;
+        self.bound.queue.turn().barrier()?;
+        self.bound.checkpoints.take_saver()?.finish()?;
         Ok(End::Stopped)
     }
 
-    fn finish(mut self) -> Result<End, TrainError> {
-        self.save_and_report()?;
+    fn finish(&mut self, held: &Held) -> Result<End, TrainError> {
+        self.save_and_report(held)?;
         self.recorder.set_tag("writing the model");
-        let mut saver = self.checkpoints.into_saver();
-        if self.assignment.rank == Rank(0) {
-            let descriptor = serde_json::to_vec_pretty(&self.problem.descriptor)
+        let mut saver = self.bound.checkpoints.take_saver()?;
+        if self.is_first() {
+            let Some(state) = &held.state else { return Err(stateless()) };
+            let descriptor = serde_json::to_vec_pretty(&held.problem.descriptor)
                 .map_err(|e| TrainError::Job(format!("model.json cannot be written: {e}")))?;
-            let tensors = self.state.model_tensors(&self.table);
+            let tensors = state.model_tensors(&held.table);
             let (key, sha256, bytes) = saver.put_model(&tensors, &descriptor)?;
-            let step = self.state.step;
-            let fact = ModelFact { key, sha256, bytes, step, metrics: self.metrics };
+            let (step, metrics) = (state.step, held.progress.metrics.clone());
+            let fact = ModelFact { key, sha256, bytes, step, metrics };
             println!("model written: sha256 {} ({} bytes)", fact.sha256, fact.bytes);
             self.control.report(&RankReport::Finished(fact))?;
         }
         // Nobody leaves before the model is written: a failure of rank 0 is everyone's.
-        self.queue.turn().barrier()?;
+        self.bound.queue.turn().barrier()?;
         saver.finish()?;
         Ok(End::Finished)
     }
 
     /// A checkpoint of the current step, complete before this returns.
-    fn save_and_report(&mut self) -> Result<(), TrainError> {
-        self.stage()?;
-        for fact in self.checkpoints.flush(&mut *self.queue.turn())? {
+    fn save_and_report(&mut self, held: &Held) -> Result<(), TrainError> {
+        self.stage(held)?;
+        let bound = &mut self.bound;
+        for fact in bound.checkpoints.flush(&mut *bound.queue.turn())? {
             self.control.report(&RankReport::Checkpoint(fact))?;
         }
         Ok(())
     }
+}
+
+fn fetch(
+    spec: &JobSpec,
+    problem: &Problem,
+    device: &Device,
+    bound: &mut Bound,
+    key: StepKey,
+) -> Result<algorithms::Microbatch, DataError> {
+    let global = u64::from(spec.batch.global.get());
+    let (offset, count) = bound.lanes.samples(key.microbatch);
+    let indices = bound.order.samples(key.step * global + offset, count);
+    problem.train.microbatch(&indices, Some(key), &device.clone().autodiff())
+}
+
+fn stateless() -> TrainError {
+    api::control::ControlError("a step without a state".into()).into()
 }
 
 /// The gradients of one lane's microbatches, on their way into buckets.

@@ -89,7 +89,7 @@ impl Agent {
         }
         let reason = format!("superseded by {}", task.generation);
         for (other, handle) in &self.running {
-            if other.workload == task.workload && other.generation < task.generation {
+            if other.workload == task.workload && handle.generation() < task.generation {
                 handle.kill(&reason);
             }
         }
@@ -111,8 +111,10 @@ impl Agent {
 
     fn generations(&self, task: &TaskId) -> impl Iterator<Item = Generation> {
         let waiting = self.waiting.iter().map(|(other, _)| other);
-        let mine = self.running.keys().chain(waiting);
-        mine.filter(|other| other.workload == task.workload).map(|other| other.generation)
+        let waiting = waiting.map(|other| (other, other.generation));
+        let running = self.running.iter().map(|(other, handle)| (other, handle.generation()));
+        let mine = running.chain(waiting);
+        mine.filter(|(other, _)| other.workload == task.workload).map(|(_, generation)| generation)
     }
 
     fn refuse(&self, task: &TaskId, reason: String) {
@@ -124,10 +126,9 @@ impl Agent {
     fn start_waiting(&mut self) {
         let mut still = Vec::new();
         for (task, assignment) in std::mem::take(&mut self.waiting) {
-            let has_older = self
-                .running
-                .keys()
-                .any(|other| other.workload == task.workload && other.generation < task.generation);
+            let has_older = self.running.iter().any(|(other, handle)| {
+                other.workload == task.workload && handle.generation() < task.generation
+            });
             if has_older || self.running.len() >= self.slots {
                 still.push((task, assignment));
                 continue;
@@ -148,8 +149,13 @@ impl Agent {
             return self.shared.ledger.answer(&answer);
         }
         if let Some(handle) = self.running.get(&task) {
-            if matches!(order, RankOrder::Peers { .. }) {
-                self.shared.ledger.peers_given(&task);
+            match &order {
+                RankOrder::Peers { .. } => self.shared.ledger.peers_given(&task),
+                RankOrder::Regroup(regroup) => {
+                    handle.joins(regroup.generation);
+                    self.shared.ledger.joins(&task, regroup.generation);
+                }
+                _ => {}
             }
             return handle.deliver(order);
         }

@@ -25,9 +25,9 @@ impl FlightKeeper {
         Self { store, puts: TaskTracker::new() }
     }
 
-    /// Begins to write a task's last log; a later one of the same task replaces it.
+    /// Begins to write a task's last log of a generation; a later one of the same rank replaces it.
     pub(crate) fn keep(&self, task: &TaskId, log: &FlightLog) {
-        let key = keys::flight(&task.workload, task.generation, task.rank);
+        let key = keys::flight(&task.workload, log.generation, log.rank);
         let json = match serde_json::to_vec(log) {
             Ok(json) => json,
             Err(error) => return warn!(%task, %error, "a flight log is not JSON"),

@@ -13,12 +13,12 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use api::TaskId;
 use api::pb::WorkerFrame;
 use api::session::{
-    ExitCause, LOG_LINE_BYTES_MAX, LogLine, LogStream, MESSAGE_BYTES_MAX, RankReport, TaskEvent,
-    TaskView, WorkerMessage,
+    ExitCause, LOG_LINE_BYTES_MAX, LogLine, LogStream, MESSAGE_BYTES_MAX, RankLine, RankReport,
+    TaskEvent, TaskView, WorkerMessage,
 };
+use api::{Generation, TaskId};
 use tokio::sync::watch;
 use tracing::warn;
 
@@ -54,7 +54,7 @@ struct Fact {
 }
 
 enum Sample {
-    Metrics { task: TaskId, report: RankReport },
+    Metrics { task: TaskId, generation: Generation, report: RankReport },
     Logs { task: TaskId, gap: Option<Gap>, lines: Vec<LogLine>, bytes: usize },
 }
 
@@ -136,9 +136,9 @@ impl Sample {
 
     fn message(&self) -> WorkerMessage {
         match self {
-            Self::Metrics { task, report } => WorkerMessage::Task {
+            Self::Metrics { task, generation, report } => WorkerMessage::Task {
                 task: task.clone(),
-                event: TaskEvent::Report { report: report.clone() },
+                event: TaskEvent::Report { generation: *generation, report: report.clone() },
             },
             Self::Logs { task, gap, lines, .. } => {
                 let note = gap.iter().map(|gap| LogLine {
@@ -183,7 +183,7 @@ impl Inner {
     /// complete manifests from the store, so not even that is lost.
     fn forget_a_fact(&mut self) {
         let is_checkpoint = |fact: &Fact| {
-            matches!(&fact.event, TaskEvent::Report { report: RankReport::Checkpoint(_) })
+            matches!(&fact.event, TaskEvent::Report { report: RankReport::Checkpoint(_), .. })
         };
         let superseded = self.facts.iter().position(|fact| {
             is_checkpoint(fact)
@@ -306,7 +306,14 @@ impl Ledger {
         if inner.tasks.contains_key(task) {
             return false;
         }
-        let view = TaskView { task: task.clone(), address: None, has_peers: false };
+        let view = TaskView {
+            task: task.clone(),
+            address: None,
+            has_peers: false,
+            generation: None,
+            holds_state: false,
+            waits: false,
+        };
         inner.tasks.insert(task.clone(), Task { view, exited: false });
         true
     }
@@ -321,17 +328,26 @@ impl Ledger {
         self.changed();
     }
 
-    pub(crate) fn report(&self, task: &TaskId, report: RankReport) {
+    /// A task says something, as a rank of `generation`.
+    pub(crate) fn report(&self, task: &TaskId, line: RankLine) {
+        let RankLine { generation, report } = line;
         let mut inner = self.lock();
-        if let RankReport::Listening { address, .. } = &report
-            && let Some(known) = inner.tasks.get_mut(task)
+        // What it says of a former generation is no news of the one it was told to be in since.
+        if let Some(known) = inner.tasks.get_mut(task)
+            && known.view.generation() == generation
         {
-            known.view.address = Some(*address);
+            let view = &mut known.view;
+            match &report {
+                RankReport::Listening { address, .. } => view.address = Some(*address),
+                RankReport::Running { .. } => view.holds_state = true,
+                RankReport::Broken { .. } | RankReport::Paused { .. } => view.waits = true,
+                _ => {}
+            }
         }
         if is_sample(&report) {
-            inner.push_sample(Sample::Metrics { task: task.clone(), report });
+            inner.push_sample(Sample::Metrics { task: task.clone(), generation, report });
         } else {
-            inner.push_fact(task.clone(), TaskEvent::Report { report });
+            inner.push_fact(task.clone(), TaskEvent::Report { generation, report });
         }
         drop(inner);
         self.changed();
@@ -350,6 +366,16 @@ impl Ledger {
         }
         drop(inner);
         self.changed();
+    }
+
+    /// The task is told to be part of another generation.
+    pub(crate) fn joins(&self, task: &TaskId, generation: Generation) {
+        if let Some(known) = self.lock().tasks.get_mut(task) {
+            known.view.generation = Some(generation);
+            known.view.address = None;
+            known.view.has_peers = false;
+            known.view.waits = false;
+        }
     }
 
     pub(crate) fn peers_given(&self, task: &TaskId) {

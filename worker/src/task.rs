@@ -5,18 +5,19 @@ use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::ExitStatus;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use api::TaskId;
 use api::config::{ServeSection, StoreSection};
 use api::data_plane::DataPlane;
 use api::environment::{SCRATCH_VARIABLE, TaskPlace, task_environment};
 use api::flight::{FLIGHT_ENTRIES_MAX, FlightLog};
 use api::session::{
-    Assignment, ExitCause, FLIGHT_LAST, MESSAGE_BYTES_MAX, RankOrder, RankReport, WorkerMessage,
+    Assignment, ExitCause, FLIGHT_LAST, MESSAGE_BYTES_MAX, RankLine, RankOrder, RankReport,
+    WorkerMessage,
 };
+use api::{Generation, TaskId};
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -78,9 +79,21 @@ pub(crate) struct TaskHandle {
     stop_timeout: Duration,
     /// 0 until its process runs.
     pid: Arc<AtomicU32>,
+    /// The generation it was last told to be in.
+    generation: AtomicU64,
 }
 
 impl TaskHandle {
+    /// The generation it was last told to be in: a process may outlive the one it was started in.
+    pub(crate) fn generation(&self) -> Generation {
+        Generation(self.generation.load(Ordering::Relaxed))
+    }
+
+    /// It is told to be in another generation.
+    pub(crate) fn joins(&self, generation: Generation) {
+        self.generation.store(generation.0, Ordering::Relaxed);
+    }
+
     /// Passes an order on; a rank that does not read its orders, or does not leave in time when it
     /// is asked to, is killed.
     pub(crate) fn deliver(&self, order: RankOrder) {
@@ -177,8 +190,13 @@ impl Task {
         let stop_timeout = shared.stop_timeout;
         let own_orders = orders_sender.clone();
         let pid = Arc::new(AtomicU32::new(0));
-        let handle =
-            TaskHandle { orders: orders_sender, kill: kill_sender, stop_timeout, pid: pid.clone() };
+        let handle = TaskHandle {
+            orders: orders_sender,
+            kill: kill_sender,
+            stop_timeout,
+            pid: pid.clone(),
+            generation: AtomicU64::new(id.generation.0),
+        };
         (Self { id, assignment, record, shared, orders, own_orders, kill, pid }, handle)
     }
 
@@ -374,16 +392,18 @@ impl Reader {
                 drop(read);
                 return Ok(());
             }
-            let report: RankReport = serde_json::from_slice(&line)
+            let line: RankLine = serde_json::from_slice(&line)
                 .map_err(|error| format!("it sent what is not a report: {error}"))?;
-            match report {
-                RankReport::Flight { request, log } => self.flight(request, log),
-                report => {
-                    if let RankReport::Failed { message, retryable, .. } = &report {
+            match line {
+                RankLine { report: RankReport::Flight { request, log }, .. } => {
+                    self.flight(request, log);
+                }
+                line => {
+                    if let RankReport::Failed { message, retryable, .. } = &line.report {
                         let failed = Failed { message: message.clone(), retryable: *retryable };
                         *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(failed);
                     }
-                    self.ledger.report(&self.id, report);
+                    self.ledger.report(&self.id, line);
                 }
             }
         }

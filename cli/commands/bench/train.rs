@@ -57,7 +57,7 @@ pub async fn run(global: &Global, args: BenchTrain) -> Result<()> {
         config_file: None,
         coordinators: 1,
         workers: 1,
-        slots: spec.resources.ranks.get(),
+        slots: spec.resources.ranks.max(),
         port: 0,
     };
     let mut embedded = Embedded::start(options).await?;
@@ -107,7 +107,7 @@ pub async fn run(global: &Global, args: BenchTrain) -> Result<()> {
     let times: Vec<f64> = measured.iter().map(|m| m.time.total).collect();
     let report = TrainReport {
         algorithm: spec.algorithm.clone(),
-        ranks: spec.resources.ranks.get(),
+        ranks: spec.resources.ranks.max(),
         threads_per_rank: spec.resources.threads_per_rank.get(),
         global_batch: spec.batch.global.get(),
         steps: measured.len(),

@@ -5,12 +5,14 @@
 //! difference before you commit it. Commands:
 //!
 //! ```text
-//! submit NAME [ranks=2] [keep=1] [keep_every=200] [max_failures=0] [max_time=60s] [relaxed] [request=ID]
+//! submit NAME [ranks=2] [min=1 max=4] [wait=5s] [spares=1] [keep=1] [keep_every=200] [max_failures=0] [max_time=60s] [relaxed] [request=ID]
 //! stop NAME | stop-endpoint NAME | resume NAME
 //! deploy NAME model=MODEL [listen=127.0.0.1:0] [request=ID]
-//! hello WORKER [slots=2] [host=H] [incarnation=1] [cluster=ID] [TASK[@PORT][+peers] …]
+//! hello WORKER [slots=2] [host=H] [incarnation=1] [cluster=ID] [TASK[@PORT][~GENERATION][+peers][+state][+waits] …]
 //! detach WORKER | heartbeat WORKER | leaving WORKER
-//! listening TASK [on=WORKER] [fingerprint=F]    running TASK    step TASK 7
+//! listening TASK [on=WORKER] [fingerprint=F]    running TASK [STEP]    step TASK 7
+//! broken TASK [STEP] [blames=r1]    paused TASK STEP    ready TASK (a spare)
+//! [of=g1] with any report: the generation it was made in; else the newest its process is part of
 //! checkpoint TASK 100 [generation=1] [digest=D] finished TASK 200    stopped TASK 150 [time]
 //! failed TASK [blames=r1] [fatal] MESSAGE …
 //! exit TASK completed|signal=9|code=1|not-started [fatal] [MESSAGE …]
@@ -26,14 +28,15 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use api::events::{CheckpointFact, JobEvent, ModelFact, StepMetrics, StepTime};
 use api::ids::{Generation, Name, Secret, Step as TrainStep, TaskId};
-use api::job::{Determinism, JobSpec};
+use api::job::{Determinism, Elastic, JobSpec, Ranks};
 use api::records::{
     CheckpointRecord, EndpointRecord, EndpointSpec, JobRecord, KIND_CHECKPOINT, KIND_ENDPOINT,
-    KIND_JOB,
+    KIND_JOB, Placement,
 };
 use api::session::{
     Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, StopCause, TaskEvent,
@@ -54,7 +57,11 @@ fn every_script_gives_its_trace() {
     for path in paths {
         let script = fs::read_to_string(&path).expect("a script");
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let traced = play(&name, &script);
+        let played = catch_unwind(AssertUnwindSafe(|| play(&name, &script)));
+        let Ok(traced) = played else {
+            differing.push(format!("{name}: failed, see above"));
+            continue;
+        };
         if traced == script {
             continue;
         }
@@ -100,9 +107,8 @@ fn play(name: &str, script: &str) -> String {
             if several && !is_silent {
                 writeln!(trace, "> {line}").expect("memory");
             }
-            let lines =
-                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| stage.command(line)))
-                    .unwrap_or_else(|_| panic!("{name}: `{line}` failed, see above"));
+            let lines = catch_unwind(AssertUnwindSafe(|| stage.command(line)))
+                .unwrap_or_else(|_| panic!("{name}: `{line}` failed, see above"));
             lines.iter().for_each(|line| writeln!(trace, "{line}").expect("memory"));
         }
         if !played.is_empty() {
@@ -207,7 +213,7 @@ impl Stage {
             .status
             .gang
             .iter()
-            .map(|place| format!("{name}/{}/{}", job.status.generation, place.rank))
+            .map(|place| place.task(&job.spec.name, job.status.generation).to_string())
             .collect();
         for command in ["listening", "running"] {
             for task in &tasks {
@@ -291,14 +297,21 @@ impl Stage {
         let session = SessionId(self.sessions);
         self.attached.insert(worker.to_owned(), session);
         let view = |word: &&str| {
-            let (rest, has_peers) = match word.strip_suffix("+peers") {
-                Some(rest) => (rest, true),
-                None => (*word, false),
+            let flag = |text: &'_ str, flag: &str| match text.strip_suffix(flag) {
+                Some(rest) => (rest.to_owned(), true),
+                None => (text.to_owned(), false),
+            };
+            let (rest, waits) = flag(word, "+waits");
+            let (rest, holds_state) = flag(&rest, "+state");
+            let (rest, has_peers) = flag(&rest, "+peers");
+            let (rest, generation) = match rest.split_once('~') {
+                Some((rest, generation)) => (rest, Some(Generation(number(generation)))),
+                None => (rest.as_str(), None),
             };
             let (id, port) = rest.split_once('@').unwrap_or((rest, ""));
             let port = (!port.is_empty()).then(|| u16::try_from(number(port)).expect("a port"));
             let address = port.map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
-            TaskView { task: task(id), address, has_peers }
+            TaskView { task: task(id), address, has_peers, generation, holds_state, waits }
         };
         let tasks: Vec<TaskView> = words.plain.iter().skip(2).map(view).collect();
         for view in &tasks {
@@ -321,15 +334,27 @@ impl Stage {
     fn task_event(&mut self, words: &Words<'_>) -> Input {
         let task = task(words.at(1));
         let step = || TrainStep(number(words.at(2)));
+        let generation = words.number("of").map(Generation);
+        let generation = generation.unwrap_or_else(|| self.generation_of(&task));
         let report = match words.at(0) {
             "listening" => RankReport::Listening {
                 address: SocketAddr::from(([127, 0, 0, 1], 4_000 + task.rank.0 as u16)),
                 fingerprint: (*words.pairs.get("fingerprint").unwrap_or(&"avx2/1")).to_owned(),
             },
-            "running" => RankReport::Running { step: TrainStep(0) },
+            "running" => {
+                let step = words.plain.get(2).map_or(0, |step| number(step));
+                RankReport::Running { step: TrainStep(step) }
+            }
+            "paused" => RankReport::Paused { step: step() },
+            "ready" => RankReport::Ready { fingerprint: "avx2/1".into() },
+            "broken" => RankReport::Broken {
+                step: words.plain.get(2).map(|step| TrainStep(number(step))),
+                message: "its peer is gone".into(),
+                blames: words.number("blames").map(|rank| api::Rank(rank as u32)),
+            },
             "step" => RankReport::Step(metrics(step())),
             "checkpoint" => {
-                let generation = words.number("generation").map_or(task.generation, Generation);
+                let generation = words.number("generation").map_or(generation, Generation);
                 let digest = words.pairs.get("digest").copied().unwrap_or("aa");
                 let job = task.workload.to_string();
                 RankReport::Checkpoint(fact(&job, generation, number(words.at(2)), digest))
@@ -353,7 +378,21 @@ impl Stage {
             "exit" => return self.say(words, task, TaskEvent::Exited { cause: cause(words) }),
             other => panic!("`{other}` is not a command"),
         };
-        self.say(words, task, TaskEvent::Report { report })
+        self.say(words, task, TaskEvent::Report { generation, report })
+    }
+
+    /// The newest generation that a process is part of.
+    fn generation_of(&self, task: &TaskId) -> Generation {
+        let job = self.shell.job(task.workload.as_str());
+        let current = job.map(|job| (job.status.generation, job.status.gang));
+        match current {
+            Some((generation, gang))
+                if gang.iter().any(|place| place.task(&task.workload, generation) == *task) =>
+            {
+                generation
+            }
+            _ => task.generation,
+        }
     }
 
     fn say(&self, words: &Words<'_>, task: TaskId, event: TaskEvent) -> Input {
@@ -500,7 +539,16 @@ fn spec(words: &Words<'_>) -> JobSpec {
         value.and_then(std::num::NonZeroU32::new)
     };
     if let Some(ranks) = nonzero("ranks") {
-        spec.resources.ranks = ranks;
+        spec.resources.ranks = Ranks::Fixed(ranks);
+    }
+    if let Some((min, max)) = nonzero("min").zip(nonzero("max")) {
+        spec.resources.ranks = Ranks::Elastic(Elastic { min, max });
+    }
+    if let Some(wait) = words.pairs.get("wait") {
+        spec.recovery.wait_for_replacement = wait.parse().expect("a span");
+    }
+    if let Some(spares) = words.number("spares") {
+        spec.recovery.spares = spares as u32;
     }
     if let Some(keep) = nonzero("keep") {
         spec.checkpoint.keep = keep;
@@ -571,7 +619,11 @@ fn trace_write(write: &Write) -> String {
             let job: JobRecord = serde_json::from_slice(json).expect("a job");
             let s = job.status;
             let checkpoint = s.checkpoint.map_or("-".into(), |fact| fact.step.to_string());
-            let gang: Vec<_> = s.gang.iter().map(|p| format!("{}:{}", p.rank, p.worker)).collect();
+            let place = |p: &Placement| {
+                let stays = if p.started_as.is_some() { "*" } else { "" };
+                format!("{}:{}{stays}", p.rank, p.worker)
+            };
+            let gang: Vec<_> = s.gang.iter().map(place).collect();
             let completed: Vec<_> = s.completed.iter().map(ToString::to_string).collect();
             let completed = match completed.is_empty() {
                 true => String::new(),
@@ -619,8 +671,9 @@ fn trace_message(message: &CoordinatorMessage) -> String {
                 assert!(train.secret.reveal().is_empty(), "the core knows no secret");
                 let restore = train.restore.as_ref();
                 let restore = restore.map_or("nothing".into(), |fact| fact.step.to_string());
+                let spare = if train.spare { " as a spare" } else { "" };
                 format!(
-                    "start {task} of {} local {}/{} restoring {restore} elapsed {}",
+                    "start {task}{spare} of {} local {}/{} restoring {restore} elapsed {}",
                     train.world_size, train.local_rank, train.local_world_size, train.elapsed
                 )
             }
@@ -628,12 +681,20 @@ fn trace_message(message: &CoordinatorMessage) -> String {
         },
         CoordinatorMessage::Deliver { task, order } => {
             let order = match order {
-                RankOrder::Peers { addresses } => {
+                RankOrder::Peers { addresses, .. } => {
                     let ports: Vec<String> = addresses.iter().map(ToString::to_string).collect();
                     format!("peers {}", ports.join(" "))
                 }
+                RankOrder::Regroup(regroup) => {
+                    assert!(regroup.secret.reveal().is_empty(), "the core knows no secret");
+                    format!(
+                        "regroup as {} of {} in {} ({})",
+                        regroup.rank, regroup.world_size, regroup.generation, regroup.reason
+                    )
+                }
                 RankOrder::Committed { step } => format!("committed {step}"),
                 RankOrder::Stop { reason } => format!("stop ({reason})"),
+                RankOrder::Pause { reason } => format!("pause ({reason})"),
                 other => format!("{other:?}"),
             };
             format!("{task} {order}")

@@ -17,8 +17,8 @@ use api::records::{
     CheckpointRecord, EndpointSpec, KIND_CHECKPOINT, KIND_ENDPOINT, KIND_JOB, KIND_MODEL, Phase,
 };
 use api::session::{
-    Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, StopCause, TaskEvent,
-    TaskView, WorkerHello, WorkerMessage,
+    Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, Regroup, StopCause,
+    TaskEvent, TaskView, WorkerHello, WorkerMessage,
 };
 use coordinator_core::{Effect, Input, Millis, Records, Retention, SessionId, Transaction};
 use rand_chacha::ChaCha8Rng;
@@ -33,6 +33,8 @@ const ENDPOINTS: [&str; 2] = ["a", "e"];
 /// Rounds of the end after which a model is deployed, and after which endpoints are stopped.
 const DEPLOY_ROUND: u32 = 20;
 const STOP_ROUND: u32 = 40;
+/// The stage of a spare that is ready.
+const IDLE: u8 = 9;
 
 #[test]
 #[expect(clippy::disallowed_methods, reason = "the seed to repeat comes from the environment")]
@@ -50,7 +52,8 @@ fn random_histories_keep_the_invariants_and_come_to_rest() {
     // A generator that no longer reaches these cases tests nothing.
     if given.is_none() {
         assert!(seen.succeeded > 0 && seen.failed > 0 && seen.stopped > 0, "{seen:?}");
-        assert!(seen.restarts > HISTORIES && seen.checkpoints > HISTORIES, "{seen:?}");
+        assert!(seen.restarts > HISTORIES / 2 && seen.checkpoints > HISTORIES, "{seen:?}");
+        assert!(seen.regroups > HISTORIES / 2, "{seen:?}");
         assert!(seen.leaders > HISTORIES && seen.endpoints > HISTORIES / 4, "{seen:?}");
         assert!(seen.swept > HISTORIES, "{seen:?}");
         assert!(seen.leaves > HISTORIES, "{seen:?}");
@@ -73,6 +76,7 @@ struct Seen {
     failed: u64,
     stopped: u64,
     restarts: u64,
+    regroups: u64,
     checkpoints: u64,
     leaders: u64,
     leaves: u64,
@@ -89,7 +93,8 @@ impl Seen {
                 Phase::Stopped => self.stopped += 1,
                 other => panic!("at rest, a job is {other}: {:?}", job.status),
             }
-            self.restarts += job.status.restarts;
+            self.restarts += job.status.restarts - job.status.regroups;
+            self.regroups += job.status.regroups;
         }
         self.checkpoints += history.checkpoints;
         self.leaders += history.leaders;
@@ -121,6 +126,15 @@ fn check_log(seed: u64, log: &[Transaction], records: &Records) {
 #[derive(Debug)]
 struct Running {
     assignment: Assignment,
+    /// The generation it is part of, and as what; none as a spare.
+    generation: Generation,
+    rank: Option<Rank>,
+    world_size: u32,
+    /// It has been a rank that ran.
+    holds_state: bool,
+    /// It is to leave its group at its next step, or has and waits.
+    is_pausing: bool,
+    waits: bool,
     address: Option<SocketAddr>,
     has_peers: bool,
     stage: u8,
@@ -152,7 +166,8 @@ impl SimWorker {
     }
 
     fn report(&mut self, task: &TaskId, report: RankReport) {
-        self.facts.push_back((task.clone(), TaskEvent::Report { report }));
+        let generation = self.tasks.get(task).map_or(task.generation, |task| task.generation);
+        self.facts.push_back((task.clone(), TaskEvent::Report { generation, report }));
     }
 
     fn end(&mut self, task: &TaskId, cause: ExitCause) {
@@ -161,9 +176,22 @@ impl SimWorker {
     }
 }
 
+impl Running {
+    /// It is part of another generation from now on, with the state it holds.
+    fn join(&mut self, next: Regroup) {
+        self.generation = next.generation;
+        self.rank = Some(next.rank);
+        self.world_size = next.world_size;
+        (self.is_pausing, self.waits) = (false, false);
+        self.step = self.step.max(next.restore.map_or(0, |fact| fact.step.0));
+        (self.stage, self.address, self.has_peers) = (0, None, false);
+    }
+}
+
 struct History {
     shell: Shell,
     random: ChaCha8Rng,
+    is_busy: bool,
     workers: BTreeMap<&'static str, SimWorker>,
     sessions: u64,
     searches: VecDeque<(Name, Generation, Option<TrainStep>)>,
@@ -182,6 +210,7 @@ fn play(seed: u64) -> History {
     let mut history = History {
         shell,
         random: ChaCha8Rng::seed_from_u64(seed),
+        is_busy: !seed.is_multiple_of(2),
         workers: BTreeMap::new(),
         sessions: 0,
         searches: VecDeque::new(),
@@ -212,6 +241,25 @@ impl History {
     }
 
     fn step(&mut self) {
+        // In every second history ranks come to run, and then die: gangs regroup.
+        if self.is_busy && self.below(100) >= 8 {
+            match self.below(100) {
+                0..4 => self.accident(),
+                4..10 => self.pass(),
+                10..13 => self.submit(),
+                13..14 => self.new_leader(),
+                14..60 => self.progress(),
+                _ => {
+                    for name in ["w1", "w2", "w3"] {
+                        if self.workers[name].session.is_none() {
+                            self.attach(name);
+                        }
+                        self.deliver_one(name);
+                    }
+                }
+            }
+            return;
+        }
         match self.below(100) {
             0..4 => self.submit(),
             4..6 => self.client_stop(),
@@ -255,14 +303,20 @@ impl History {
 
     fn submit(&mut self) {
         let name = JOBS[self.below(4) as usize];
-        let ranks = 1 + self.below(5);
+        let most = 1 + self.below(5);
+        let ranks = match self.below(2) {
+            0 => most.to_string(),
+            _ => format!("{{ min = {}, max = {most} }}", 1 + self.below(most)),
+        };
         let text = format!(
             "name = \"{name}\"\nalgorithm = \"transformer\"\n[stop]\nmax_steps = 30\n\
              [resources]\nranks = {ranks}\n[checkpoint]\nevery_steps = 1\nkeep = {}\nkeep_every_steps = {}\n\
-             [recovery]\nmax_failures = {}\n",
+             [recovery]\nmax_failures = {}\nspares = {}\nwait_for_replacement = \"{}s\"\n",
             1 + self.below(2),
             self.below(4),
-            self.below(3)
+            self.below(3),
+            self.below(2),
+            self.below(2)
         );
         let folder = std::path::Path::new("/data");
         let spec = JobSpec::parse(&text, "job.toml", folder, &[]).expect("a job");
@@ -324,12 +378,24 @@ impl History {
         }
         worker.session = Some(session);
         worker.heard = Some(now);
-        let dead =
-            worker.exits().cloned().map(|task| TaskView { task, address: None, has_peers: false });
+        let dead = worker.exits().cloned().map(|task| TaskView {
+            task,
+            address: None,
+            has_peers: false,
+            generation: None,
+            holds_state: false,
+            waits: false,
+        });
         let mut tasks: Vec<TaskView> = dead.collect();
         for (task, running) in &worker.tasks {
-            let (address, has_peers) = (running.address, running.has_peers);
-            tasks.push(TaskView { task: task.clone(), address, has_peers });
+            tasks.push(TaskView {
+                task: task.clone(),
+                address: running.address,
+                has_peers: running.has_peers,
+                generation: Some(running.generation),
+                holds_state: running.holds_state,
+                waits: running.waits,
+            });
         }
         let hello = WorkerHello {
             cluster_id: "cohort".into(),
@@ -414,12 +480,18 @@ impl History {
         let running = &worker.tasks[&task];
         if running.stage == 2 {
             let broken_off = running.step + 5;
-            self.stored.push((task.workload.clone(), task.generation, broken_off, false));
+            self.stored.push((task.workload.clone(), running.generation, broken_off, false));
         }
+        let step = running.holds_state.then_some(TrainStep(running.step));
         let words =
             |retryable, blames| RankReport::Failed { message: "oh".into(), retryable, blames };
         let code = |retryable| ExitCause::Code { code: 1, message: String::new(), retryable };
         match kind {
+            3 => {
+                let blames = Some(Rank(other));
+                worker.tasks.get_mut(&task).expect("a task").waits = true;
+                worker.report(&task, RankReport::Broken { step, message: "oh".into(), blames });
+            }
             0 => worker.report(&task, words(true, Some(Rank(other)))),
             1 => {
                 worker.report(&task, words(true, Some(Rank(other))));
@@ -484,8 +556,24 @@ impl History {
         let worker = self.workers.get_mut(name).expect("a worker");
         let running = worker.tasks.get_mut(&task).expect("a task");
         let is_train = matches!(running.assignment, Assignment::Train(_));
-        let is_first = task.rank == Rank(0);
+        let is_first = running.rank == Some(Rank(0));
+        let generation = running.generation;
+        if running.waits {
+            return;
+        }
+        if running.stage == 2 && running.is_pausing {
+            let world_size = running.world_size as usize;
+            if self.pause_together(&task.workload, generation, world_size) {
+                return;
+            }
+        }
+        let worker = self.workers.get_mut(name).expect("a worker");
+        let running = worker.tasks.get_mut(&task).expect("a task");
         match running.stage {
+            0 if is_train && running.rank.is_none() => {
+                running.stage = IDLE;
+                worker.report(&task, RankReport::Ready { fingerprint: "same".into() });
+            }
             0 => {
                 running.stage = 1;
                 let address = SocketAddr::from(([127, 0, 0, 1], port));
@@ -495,9 +583,11 @@ impl History {
             }
             1 if is_train && running.has_peers => {
                 running.stage = 2;
+                running.holds_state = true;
                 let step = TrainStep(running.step);
                 worker.report(&task, RankReport::Running { step });
             }
+            IDLE if !running.is_stopping => {}
             _ if running.is_stopping => {
                 let step = TrainStep(running.step);
                 if is_train {
@@ -507,12 +597,12 @@ impl History {
                 worker.end(&task, ExitCause::Completed);
             }
             2 => {
-                running.step += 5;
+                running.step += if self.is_busy { 1 } else { 5 };
                 let step = running.step;
                 if step < 30 && is_first {
                     let job = task.workload.clone();
-                    worker.report(&task, RankReport::Checkpoint(fact(&job, task.generation, step)));
-                    self.stored.push((job, task.generation, step, true));
+                    worker.report(&task, RankReport::Checkpoint(fact(&job, generation, step)));
+                    self.stored.push((job, generation, step, true));
                     self.checkpoints += 1;
                 } else if step >= 30 {
                     if is_first {
@@ -530,6 +620,31 @@ impl History {
             }
             _ => {}
         }
+    }
+
+    /// The ranks of a gang leave it if all of them are there and all have been asked to.
+    fn pause_together(&mut self, job: &Name, generation: Generation, world_size: usize) -> bool {
+        let is_member = |task: &TaskId, state: &Running| {
+            task.workload == *job && state.generation == generation && state.rank.is_some()
+        };
+        let all = self.workers.values().flat_map(|worker| &worker.tasks);
+        let members: Vec<&Running> =
+            all.filter(|(task, state)| is_member(task, state)).map(|(_, state)| state).collect();
+        let agree = |state: &&Running| state.stage == 2 && state.is_pausing && !state.waits;
+        if members.len() != world_size || !members.iter().all(agree) {
+            return false;
+        }
+        for worker in self.workers.values_mut() {
+            let mut paused = Vec::new();
+            for (task, state) in worker.tasks.iter_mut().filter(|(task, s)| is_member(task, s)) {
+                state.waits = true;
+                paused.push((task.clone(), TrainStep(state.step)));
+            }
+            for (task, step) in paused {
+                worker.report(&task, RankReport::Paused { step });
+            }
+        }
+        true
     }
 
     fn deliver_one(&mut self, name: &'static str) {
@@ -585,8 +700,10 @@ impl History {
             self.check_start(name, task);
             if let Assignment::Train(train) = assignment.as_ref() {
                 let job = self.shell.job(task.workload.as_str()).expect("a job");
-                assert_eq!(train.restore, job.status.checkpoint, "{task} resumes from the newest");
-                assert_eq!(train.generation, job.status.generation, "{task}");
+                if !train.spare {
+                    assert_eq!(train.restore, job.status.checkpoint, "{task}: not the newest");
+                    assert_eq!(train.generation, job.status.generation, "{task}");
+                }
                 if let Some(fact) = &train.restore {
                     assert!(self.is_stored(&task.workload, fact), "{task}: its state is gone");
                 }
@@ -613,22 +730,42 @@ impl History {
                     Assignment::Train(train) => train.restore.as_ref().map_or(0, |f| f.step.0),
                     Assignment::Serve(_) => 0,
                 };
-                let assignment = *assignment;
-                let (address, has_peers, stage, is_stopping) = (None, false, 0, false);
-                let running = Running { assignment, address, has_peers, stage, step, is_stopping };
+                let (rank, world_size) = match assignment.as_ref() {
+                    Assignment::Train(train) if train.spare => (None, 0),
+                    Assignment::Train(train) => (Some(train.rank), train.world_size),
+                    Assignment::Serve(_) => (None, 1),
+                };
+                let running = Running {
+                    generation: assignment.generation(),
+                    assignment: *assignment,
+                    rank,
+                    world_size,
+                    holds_state: false,
+                    is_pausing: false,
+                    waits: false,
+                    address: None,
+                    has_peers: false,
+                    stage: 0,
+                    step,
+                    is_stopping: false,
+                };
                 worker.tasks.insert(task.clone(), running);
                 worker.facts.push_back((task, TaskEvent::Started { pid: 1 }));
             }
             CoordinatorMessage::Deliver { task, order } => {
                 let Some(running) = worker.tasks.get_mut(&task) else { return };
                 match order {
-                    RankOrder::Peers { addresses } => {
-                        let Assignment::Train(train) = &running.assignment else {
-                            panic!("peers for a replica")
-                        };
-                        assert_eq!(addresses.len(), train.world_size as usize);
+                    RankOrder::Peers { generation, addresses } => {
+                        assert!(running.rank.is_some(), "peers for a replica or a spare");
+                        assert_eq!(generation, running.generation, "{task}");
+                        assert_eq!(addresses.len(), running.world_size as usize);
                         running.has_peers = true;
                     }
+                    RankOrder::Regroup(next) => {
+                        assert!(next.generation > running.generation, "{task} goes back");
+                        running.join(*next);
+                    }
+                    RankOrder::Pause { .. } => running.is_pausing = true,
                     RankOrder::Stop { .. } => running.is_stopping = true,
                     _ => {}
                 }
@@ -651,6 +788,11 @@ impl History {
         let worker = &self.workers[name];
         let others = worker.tasks.keys().filter(|other| *other != task).count();
         assert!(others < worker.slots as usize, "{task} on {name}: {:?}", worker.tasks.keys());
+        // Where survivors go on, what is not one of them is fenced off by its generation and dies.
+        let job = self.shell.job(task.workload.as_str());
+        if job.is_some_and(|job| job.status.gang.iter().any(|place| place.started_as.is_some())) {
+            return;
+        }
         for (other, state) in &self.workers {
             let is_guarded =
                 state.heard.is_some_and(|heard| self.shell.now.since(heard) <= LEASE_MS);
@@ -717,7 +859,19 @@ impl History {
             .iter()
             .map(|job| format!("{}: {:?}", job.spec.name, job.status))
             .collect();
-        panic!("never came to rest: {}\n{:?}", states.join("\n"), self.workers);
+        let left: Vec<String> = self
+            .workers
+            .values()
+            .flat_map(|worker| &worker.tasks)
+            .map(|(task, t)| {
+                let (of, rank, stage) = (t.generation, t.rank, t.stage);
+                format!(
+                    "{task} as {rank:?} of {of}: stage {stage}, step {}, waits {}",
+                    t.step, t.waits
+                )
+            })
+            .collect();
+        panic!("never came to rest: {}\n{}", states.join("\n"), left.join("\n"));
     }
 }
 

@@ -252,7 +252,7 @@ impl FakeWorker {
     }
 
     pub async fn report(&mut self, task: &TaskId, report: RankReport) -> u64 {
-        let event = TaskEvent::Report { report };
+        let event = TaskEvent::Report { generation: task.generation, report };
         self.say(WorkerMessage::Task { task: task.clone(), event }).await
     }
 
@@ -353,7 +353,7 @@ impl FakeWorker {
         }
         for _ in &tasks {
             let (task, order) = self.deliver().await;
-            let RankOrder::Peers { addresses } = order else {
+            let RankOrder::Peers { addresses, .. } = order else {
                 panic!("expected peers for {task}, got {order:?}")
             };
             let expected: Vec<_> = (0..ranks).map(|rank| rank_address(Rank(rank))).collect();
@@ -420,6 +420,9 @@ pub fn inventory(tasks: &[TaskId]) -> Vec<TaskView> {
         task: task.clone(),
         address: Some(rank_address(task.rank)),
         has_peers: true,
+        generation: None,
+        holds_state: false,
+        waits: false,
     };
     tasks.iter().map(view).collect()
 }

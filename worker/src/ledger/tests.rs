@@ -171,12 +171,14 @@ fn a_full_queue_forgets_superseded_checkpoints_first() {
             manifest_digest: String::new(),
             bytes: 0,
         };
-        ledger.report(&task(0), RankReport::Checkpoint(fact));
+        let report = RankReport::Checkpoint(fact);
+        ledger.report(&task(0), RankLine { generation: Generation(1), report });
     }
     assert_eq!(ledger.facts_left(), FACTS_MAX);
     let inner = ledger.lock();
     assert!(matches!(inner.facts[0].event, TaskEvent::Started { .. }));
-    let TaskEvent::Report { report: RankReport::Checkpoint(fact) } = &inner.facts[1].event else {
+    let TaskEvent::Report { report: RankReport::Checkpoint(fact), .. } = &inner.facts[1].event
+    else {
         panic!("expected a checkpoint")
     };
     assert_eq!(fact.step.0, 2, "steps 0 and 1 went, the newest stayed");

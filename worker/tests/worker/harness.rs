@@ -164,7 +164,8 @@ impl Attachment {
 
     /// Lets a scripted rank go on: it waits for any order.
     pub async fn nudge(&self, task: &TaskId) {
-        self.deliver(task, RankOrder::Peers { addresses: Vec::new() }).await;
+        self.deliver(task, RankOrder::Peers { generation: task.generation, addresses: Vec::new() })
+            .await;
     }
 
     pub async fn acknowledge(&self, sequence: u64) {
@@ -209,7 +210,7 @@ impl Attachment {
     /// The next fact must be that this task listens.
     pub async fn listening(&mut self, task: &TaskId) -> SocketAddr {
         match self.fact().await {
-            (who, TaskEvent::Report { report: RankReport::Listening { address, .. } })
+            (who, TaskEvent::Report { report: RankReport::Listening { address, .. }, .. })
                 if who == *task =>
             {
                 address
@@ -253,6 +254,7 @@ pub fn train(task: &TaskId) -> Box<Assignment> {
         restore: None,
         secret: Secret::new(GANG_SECRET),
         elapsed: Span::seconds(0),
+        spare: false,
     }))
 }
 
@@ -265,7 +267,7 @@ pub struct Host {
 const PRELUDE: &str = r#"#!/bin/sh
 read -r assignment || exit 90
 case "$assignment" in '{"order":"assignment"'*) ;; *) exit 91 ;; esac
-say() { echo "$1" >&0; }
+say() { echo "{\"generation\":$COHORT_GENERATION,\"report\":$1}" >&0; }
 listen() { say '{"report":"listening","address":"127.0.0.1:'"$1"'","fingerprint":"f"}'; }
 "#;
 

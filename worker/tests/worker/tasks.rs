@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use api::Generation;
 use api::session::{ExitCause, LOG_LINE_BYTES_MAX, LogLine, LogStream, RankOrder, RankReport};
 use api::session::{TaskEvent, WorkerMessage};
 use api::units::ByteSize;
@@ -60,6 +61,7 @@ read -r order
             }
             WorkerMessage::Task { event, .. } => {
                 let report = TaskEvent::Report {
+                    generation: Generation(1),
                     report: RankReport::Listening {
                         address: "127.0.0.1:7001".parse().expect("an address"),
                         fingerprint: "f".into(),
@@ -193,7 +195,10 @@ esac
     session.start(&first).await;
     session.started(&first).await;
     let (_, event) = session.fact().await;
-    assert!(matches!(event, TaskEvent::Report { report: RankReport::Failed { .. } }), "{event:?}");
+    assert!(
+        matches!(event, TaskEvent::Report { report: RankReport::Failed { .. }, .. }),
+        "{event:?}"
+    );
     let message = "channel `train` is empty".to_owned();
     assert_eq!(
         session.exited(&first).await,
@@ -354,7 +359,10 @@ async fn shutting_down_asks_first_and_kills_later() {
     assert_eq!(session.message().await, WorkerMessage::Leaving, "before all that follows from it");
     let (who, event) = session.fact().await;
     assert_eq!(who, polite);
-    assert!(matches!(event, TaskEvent::Report { report: RankReport::Stopped { .. } }), "{event:?}");
+    assert!(
+        matches!(event, TaskEvent::Report { report: RankReport::Stopped { .. }, .. }),
+        "{event:?}"
+    );
     // What comes now is refused.
     let late = task(2, 0);
     session.start(&late).await;

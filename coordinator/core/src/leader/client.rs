@@ -17,6 +17,7 @@ use super::decision::{Effect, Millis, Refusal};
 use super::draft::{Draft, Expect};
 use super::index::Workload;
 use super::reason::Reason;
+use super::train::BY_A_USER;
 use crate::records::Records;
 use crate::transaction::RecordKey;
 
@@ -161,7 +162,7 @@ impl Leader {
                     status.phase = Phase::Stopping;
                     status.reason = "asked to stop: writing a checkpoint".into();
                 });
-                self.tell_to_stop(draft, &job.spec.name, generation);
+                self.tell_to_stop(draft, &job.spec.name, generation, BY_A_USER);
             }
             Phase::Stopping | Phase::Stopped | Phase::Succeeded | Phase::Failed => {}
         }
@@ -182,7 +183,7 @@ impl Leader {
                     status.phase = Phase::Stopping;
                     status.reason = "asked to stop: finishing its requests".into();
                 });
-                self.tell_to_stop(draft, &endpoint.spec.name, generation);
+                self.tell_to_stop(draft, &endpoint.spec.name, generation, BY_A_USER);
             }
             Phase::Stopping | Phase::Stopped | Phase::Succeeded | Phase::Failed => {}
         }

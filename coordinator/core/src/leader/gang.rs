@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 
-use api::ids::{Generation, Name, Rank};
+use api::ids::{Generation, Name, Rank, TaskId};
+use api::job::LANES_MAX;
 use api::records::Failure;
 use api::session::{ExitCause, StopCause};
 
@@ -17,12 +18,24 @@ const START_WAIT_MS: u64 = 1_800_000;
 /// Longest message taken into a record, in bytes: it goes through the log and into every listing.
 const MESSAGE_BYTES_MAX: usize = 2 << 10;
 
-/// A rank's own words before it left.
+/// A rank's own words before it left, or when its group broke.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct LastWords {
     pub(super) message: String,
     pub(super) retryable: bool,
     pub(super) blames: Option<Rank>,
+    /// It has not left: it keeps its state and waits for the next generation.
+    pub(super) stays: bool,
+}
+
+/// A process beside the gang that may become a rank of the next generation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Spare {
+    pub(super) task: TaskId,
+    pub(super) worker: Name,
+    pub(super) local_rank: u32,
+    /// It has read its data and built its model.
+    pub(super) is_ready: bool,
 }
 
 /// How one task ended, or is about to.
@@ -37,6 +50,11 @@ pub(super) struct End {
 }
 
 impl End {
+    /// Its group is broken, its process lives.
+    fn stays(&self) -> bool {
+        self.exit.is_none() && self.words.as_ref().is_some_and(|words| words.stays)
+    }
+
     fn is_failure(&self) -> bool {
         self.words.is_some() || self.exit.as_ref().is_some_and(|e| *e != ExitCause::Completed)
     }
@@ -51,13 +69,18 @@ impl End {
             return self.exit.clone().unwrap_or(ExitCause::Completed);
         };
         let (message, retryable) = (words.message.clone(), words.retryable);
+        if self.stays() {
+            return ExitCause::GroupBroken { message };
+        }
         match &self.exit {
             Some(ExitCause::Signal { signal, .. }) => {
                 ExitCause::Signal { signal: *signal, message }
             }
-            Some(lost @ (ExitCause::WorkerLost { .. } | ExitCause::NotStarted { .. })) => {
-                lost.clone()
-            }
+            Some(
+                lost @ (ExitCause::WorkerLost { .. }
+                | ExitCause::NotStarted { .. }
+                | ExitCause::GroupBroken { .. }),
+            ) => lost.clone(),
             Some(ExitCause::Code { code, .. }) => {
                 ExitCause::Code { code: *code, message, retryable }
             }
@@ -101,6 +124,14 @@ pub(super) struct Gang {
     departing: BTreeMap<Rank, Name>,
     /// Rank 0's word that its state is saved and all ranks leave before the last step.
     pub(super) stopped: Option<StopCause>,
+    /// Processes that may become ranks of the next generation.
+    pub(super) spares: Vec<Spare>,
+    /// Why its ranks were asked to leave their group between two steps, when they were.
+    pub(super) pausing: Option<String>,
+    /// How many spares of this generation were started, so that no two have one name.
+    pub(super) spares_started: u32,
+    /// When a spare ended before it could be of use: none is started for a while.
+    pub(super) spare_ended: Option<Millis>,
 }
 
 impl Gang {
@@ -116,7 +147,28 @@ impl Gang {
             running_since: None,
             departing: BTreeMap::new(),
             stopped: None,
+            spares: Vec::new(),
+            pausing: None,
+            spares_started: 0,
+            spare_ended: None,
         }
+    }
+
+    /// Whether the task is a spare of this gang.
+    pub(super) fn has_spare(&self, task: &TaskId) -> bool {
+        self.spares.iter().any(|spare| spare.task == *task)
+    }
+
+    /// Ranks that have ended or are about to: no members of the next generation.
+    pub(super) fn gone(&self) -> impl Iterator<Item = Rank> {
+        self.ends.iter().filter(|end| !end.stays()).map(|end| end.rank)
+    }
+
+    /// The rank that the others blame most for a broken group of which all live.
+    pub(super) fn blamed(&self) -> Option<Rank> {
+        let blamed: Vec<Rank> = self.ends.iter().filter_map(End::blames).collect();
+        let votes = |rank: Rank| blamed.iter().filter(|other| **other == rank).count();
+        blamed.iter().copied().max_by_key(|rank| (votes(*rank), std::cmp::Reverse(*rank)))
     }
 
     /// The rank's worker is leaving: however the rank ends, it is nobody's failure. True when that
@@ -203,12 +255,22 @@ impl Gang {
         let Some(first) = failures.first() else { return Verdict::Fine };
         let is_over = |end: &End| now.since(end.at) >= patience_ms;
         if let Some(own) = failures.iter().find(|end| end.blames().is_none()) {
-            if own.exit.is_none() && !is_over(own) {
-                return Verdict::Await(format!("{} failed, waiting for its exit", own.rank));
+            let text = match own.stays() {
+                // Whoever ended may yet be heard of.
+                true if self.everybody_stays(&is_present) => String::new(),
+                true => format!("the group of {} broke, waiting to hear why", own.rank),
+                false => format!("{} failed, waiting for its exit", own.rank),
+            };
+            if own.exit.is_none() && !is_over(own) && !text.is_empty() {
+                return Verdict::Await(text);
             }
             return Verdict::Cause(self.failure(own));
         }
-        let ended = |rank| self.exit_of(rank).is_some();
+        // Broken off and alive, the blamed one has said all there is to say.
+        let ended = |rank| {
+            let end = self.ends.iter().find(|end| end.rank == rank);
+            end.is_some_and(|end| end.exit.is_some() || end.stays())
+        };
         let awaited = failures.iter().find_map(|end| {
             end.blames()
                 .filter(|blamed| !ended(*blamed) && is_present(*blamed))
@@ -220,6 +282,13 @@ impl Gang {
             }
             _ => Verdict::Cause(self.failure(first)),
         }
+    }
+
+    /// Whether every present rank has said that it waits for the next generation.
+    fn everybody_stays(&self, is_present: impl Fn(Rank) -> bool) -> bool {
+        let said = self.ends.iter().filter(|end| end.stays()).count();
+        (0..).map(Rank).take_while(|rank| rank.0 < LANES_MAX).filter(|r| is_present(*r)).count()
+            == said
     }
 
     fn failure(&self, end: &End) -> Failure {
@@ -271,5 +340,6 @@ fn clip_cause(cause: ExitCause) -> ExitCause {
         ExitCause::Killed { reason } => ExitCause::Killed { reason: clip(&reason) },
         ExitCause::WorkerLost { reason } => ExitCause::WorkerLost { reason: clip(&reason) },
         ExitCause::NotStarted { reason } => ExitCause::NotStarted { reason: clip(&reason) },
+        ExitCause::GroupBroken { message } => ExitCause::GroupBroken { message: clip(&message) },
     }
 }

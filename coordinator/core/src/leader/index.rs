@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use api::ids::{Generation, Name, Rank};
+use api::ids::{Generation, Name, Rank, TaskId};
 use api::records::{EndpointRecord, JobRecord, KIND_ENDPOINT, KIND_JOB, Phase, Placement};
 use serde::de::DeserializeOwned;
 
@@ -84,17 +84,22 @@ impl Workload {
         }
     }
 
-    /// Slots it needs at once.
-    pub(super) fn slots(&self) -> u32 {
+    /// Fewest and most slots that it can use at once.
+    pub(super) fn slots(&self) -> (u32, u32) {
         match self {
-            Self::Job(job) => job.spec.resources.ranks.get(),
-            Self::Endpoint(_) => 1,
+            Self::Job(job) => (job.spec.resources.ranks.min(), job.spec.resources.ranks.max()),
+            Self::Endpoint(_) => (1, 1),
         }
     }
 
-    /// The worker that runs `rank` of the current gang.
-    pub(super) fn place_of(&self, rank: Rank) -> Option<&Name> {
-        self.gang().iter().find(|place| place.rank == rank).map(|place| &place.worker)
+    /// The task of a place of the current gang.
+    pub(super) fn task(&self, place: &Placement) -> TaskId {
+        place.task(self.name(), self.generation())
+    }
+
+    /// The place of a task of this worker in the current gang, if it has one.
+    pub(super) fn place_of(&self, worker: &Name, task: &TaskId) -> Option<&Placement> {
+        self.gang().iter().find(|place| place.worker == *worker && self.task(place) == *task)
     }
 }
 

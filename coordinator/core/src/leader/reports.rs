@@ -32,6 +32,16 @@ const ADOPTED_MAX: usize = 64;
 /// Metrics in a model's record; an algorithm reports a handful.
 const METRICS_MAX: usize = 256;
 
+/// A task of a gang that says something.
+struct Speaker<'a> {
+    worker: &'a Name,
+    task: &'a TaskId,
+    /// Its rank in the current generation.
+    rank: Rank,
+    /// Whether it says it as a rank of the current generation.
+    is_current: bool,
+}
+
 impl Leader {
     /// One message of a worker. True when something changed that may let others go on.
     pub(super) fn message(
@@ -79,22 +89,43 @@ impl Leader {
                 self.reached(worker, task, Stage::Started);
                 return false;
             }
-            TaskEvent::Report { report } => report,
+            TaskEvent::Report { generation, report } => (generation, report),
         };
+        let (generation, report) = report;
         let metrics = match report {
             RankReport::Step(metrics) => JobEvent::Step(metrics),
             RankReport::Evaluation(evaluation) => JobEvent::Evaluation(evaluation),
+            RankReport::Ready { fingerprint } => {
+                self.spare_ready(worker, task, fingerprint);
+                return true;
+            }
             report => {
-                if !self.is_current(worker, task) {
+                let gang = self.gangs.get(&task.workload);
+                if gang.is_some_and(|gang| gang.has_spare(task)) {
+                    return true;
+                }
+                let Some(rank) = self.rank_of(worker, task) else {
                     self.kill_unknown(draft, worker, task);
                     draft.because(self.superseded(records, task));
                     return true;
+                };
+                let current = gang.map(|gang| gang.generation).unwrap_or_default();
+                let who = Speaker { worker, task, rank, is_current: generation == current };
+                // That a process is about to leave counts whatever it has heard of before.
+                if !who.is_current && !matches!(report, RankReport::Failed { .. }) {
+                    let of = TaskId { generation, ..task.clone() };
+                    draft.because(Reason::Superseded { task: of, current });
+                    return true;
                 }
-                self.fact(draft, records, now, worker, task, report);
+                self.fact(draft, records, now, &who, report);
                 return true;
             }
         };
-        if self.is_current(worker, task) {
+        let is_current = self.index.get(&task.workload).is_some_and(|entry| {
+            entry.workload.generation() == generation
+                && entry.workload.place_of(worker, task).is_some()
+        });
+        if is_current {
             draft.publish(&task.workload, metrics);
         }
         false
@@ -138,10 +169,10 @@ impl Leader {
         draft: &mut Draft,
         records: &Records,
         now: Millis,
-        worker: &Name,
-        task: &TaskId,
+        who: &Speaker<'_>,
         report: RankReport,
     ) {
+        let Speaker { worker, task, rank, is_current } = *who;
         match report {
             RankReport::Listening { address, fingerprint } => {
                 if let Some(state) = self.reached(worker, task, Stage::Listening) {
@@ -149,8 +180,25 @@ impl Leader {
                     state.fingerprint = Some(fingerprint);
                 }
             }
-            RankReport::Running { .. } => {
-                self.reached(worker, task, Stage::Running);
+            RankReport::Running { step } => {
+                if let Some(state) = self.reached(worker, task, Stage::Running) {
+                    state.holds_state = true;
+                    state.step = Some(step);
+                }
+            }
+            RankReport::Paused { .. } => {
+                if let Some(state) = self.reached(worker, task, Stage::Told) {
+                    state.is_paused = true;
+                }
+            }
+            RankReport::Broken { step, message, blames } => {
+                if let Some(state) = self.reached(worker, task, Stage::Told) {
+                    state.holds_state |= step.is_some();
+                }
+                if let Some(gang) = self.gangs.get_mut(&task.workload) {
+                    let words = LastWords { message, retryable: true, blames, stays: true };
+                    gang.failed(rank, worker, words, now);
+                }
             }
             RankReport::Stopped { step, why } => {
                 if let Some(gang) = self.gangs.get_mut(&task.workload) {
@@ -165,14 +213,19 @@ impl Leader {
             }
             RankReport::Failed { message, retryable, blames } => {
                 if let Some(gang) = self.gangs.get_mut(&task.workload) {
-                    let words = LastWords { message, retryable, blames };
-                    gang.failed(task.rank, worker, words, now);
+                    // Ranks have other numbers in another generation.
+                    let blames = blames.filter(|_| is_current);
+                    let words = LastWords { message, retryable, blames, stays: false };
+                    gang.failed(rank, worker, words, now);
                 }
             }
-            RankReport::Checkpoint(fact) => self.checkpoint(draft, records, now, task, fact),
-            RankReport::Finished(fact) => self.finished(draft, now, task, fact),
+            RankReport::Checkpoint(fact) => self.checkpoint(draft, records, now, who, fact),
+            RankReport::Finished(fact) => self.finished(draft, now, who, fact),
             // A flight log stays with the worker.
-            RankReport::Step(_) | RankReport::Evaluation(_) | RankReport::Flight { .. } => {}
+            RankReport::Step(_)
+            | RankReport::Evaluation(_)
+            | RankReport::Ready { .. }
+            | RankReport::Flight { .. } => {}
         }
     }
 
@@ -194,13 +247,14 @@ impl Leader {
         draft: &mut Draft,
         records: &Records,
         now: Millis,
-        task: &TaskId,
+        who: &Speaker<'_>,
         fact: CheckpointFact,
     ) {
+        let task = who.task;
         let Some((version, job)) = self.job_of(task) else { return };
         let name = job.spec.name.clone();
         let step = fact.step;
-        if let Err(found) = check_checkpoint(task, &fact) {
+        if let Err(found) = check_checkpoint(job.status.generation, who.rank, &fact) {
             return draft
                 .because(Reason::Remark(format!("refused a checkpoint of {task}: {found}")));
         }
@@ -231,9 +285,10 @@ impl Leader {
     }
 
     /// The model is written: recorded under the job's name.
-    fn finished(&mut self, draft: &mut Draft, now: Millis, task: &TaskId, fact: ModelFact) {
+    fn finished(&mut self, draft: &mut Draft, now: Millis, who: &Speaker<'_>, fact: ModelFact) {
+        let task = who.task;
         let Some((version, job)) = self.job_of(task) else { return };
-        if task.rank != Rank(0) || fact.key.len() > KEY_BYTES_MAX {
+        if who.rank != Rank(0) || fact.key.len() > KEY_BYTES_MAX {
             let text =
                 format!("refused a model of {task}: expected one of rank 0 with a short key");
             return draft.because(Reason::Remark(text));
@@ -283,8 +338,8 @@ impl Leader {
         }
         let newest = job.status.checkpoint.as_ref().map(|fact| fact.step);
         let is_new = |fact: &CheckpointFact| {
-            let task = TaskId { workload: name.clone(), generation, rank: Rank(0) };
-            check_checkpoint(&task, fact).is_ok() && newest.is_none_or(|newest| fact.step > newest)
+            check_checkpoint(generation, Rank(0), fact).is_ok()
+                && newest.is_none_or(|newest| fact.step > newest)
         };
         let mut facts: Vec<CheckpointFact> = facts.into_iter().filter(is_new).collect();
         facts.sort_by_key(|fact| fact.step);
@@ -324,8 +379,7 @@ impl Leader {
     /// An order to every rank that is present.
     fn deliver_to_gang(&self, draft: &mut Draft, job: &JobRecord, order: &RankOrder) {
         for place in &job.status.gang {
-            let (workload, generation) = (job.spec.name.clone(), job.status.generation);
-            let task = TaskId { workload, generation, rank: place.rank };
+            let task = place.task(&job.spec.name, job.status.generation);
             self.deliver(draft, &task, order.clone());
         }
     }
@@ -339,12 +393,16 @@ impl Leader {
     }
 }
 
-fn check_checkpoint(task: &TaskId, fact: &CheckpointFact) -> Result<(), String> {
-    if fact.generation != task.generation {
-        return Err(format!("found {}, expected {}", fact.generation, task.generation));
+fn check_checkpoint(
+    generation: Generation,
+    rank: Rank,
+    fact: &CheckpointFact,
+) -> Result<(), String> {
+    if fact.generation != generation {
+        return Err(format!("found {}, expected {generation}", fact.generation));
     }
-    if task.rank != Rank(0) {
-        return Err(format!("found one of {}, expected one of {}", task.rank, Rank(0)));
+    if rank != Rank(0) {
+        return Err(format!("found one of {rank}, expected one of {}", Rank(0)));
     }
     let length = fact.manifest_key.len().max(fact.manifest_digest.len());
     if length > KEY_BYTES_MAX {

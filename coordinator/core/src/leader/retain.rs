@@ -14,7 +14,6 @@ use super::Leader;
 use super::decision::Effect;
 use super::draft::Draft;
 use super::index::Workload;
-use super::workers::task_id;
 use crate::records::Records;
 use crate::transaction::RecordKey;
 
@@ -68,7 +67,7 @@ impl Leader {
         let workload = Workload::Job(Arc::clone(job));
         job.status.gang.iter().all(|place| {
             let worker = self.workers.get(&place.worker).filter(|worker| !worker.is_lost);
-            worker.is_some_and(|w| !w.tasks.contains_key(&task_id(&workload, place.rank)))
+            worker.is_some_and(|w| !w.tasks.contains_key(&workload.task(place)))
         })
     }
 }

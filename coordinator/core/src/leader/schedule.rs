@@ -49,10 +49,14 @@ pub(super) fn place(free: &BTreeMap<Name, u32>, ranks: u32) -> Option<Vec<Placem
     }
     chosen.sort();
     let workers = chosen.into_iter().flat_map(|(name, n)| std::iter::repeat_n(name, n as usize));
-    let numbered = workers
-        .zip(0..)
-        .map(|(worker, rank)| Placement { rank: Rank(rank), worker: worker.clone() });
-    Some(numbered.collect())
+    let mut gang: Vec<Placement> = Vec::new();
+    for (worker, rank) in workers.zip(0..) {
+        let before = gang.last().filter(|last| last.worker == *worker);
+        let local_rank = before.map_or(0, |last| last.local_rank + 1);
+        let (rank, worker) = (Rank(rank), worker.clone());
+        gang.push(Placement { rank, worker, started_as: None, local_rank });
+    }
+    Some(gang)
 }
 
 /// "r0 r1 on w1, r2 on w2".
@@ -161,8 +165,9 @@ impl Leader {
         {
             return wait(false, Reason::BackingOff { name, wait_ms });
         }
-        let needs = workload.slots();
-        if let Some(gang) = place(free, needs) {
+        let (needs, most) = workload.slots();
+        let available: u32 = free.values().sum();
+        if let Some(gang) = place(free, most.min(available).max(needs)) {
             return Ok(gang);
         }
         if free.is_empty() {
@@ -180,7 +185,7 @@ impl Leader {
     }
 
     /// Free slots of every worker that can be told to start something.
-    fn free_slots(&self) -> BTreeMap<Name, u32> {
+    pub(super) fn free_slots(&self) -> BTreeMap<Name, u32> {
         let used = self.occupancy();
         let takes_tasks = |worker: &Worker| worker.session.is_some() && !worker.is_leaving;
         let taking = self.workers.iter().filter(|(_, worker)| takes_tasks(worker));

@@ -19,7 +19,7 @@ use super::gang::{self, Gang, Verdict};
 use super::index::Workload;
 use super::reason::Reason;
 use super::standing::{ended_unseen, slowest};
-use super::train::STOP_WAIT_MS;
+use super::train::{BY_A_USER, STOP_WAIT_MS};
 use super::workers::task_id;
 use crate::records::Records;
 
@@ -193,7 +193,7 @@ impl Leader {
             }
             let since = *gang.leaving_since.get_or_insert(now);
             gang.is_condemned |= now.since(since) >= STOP_WAIT_MS;
-            return self.tell_to_stop(draft, name, endpoint.status.generation);
+            return self.tell_to_stop(draft, name, endpoint.status.generation, BY_A_USER);
         }
         let leaver = gang.leaver().filter(|_| ended).cloned();
         match gang.verdict(|_| false, now, self.options.lease_ms) {

@@ -76,9 +76,11 @@ impl Leader {
     pub(super) fn standing(&self, workload: &Workload, now: Millis) -> Standing {
         let mut standing = Standing::default();
         // Later than that every task was told, whoever led.
-        let may_be_untold = workload.phase() == Phase::Starting
+        let is_mine = workload.phase() == Phase::Starting
             && self.gangs.get(workload.name()).is_some_and(Gang::is_mine);
         for place in workload.gang() {
+            // A process that was there before is not started again.
+            let may_be_untold = is_mine && place.started_as.is_none();
             if self.has_ended(workload, place.rank) {
                 continue;
             }
@@ -87,7 +89,7 @@ impl Leader {
                 Some(worker) if worker.is_lost => {
                     standing.lost.push(lost("its lease ran out".into()));
                 }
-                Some(worker) if worker.tasks.contains_key(&task_id(workload, place.rank)) => {
+                Some(worker) if worker.tasks.contains_key(&workload.task(place)) => {
                     standing.present.insert(place.rank, place.worker.clone());
                 }
                 Some(worker) if may_be_untold && worker.session.is_some() => {
@@ -109,7 +111,7 @@ impl Leader {
     /// What is left of a generation that is over, in words; `None` when nothing is.
     pub(super) fn left_over(&self, workload: &Workload, now: Millis) -> Option<String> {
         workload.gang().iter().find_map(|place| {
-            let task = task_id(workload, place.rank);
+            let task = workload.task(place);
             match self.workers.get(&place.worker) {
                 Some(worker) if worker.is_lost => None,
                 Some(worker) if worker.tasks.contains_key(&task) => {

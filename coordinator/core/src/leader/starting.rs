@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use api::ids::{Name, Rank};
+use api::ids::{Name, Rank, Step};
 use api::job::Determinism;
 use api::records::{JobRecord, Phase};
 use api::session::RankOrder;
@@ -14,6 +14,7 @@ use super::decision::Millis;
 use super::draft::Draft;
 use super::index::Workload;
 use super::reason::Reason;
+use super::regroup::{Regrouped, Why};
 use super::standing::Standing;
 use super::workers::{Stage, Task, task_id};
 
@@ -40,7 +41,10 @@ impl Leader {
             worker.and_then(|w| w.tasks.get(&task)).is_some_and(|task| task.has_peers)
         };
         if standing.is_accounted_for() && standing.present.iter().all(has_peers) {
-            return self.run_job(draft, now, version, job, "taken over by a new leader");
+            return self.run_job(draft, now, version, job, None, "taken over by a new leader");
+        }
+        if let Regrouped::Yes = self.regroup_job(draft, now, version, job, Why::LeaderChanged) {
+            return;
         }
         let text = "starting over: the leader changed before the ranks had met";
         self.change_job(draft, version, job, |status| {
@@ -65,12 +69,14 @@ impl Leader {
         for place in &standing.untold {
             self.start_rank(draft, job, place);
         }
+        self.repeat_regroup(draft, job);
         if !standing.untold.is_empty() || !standing.away.is_empty() {
             return;
         }
         let Some(ranks) = self.ranks(job, standing) else { return };
         if ranks.iter().all(|rank| rank.stage == Stage::Running) {
-            return self.run_job(draft, now, version, job, "every rank runs");
+            let step = ranks.iter().filter_map(|rank| rank.step).max();
+            return self.run_job(draft, now, version, job, step, "every rank runs");
         }
         let is_whole = ranks.len() == job.status.gang.len();
         if !is_whole || ranks.iter().all(|rank| rank.has_peers) {
@@ -115,6 +121,20 @@ impl Leader {
         }
     }
 
+    /// An order to be part of this generation may have been lost with a worker's session.
+    fn repeat_regroup(&mut self, draft: &mut Draft, job: &Arc<JobRecord>) {
+        let generation = job.status.generation;
+        for place in job.status.gang.iter().filter(|place| place.started_as.is_some()) {
+            let task = place.task(&job.spec.name, generation);
+            let worker = self.workers.get(&place.worker).filter(|w| w.session.is_some());
+            let state = worker.and_then(|w| w.tasks.get(&task));
+            if state.is_some_and(|state| state.generation != generation) {
+                let reason = job.status.reason.clone();
+                self.tell_to_regroup(draft, job, place, &reason);
+            }
+        }
+    }
+
     /// The present ranks in order, with what each reported; `None` when one has just gone.
     fn ranks(&self, job: &Arc<JobRecord>, standing: &Standing) -> Option<Vec<&Task>> {
         let workload = Workload::Job(Arc::clone(job));
@@ -141,7 +161,8 @@ impl Leader {
                 && !state.has_peers
             {
                 state.has_peers = true;
-                draft.deliver(session, &task, RankOrder::Peers { addresses: addresses.to_vec() });
+                let (generation, addresses) = (job.status.generation, addresses.to_vec());
+                draft.deliver(session, &task, RankOrder::Peers { generation, addresses });
             }
         }
     }
@@ -152,11 +173,17 @@ impl Leader {
         now: Millis,
         version: u64,
         job: &Arc<JobRecord>,
+        step: Option<Step>,
         why: &str,
     ) {
         self.change_job(draft, version, job, |status| {
             status.phase = Phase::Running;
             status.reason = why.into();
+            if let Some(step) = step.filter(|step| *step > status.furthest) {
+                // Steps were gained before the failure that led here.
+                status.furthest = step;
+                status.failures = 0;
+            }
             status.started_ms.get_or_insert(now.0);
             status.running_since_ms = Some(now.0);
         });

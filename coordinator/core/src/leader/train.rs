@@ -26,10 +26,11 @@ use super::draft::{Draft, Expect};
 use super::gang::{self, Gang, Verdict};
 use super::index::Workload;
 use super::reason::Reason;
+use super::regroup::{Regrouped, Why};
 use super::retain;
 use super::schedule;
 use super::standing::{Standing, ended_unseen, slowest};
-use super::workers::{Stage, Task, task_id};
+use super::workers::{Stage, Task};
 use crate::records::Records;
 
 /// How long the store may take to tell of unrecorded checkpoints before the job goes on without.
@@ -38,6 +39,9 @@ const ADOPT_WAIT_MS: u64 = 10_000;
 const FINISH_WAIT_MS: u64 = 60_000;
 /// How long ranks may take to finish a step and write a checkpoint after they were asked to stop.
 pub(super) const STOP_WAIT_MS: u64 = 600_000;
+
+/// Why ranks are asked to leave when a person wants it.
+pub(super) const BY_A_USER: &str = "stopped by a user";
 
 impl Leader {
     /// Records a job as it is about to be, and tells its watchers.
@@ -161,20 +165,19 @@ impl Leader {
         place: &Placement,
     ) {
         let status = &job.status;
-        let here: Vec<_> =
-            status.gang.iter().filter(|other| other.worker == place.worker).collect();
-        let local_rank = here.iter().filter(|other| other.rank < place.rank).count();
+        let here = status.gang.iter().filter(|other| other.worker == place.worker).count();
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let assignment = Assignment::Train(TrainAssignment {
             spec: job.spec.clone(),
             generation: status.generation,
             rank: place.rank,
-            world_size: job.spec.resources.ranks.get(),
-            local_rank: count(local_rank),
-            local_world_size: count(here.len()),
+            world_size: count(status.gang.len()),
+            local_rank: place.local_rank,
+            local_world_size: count(here),
             restore: status.checkpoint.clone(),
             secret: Secret::new(""),
             elapsed: Span::millis(budget_used(status)),
+            spare: false,
         });
         self.start_task(draft, &Workload::Job(Arc::clone(job)), place, assignment);
     }
@@ -187,10 +190,10 @@ impl Leader {
         place: &Placement,
         assignment: Assignment,
     ) {
-        let task = task_id(workload, place.rank);
+        let task = workload.task(place);
         let Some(worker) = self.workers.get_mut(&place.worker) else { return };
         let Some(session) = worker.session else { return };
-        worker.tasks.insert(task.clone(), Task::new(Stage::Told));
+        worker.tasks.insert(task.clone(), Task::new(Stage::Told, workload.generation()));
         let assignment = Box::new(assignment);
         draft.send(session, CoordinatorMessage::Start { task, assignment });
     }
@@ -227,6 +230,13 @@ impl Leader {
         // No failure counts: what is broken was broken by a worker that leaves. A gang that only
         // starts holds nothing worth a checkpoint, so that it is not waited for.
         if gang.is_broken() || (is_starting && gang.leaver().is_some()) {
+            if gang.stopped.is_none() && !is_inherited {
+                let leaver = gang.leaver().map(Name::as_str).unwrap_or_default();
+                let why = Why::Left(format!("`{leaver}` is leaving"));
+                if let Regrouped::Yes = self.regroup_job(draft, now, version, job, why) {
+                    return;
+                }
+            }
             return self.requeue_job(draft, now, version, job);
         }
         if is_inherited {
@@ -240,6 +250,10 @@ impl Leader {
         }
         let completed: BTreeSet<Rank> =
             self.gangs.get(name).into_iter().flat_map(Gang::completed).collect();
+        let is_whole = standing.present.len() == job.status.gang.len();
+        if is_whole && self.reshape_job(draft, now, version, job) {
+            return;
+        }
         if !completed.iter().all(|rank| job.status.completed.contains(rank)) {
             self.change_job(draft, version, job, |status| {
                 let known: BTreeSet<Rank> = status.completed.iter().copied().collect();
@@ -324,12 +338,22 @@ impl Leader {
         let failures = job.status.failures.saturating_add(1);
         let allowed = job.spec.recovery.max_failures;
         let from = begins_at(&job.status);
+        if failure.cause.is_retryable() && failures <= allowed {
+            let why = Why::Failed(failure.clone());
+            if let Regrouped::Yes = self.regroup_job(draft, now, version, job, why) {
+                return;
+            }
+        }
         let (phase, reason) = if !failure.cause.is_retryable() {
             (Phase::Failed, format!("{what}: trying again would end the same way"))
         } else if failures > allowed {
             let text = format!(
-                "{what}: {} without a new checkpoint in between, recovery.max_failures = {allowed}",
-                super::reason::count(failures as usize, "failure")
+                "{what}: {} without progress{}, recovery.max_failures = {allowed}",
+                super::reason::count(failures as usize, "failure"),
+                match job.status.furthest.0 {
+                    0 => String::new(),
+                    step => format!(" beyond step {step}"),
+                }
             );
             (Phase::Failed, text)
         } else {
@@ -400,7 +424,7 @@ impl Leader {
         if !standing.is_empty() {
             let since = *gang.leaving_since.get_or_insert(now);
             gang.is_condemned |= failure.is_some() || now.since(since) >= STOP_WAIT_MS;
-            return self.tell_to_stop(draft, name, job.status.generation);
+            return self.tell_to_stop(draft, name, job.status.generation, BY_A_USER);
         }
         let at = reached(&job.status);
         self.change_job(draft, version, job, |status| {
@@ -418,16 +442,22 @@ impl Leader {
     }
 
     /// Asks every present task of a generation to leave in good order, once per session.
-    pub(super) fn tell_to_stop(&mut self, draft: &mut Draft, name: &Name, generation: Generation) {
+    pub(super) fn tell_to_stop(
+        &mut self,
+        draft: &mut Draft,
+        name: &Name,
+        generation: Generation,
+        reason: &str,
+    ) {
         for worker in self.workers.values_mut() {
             let Some(session) = worker.session else { continue };
             let theirs =
-                |task: &api::TaskId| task.workload == *name && task.generation == generation;
+                |task: &api::TaskId, s: &Task| task.workload == *name && s.generation == generation;
             for (task, state) in
-                worker.tasks.iter_mut().filter(|(task, s)| theirs(task) && !s.stop_told)
+                worker.tasks.iter_mut().filter(|(task, s)| theirs(task, s) && !s.stop_told)
             {
                 state.stop_told = true;
-                let reason = "stopped by a user".to_owned();
+                let reason = reason.to_owned();
                 draft.deliver(session, task, RankOrder::Stop { reason });
             }
         }
@@ -456,7 +486,7 @@ fn reached(status: &JobStatus) -> String {
 }
 
 /// Milliseconds of `stop.max_time` that earlier generations used up.
-fn budget_used(status: &JobStatus) -> u64 {
+pub(super) fn budget_used(status: &JobStatus) -> u64 {
     status.elapsed_ms.saturating_sub(status.elapsed_at_resume_ms)
 }
 
@@ -468,7 +498,7 @@ fn is_time_up(job: &JobRecord, now: Millis) -> bool {
 }
 
 /// Adds the time the gang ran to the job's.
-fn stop_clock(status: &mut JobStatus, now: Millis) {
+pub(super) fn stop_clock(status: &mut JobStatus, now: Millis) {
     if let Some(since) = status.running_since_ms.take() {
         status.elapsed_ms = status.elapsed_ms.saturating_add(now.since(Millis(since)));
     }

@@ -7,13 +7,14 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use api::ids::{Generation, Name, Rank, TaskId};
+use api::ids::{Generation, Name, Rank, Step, TaskId};
 use api::records::{KIND_JOB, WorkerView};
 use api::session::{CoordinatorMessage, ExitCause, RankOrder, TaskView, WorkerHello};
 
 use super::Leader;
 use super::decision::{Effect, Millis, SessionId};
 use super::draft::Draft;
+use super::gang::LastWords;
 use super::index::Workload;
 use super::reason::{Reason, count};
 
@@ -44,33 +45,63 @@ pub(super) struct Task {
     pub(super) address: Option<SocketAddr>,
     pub(super) fingerprint: Option<String>,
     pub(super) has_peers: bool,
+    /// The generation it was last told to be in; stage, address and peers are of that one.
+    pub(super) generation: Generation,
+    /// It has run as a rank, so that it holds a state to go on from.
+    pub(super) holds_state: bool,
+    /// The step at which it last began to run.
+    pub(super) step: Option<Step>,
+    /// It has left its group between two steps, as ordered.
+    pub(super) is_paused: bool,
+    pub(super) pause_told: bool,
     pub(super) stop_told: bool,
     pub(super) kill_told: bool,
 }
 
 impl Task {
-    pub(super) fn new(stage: Stage) -> Self {
+    pub(super) fn new(stage: Stage, generation: Generation) -> Self {
         Self {
             stage,
             address: None,
             fingerprint: None,
             has_peers: false,
+            generation,
+            holds_state: false,
+            step: None,
+            is_paused: false,
+            pause_told: false,
             stop_told: false,
             kill_told: false,
         }
     }
 
+    /// It is told to be part of another generation.
+    pub(super) fn joins(&mut self, generation: Generation) {
+        self.stage = Stage::Started;
+        self.address = None;
+        self.has_peers = false;
+        self.is_paused = false;
+        self.pause_told = false;
+        self.generation = generation;
+    }
+
     /// What a hello tells of it, over what was known before. Orders may have been lost with the
     /// former session, so they count as not given.
     fn from_view(view: &TaskView, known: Option<Self>) -> Self {
-        let known = known.unwrap_or_else(|| Self::new(Stage::Started));
+        let generation = view.generation();
+        let mut known = known.unwrap_or_else(|| Self::new(Stage::Started, generation));
+        if known.generation != generation {
+            known.joins(generation);
+        }
         let address = view.address.or(known.address);
         let heard = if address.is_some() { Stage::Listening } else { Stage::Started };
         Self {
             stage: known.stage.max(heard),
             address,
             has_peers: view.has_peers,
+            holds_state: view.holds_state || known.holds_state,
             stop_told: false,
+            pause_told: false,
             kill_told: false,
             ..known
         }
@@ -82,6 +113,8 @@ impl Task {
 pub struct TaskPlace {
     /// The rank or replica.
     pub rank: Rank,
+    /// Its task.
+    pub task: TaskId,
     /// Its worker.
     pub worker: Name,
     /// The worker's host.
@@ -165,7 +198,24 @@ impl Leader {
             is_leaving,
             tasks,
         };
-        self.workers.insert(name, worker);
+        // Who waits for the next generation has said so to a leader that did not live to begin it.
+        let waiting: Vec<TaskId> = views
+            .into_iter()
+            .filter(|view| view.waits && !worker.tasks[&view.task].is_paused)
+            .map(|view| view.task)
+            .collect();
+        self.workers.insert(name.clone(), worker);
+        for task in waiting {
+            let current = self.index.get(&task.workload).map(|e| e.workload.generation());
+            let told = self.workers[&name].tasks[&task].generation;
+            if let Some(rank) = self.rank_of(&name, &task).filter(|_| current == Some(told))
+                && let Some(gang) = self.gangs.get_mut(&task.workload)
+            {
+                let message = "it waits for the next generation".to_owned();
+                let words = LastWords { message, retryable: true, blames: None, stays: true };
+                gang.failed(rank, &name, words, now);
+            }
+        }
     }
 
     /// Why a worker may not attach.
@@ -239,8 +289,8 @@ impl Leader {
             if let Some(entry) = self.index.get(&task.workload)
                 && let Workload::Job(job) = &entry.workload
                 && let Some(fact) = &job.status.checkpoint
-                && fact.generation == task.generation
-                && job.status.generation == task.generation
+                && job.status.generation == fact.generation
+                && tasks[task].generation == fact.generation
             {
                 draft.deliver(session, task, RankOrder::Committed { step: fact.step });
             }
@@ -303,19 +353,18 @@ impl Leader {
         if let Some(host) = self.workers.get_mut(worker) {
             host.tasks.remove(task);
         }
-        if self.is_current(worker, task)
+        self.spare_ended(task, now);
+        if let Some(rank) = self.rank_of(worker, task)
             && let Some(gang) = self.gangs.get_mut(&task.workload)
         {
-            gang.exited(task.rank, worker, cause, now);
+            gang.exited(rank, worker, cause, now);
         }
     }
 
-    /// Whether the task belongs to the current generation of a live workload, on this worker.
-    pub(super) fn is_current(&self, worker: &Name, task: &TaskId) -> bool {
-        self.index.get(&task.workload).is_some_and(|entry| {
-            entry.workload.generation() == task.generation
-                && entry.workload.place_of(task.rank) == Some(worker)
-        })
+    /// The rank of a task of this worker in the current generation of a live workload.
+    pub(super) fn rank_of(&self, worker: &Name, task: &TaskId) -> Option<Rank> {
+        let workload = &self.index.get(&task.workload)?.workload;
+        workload.place_of(worker, task).map(|place| place.rank)
     }
 
     /// Kills every task that nobody wants: of an older generation, of a workload that has ended or
@@ -324,21 +373,21 @@ impl Leader {
         for (name, worker) in &mut self.workers {
             let Some(session) = worker.session else { continue };
             for (task, state) in worker.tasks.iter_mut().filter(|(_, state)| !state.kill_told) {
-                let entry = self.index.get(&task.workload);
-                let current = entry.filter(|e| e.workload.generation() == task.generation);
-                let is_condemned = self.gangs.get(&task.workload).is_some_and(|g| g.is_condemned);
-                let reason = match (entry, current) {
-                    (_, Some(current)) => {
-                        let is_placed = current.workload.place_of(task.rank) == Some(name);
-                        if current.workload.phase().is_active() && is_placed && !is_condemned {
+                let gang = self.gangs.get(&task.workload);
+                let is_condemned = gang.is_some_and(|gang| gang.is_condemned);
+                let reason = match self.index.get(&task.workload).map(|entry| &entry.workload) {
+                    Some(workload) => {
+                        let is_placed = workload.place_of(name, task).is_some();
+                        let is_wanted = is_placed || gang.is_some_and(|gang| gang.has_spare(task));
+                        if workload.phase().is_active() && is_wanted && !is_condemned {
                             continue;
                         }
-                        current.workload.reason().to_owned()
+                        match is_placed || workload.generation() == task.generation {
+                            true => workload.reason().to_owned(),
+                            false => format!("superseded by {}", workload.generation()),
+                        }
                     }
-                    (Some(other), None) => {
-                        format!("superseded by {}", other.workload.generation())
-                    }
-                    (None, _) => format!("`{}` is over", task.workload),
+                    None => format!("`{}` is over", task.workload),
                 };
                 state.kill_told = true;
                 let task = task.clone();
@@ -356,7 +405,7 @@ impl Leader {
         }
         for entry in self.index.live().map(|(_, entry)| &entry.workload) {
             for place in entry.gang().iter().filter(|_| entry.phase().is_active()) {
-                let task = task_id(entry, place.rank);
+                let task = entry.task(place);
                 let runs =
                     self.workers.get(&place.worker).is_some_and(|w| w.tasks.contains_key(&task));
                 if !runs && !self.has_ended(entry, place.rank) {
@@ -379,14 +428,22 @@ impl Leader {
     /// Where the tasks of one generation of a workload run, by rank.
     pub fn places(&self, workload: &Name, generation: Generation) -> Vec<TaskPlace> {
         let mut places = Vec::new();
+        let entry = self.index.get(workload).map(|entry| &entry.workload);
+        let current = entry.filter(|workload| workload.generation() == generation);
         for (name, worker) in &self.workers {
-            let own = worker.tasks.keys();
-            let own = own.filter(|t| t.workload == *workload && t.generation == generation);
-            places.extend(own.map(|task| TaskPlace {
-                rank: task.rank,
-                worker: name.clone(),
-                host: worker.host.clone(),
-                session: worker.session,
+            let rank_of = |task: &TaskId| match current {
+                Some(workload) => workload.place_of(name, task).map(|place| place.rank),
+                None => (task.generation == generation).then_some(task.rank),
+            };
+            let own = worker.tasks.keys().filter(|task| task.workload == *workload);
+            places.extend(own.filter_map(|task| {
+                Some(TaskPlace {
+                    rank: rank_of(task)?,
+                    task: task.clone(),
+                    worker: name.clone(),
+                    host: worker.host.clone(),
+                    session: worker.session,
+                })
             }));
         }
         places.sort_by_key(|place| place.rank);
@@ -413,8 +470,13 @@ impl Leader {
     }
 }
 
+/// The task of a rank of the current gang.
 pub(super) fn task_id(workload: &Workload, rank: Rank) -> TaskId {
-    TaskId { workload: workload.name().clone(), generation: workload.generation(), rank }
+    let place = workload.gang().iter().find(|place| place.rank == rank);
+    place.map_or_else(
+        || TaskId { workload: workload.name().clone(), generation: workload.generation(), rank },
+        |place| workload.task(place),
+    )
 }
 
 fn lost_with(reason: &str) -> ExitCause {

@@ -1,0 +1,140 @@
+//! Spares: processes beside a running gang that have read the data and built the model, so that a
+//! lost rank's place is taken at once and a gang grows without waiting for a start.
+//!
+//! Volatile: a new leader finds them in nobody's record, lets them be killed and starts its own.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use api::ids::{Name, Rank, Secret, TaskId};
+use api::records::{JobRecord, Placement, StartedAs};
+use api::session::{Assignment, CoordinatorMessage, TrainAssignment};
+use api::units::Span;
+
+use super::Leader;
+use super::decision::Millis;
+use super::draft::Draft;
+use super::gang::Spare;
+use super::index::Workload;
+use super::regroup::lowest_free;
+use super::train::budget_used;
+use super::workers::{Stage, Task};
+
+/// After a spare has ended by itself none is started for this long: whatever ended it would end the
+/// next one.
+const RETRY_WAIT_MS: u64 = 10_000;
+
+impl Leader {
+    /// Starts as many spares as the gang lacks ranks, and those that the job wants beside it, as far
+    /// as there are free slots that nobody waits for. Ends those that are too many.
+    pub(super) fn tend_spares(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        job: &Arc<JobRecord>,
+        lacks: usize,
+    ) {
+        let name = job.spec.name.clone();
+        let beside = match self.has_queue() {
+            true => 0,
+            false => job.spec.recovery.spares as usize,
+        };
+        let wanted = lacks + beside;
+        let mut free = self.free_slots();
+        let Some(gang) = self.gangs.get_mut(&name) else { return };
+        gang.spares.retain(|spare| {
+            self.workers.get(&spare.worker).is_some_and(|w| w.tasks.contains_key(&spare.task))
+        });
+        // The last ones first: they have come least far.
+        gang.spares.truncate(wanted);
+        if gang.spare_ended.is_some_and(|at| now.since(at) < RETRY_WAIT_MS) {
+            return;
+        }
+        let mut starts: Vec<(Name, u32, Rank)> = Vec::new();
+        for _ in gang.spares.len()..wanted {
+            let roomy = free.iter().filter(|(_, slots)| **slots > 0);
+            let Some(worker) = roomy.max_by_key(|(_, slots)| **slots).map(|(name, _)| name.clone())
+            else {
+                break;
+            };
+            if let Some(slots) = free.get_mut(&worker) {
+                *slots -= 1;
+            }
+            let members = job.status.gang.iter().filter(|place| place.worker == worker);
+            let spares = gang.spares.iter().filter(|spare| spare.worker == worker);
+            let taken: BTreeSet<u32> = members
+                .map(|place| place.local_rank)
+                .chain(spares.map(|spare| spare.local_rank))
+                .collect();
+            let local_rank = lowest_free(&taken);
+            // Above every rank of a gang, so that the two never share a name.
+            let rank = Rank(job.spec.resources.ranks.max() + gang.spares_started);
+            gang.spares_started += 1;
+            let generation = job.status.generation;
+            let task = TaskId { workload: name.clone(), generation, rank };
+            gang.spares.push(Spare { task, worker: worker.clone(), local_rank, is_ready: false });
+            starts.push((worker, local_rank, rank));
+        }
+        for (worker, local_rank, rank) in starts {
+            self.start_spare(draft, job, worker, local_rank, rank);
+        }
+    }
+
+    fn start_spare(
+        &mut self,
+        draft: &mut Draft,
+        job: &Arc<JobRecord>,
+        worker: Name,
+        local_rank: u32,
+        rank: Rank,
+    ) {
+        let generation = job.status.generation;
+        let assignment = Assignment::Train(TrainAssignment {
+            spec: job.spec.clone(),
+            generation,
+            rank,
+            world_size: u32::try_from(job.status.gang.len()).unwrap_or(u32::MAX),
+            local_rank,
+            local_world_size: local_rank + 1,
+            restore: None,
+            secret: Secret::new(""),
+            elapsed: Span::millis(budget_used(&job.status)),
+            spare: true,
+        });
+        let started_as = Some(StartedAs { generation, rank });
+        let place = Placement { rank, worker, started_as, local_rank };
+        let task = Workload::Job(Arc::clone(job)).task(&place);
+        let Some(host) = self.workers.get_mut(&place.worker) else { return };
+        let Some(session) = host.session else { return };
+        host.tasks.insert(task.clone(), Task::new(Stage::Told, generation));
+        draft.send(session, CoordinatorMessage::Start { task, assignment: Box::new(assignment) });
+    }
+
+    /// A spare says that it is ready.
+    pub(super) fn spare_ready(&mut self, worker: &Name, task: &TaskId, fingerprint: String) {
+        if let Some(state) = self.workers.get_mut(worker).and_then(|w| w.tasks.get_mut(task)) {
+            state.fingerprint = Some(fingerprint);
+            state.stage = state.stage.max(Stage::Started);
+        }
+        if let Some(gang) = self.gangs.get_mut(&task.workload)
+            && let Some(spare) = gang.spares.iter_mut().find(|spare| spare.task == *task)
+        {
+            spare.is_ready = true;
+        }
+    }
+
+    /// A task ended; it may have been a spare.
+    pub(super) fn spare_ended(&mut self, task: &TaskId, now: Millis) {
+        let Some(gang) = self.gangs.get_mut(&task.workload) else { return };
+        let before = gang.spares.len();
+        gang.spares.retain(|spare| spare.task != *task);
+        if gang.spares.len() < before {
+            gang.spare_ended = Some(now);
+        }
+    }
+
+    /// Whether workloads wait for slots: a gang that runs takes none then.
+    pub(super) fn has_queue(&self) -> bool {
+        self.index.live().any(|(_, entry)| !entry.workload.phase().is_active())
+    }
+}

@@ -1,0 +1,393 @@
+//! A process as a member of its gang, from generation to generation: listen, meet the others, agree
+//! on the newest state, step; and when the group breaks or pauses, keep the state and wait for the
+//! next.
+//!
+//! What a break leaves in memory is whole: a step changes the state only after all of its reductions
+//! have succeeded. So every member holds the state of one step, and of two neighbouring ones at
+//! most: some may have finished the step under way.
+
+use std::time::{Duration, Instant};
+
+use api::config::StoreSection;
+use api::control::{Control, ControlError, Orders};
+use api::data_plane::DataPlane;
+use api::session::{FLIGHT_LAST, RankOrder, RankReport};
+use api::{JobSpec, Rank, Step};
+use checkpoint::{ManifestInfo, Restore};
+use collective::{
+    CollectiveError, Communicator, FlightRecorder, GroupOptions, Listener, ProcessGroup, TcpOptions,
+};
+
+use crate::agreement::agree;
+use crate::checkpoints::Checkpoints;
+use crate::data_plane::transport;
+use crate::error::TrainError;
+use crate::place::Place;
+use crate::recovery::{Offer, Origin, origin, parts};
+use crate::state::TrainState;
+use crate::train::{Bound, End, Held, Progress, Trainer};
+
+/// The others may still be reading large data sets when this rank listens already.
+const PEERS_DEADLINE: Duration = Duration::from_secs(600);
+/// Every peer listens when the addresses are known, so connecting is quick.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+/// Without a control plane nobody orders anything for a while; the worker ends whom it must.
+const ORDERS_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+
+/// One process of a job.
+pub struct Member {
+    /// To the worker.
+    pub control: Control,
+    /// From the worker.
+    pub orders: Orders,
+    /// How to reach the store.
+    pub store: StoreSection,
+    /// How to reach the other ranks.
+    pub data: DataPlane,
+    /// Options of connections to them.
+    pub tcp: TcpOptions,
+    /// What a manifest says of the job.
+    pub info: ManifestInfo,
+    /// The numeric fingerprint of this process.
+    pub fingerprint: String,
+    /// What the process was doing.
+    pub recorder: FlightRecorder,
+}
+
+/// Why a member did not come to its end in this generation.
+enum Interrupted {
+    /// A newer generation begins.
+    By(Place),
+    /// The group broke; what the state is worth is not touched by it.
+    Broken(CollectiveError),
+    /// This process cannot go on.
+    Failed(TrainError),
+}
+
+impl From<TrainError> for Interrupted {
+    fn from(error: TrainError) -> Self {
+        match error {
+            TrainError::Collective(error) => Self::Broken(error),
+            error => Self::Failed(error),
+        }
+    }
+}
+
+impl From<CollectiveError> for Interrupted {
+    fn from(error: CollectiveError) -> Self {
+        Self::Broken(error)
+    }
+}
+
+impl From<ControlError> for Interrupted {
+    fn from(error: ControlError) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+impl Member {
+    /// Is a rank in one generation after another until the job ends for this process. `place`: none
+    /// for a spare, which waits for its first.
+    pub fn run(&mut self, mut held: Held, place: Option<Place>) -> Result<End, TrainError> {
+        let mut next = match place {
+            Some(place) => place,
+            None => {
+                let fingerprint = self.fingerprint.clone();
+                self.recorder.set_tag("spare, waiting for a place");
+                self.control.report(&RankReport::Ready { fingerprint })?;
+                self.next_place(None)?
+            }
+        };
+        loop {
+            let mut trainer = None;
+            let outcome = self.generation(&mut held, &mut trainer, &next);
+            let is_paused = matches!(outcome, Ok(End::Paused));
+            // The group goes before anything is reported: the next one may begin at once.
+            drop(trainer);
+            next = match outcome {
+                Ok(End::Paused) => {
+                    self.control.report(&RankReport::Paused { step: held.step() })?;
+                    self.next_place(Some(&next))?
+                }
+                Ok(end) => return Ok(end),
+                Err(Interrupted::By(place)) => place,
+                Err(Interrupted::Failed(error)) => return Err(error),
+                Err(Interrupted::Broken(error)) => self.broken(&held, &next, &error)?,
+            };
+            let how = if is_paused { "paused" } else { "broken off" };
+            eprintln!(
+                "generation {} is {how}; this process goes on as {} of {} in generation {}{}",
+                self.recorder.snapshot().generation,
+                next.rank,
+                next.world_size,
+                next.generation,
+                held.state.as_ref().map_or(String::new(), |s| format!(", from step {}", s.step.0)),
+            );
+        }
+    }
+
+    /// Leaves the flight log, says that the group broke, and waits for the next place.
+    fn broken(
+        &mut self,
+        held: &Held,
+        place: &Place,
+        error: &CollectiveError,
+    ) -> Result<Place, TrainError> {
+        // An order to regroup is what broke it: nobody needs to be told.
+        if let Some(next) = self.newer_place(place) {
+            return Ok(next);
+        }
+        eprintln!("the group broke: {error}");
+        let mut log = self.recorder.snapshot();
+        log.ending = Some(error.to_string());
+        let flight = RankReport::Flight { request: FLIGHT_LAST, log: Some(Box::new(log)) };
+        self.control.report(&flight)?;
+        self.control.report(&RankReport::Broken {
+            step: held.state.as_ref().map(|state| state.step),
+            message: error.to_string(),
+            blames: error.peer(),
+        })?;
+        self.recorder.set_tag("waiting for the next generation");
+        self.next_place(Some(place))
+    }
+
+    /// One generation from the first socket to its end.
+    fn generation(
+        &mut self,
+        held: &mut Held,
+        trainer: &mut Option<Trainer>,
+        place: &Place,
+    ) -> Result<End, Interrupted> {
+        let began = Instant::now();
+        self.enter(place);
+        let mut communicator = self.join(held, place)?;
+        let formed = began.elapsed();
+        let origin = self.settle_state(held, &mut communicator, place)?;
+        if matches!(origin, Origin::Members { .. }) && place.rank == Rank(0) {
+            println!(
+                "regrouped at step {} with {} ranks: met in {:.0} ms, state agreed in {:.0} ms",
+                held.step().0,
+                place.world_size,
+                formed.as_secs_f64() * 1e3,
+                (began.elapsed() - formed).as_secs_f64() * 1e3,
+            );
+        }
+        let mut info = self.info.clone();
+        info.metrics.clear();
+        let checkpoints = Checkpoints::start(&held.spec, place, self.store.clone(), info)
+            .map_err(Interrupted::Failed)?;
+        self.control.report(&RankReport::Running { step: held.step() })?;
+        let bound = Bound::new(held, place, Box::new(communicator), checkpoints)?;
+        let trainer = trainer.insert(Trainer::new(bound, self.control.clone(), &self.recorder));
+        Ok(trainer.run(held)?)
+    }
+
+    /// From here on everything that leaves this process carries the generation.
+    fn enter(&mut self, place: &Place) {
+        self.control.enter(place.generation);
+        self.recorder = FlightRecorder::new(place.generation, place.rank, place.world_size);
+        let told = self.recorder.clone();
+        self.control.on_flight(move |entries| told.last(entries));
+    }
+
+    /// Listens, hears where the others do, and connects to them.
+    fn join(&mut self, held: &Held, place: &Place) -> Result<ProcessGroup, Interrupted> {
+        self.recorder.set_tag("waiting for the other ranks");
+        let listener = Listener::bind(self.data.address)?.with_tcp(self.tcp.clone());
+        let abort = listener.abort_handle();
+        self.control.on_abort(move |reason| abort.abort(reason));
+        // An order that came before there was anything to abort.
+        if let Some(next) = self.newer_place(place) {
+            return Err(Interrupted::By(next));
+        }
+        let fingerprint = self.fingerprint.clone();
+        self.control.report(&RankReport::Listening { address: listener.address(), fingerprint })?;
+        let addresses = loop {
+            match self.orders.next(PEERS_DEADLINE)? {
+                RankOrder::Peers { generation, addresses } if generation == place.generation => {
+                    break addresses;
+                }
+                RankOrder::Regroup(order) if order.generation > place.generation => {
+                    return Err(Interrupted::By((*order).into()));
+                }
+                // Of a generation that is over.
+                _ => {}
+            }
+        };
+        let options = GroupOptions {
+            job: held.spec.name.clone(),
+            group: "data".into(),
+            generation: place.generation,
+            rank: place.rank,
+            world_size: place.world_size,
+            secret: place.secret.clone(),
+            connect_timeout: CONNECT_TIMEOUT,
+            reduction: match held.spec.parallel.reduction {
+                api::job::Reduction::Deterministic => collective::Reduction::Deterministic,
+                api::job::Reduction::Fast => collective::Reduction::Fast,
+            },
+            transport: transport(&self.data),
+            host: None,
+        };
+        self.recorder.set_tag("forming the group");
+        let encrypts = self.tcp.tls.is_some();
+        let mut communicator = listener.connect(options, &addresses)?;
+        communicator.set_recorder(self.recorder.clone());
+        if place.rank == Rank(0) && place.world_size > 1 {
+            let kind = if encrypts { "encrypted connections" } else { "plaintext connections" };
+            println!("ranks reduce over {}, with {kind}", communicator.transport());
+        }
+        self.recorder.set_tag("comparing data and settings");
+        let validation = held.problem.validation.as_ref().map_or("none", |data| data.digest());
+        agree(
+            &mut communicator,
+            &[
+                ("training data", &self.info.data_digest),
+                ("validation data", validation),
+                ("settings", &self.info.spec_digest),
+                ("number of steps", &held.last_step.to_string()),
+            ],
+        )?;
+        Ok(communicator)
+    }
+
+    /// Brings every member to the newest state that one of them, or else the store, holds.
+    fn settle_state(
+        &mut self,
+        held: &mut Held,
+        communicator: &mut ProcessGroup,
+        place: &Place,
+    ) -> Result<Origin, Interrupted> {
+        self.recorder.set_tag("agreeing on the state");
+        let offer: Offer = held.state.as_ref().map(|state| state.step);
+        let mine = serde_json::to_vec(&(offer, &held.progress)).map_err(unreadable)?;
+        let mut offers: Vec<Offer> = Vec::new();
+        let mut newest = Progress::default();
+        for bytes in communicator.gather_bytes(&mine)? {
+            let (offer, progress): (Offer, Progress) =
+                serde_json::from_slice(&bytes).map_err(unreadable)?;
+            if offer.is_some() && offers.iter().flatten().all(|other| Some(*other) < offer) {
+                newest = progress;
+            }
+            offers.push(offer);
+        }
+        let recorded = place.restore.as_ref().map(|fact| fact.step);
+        let origin = origin(&offers, recorded);
+        match &origin {
+            Origin::Members { step, holders, receivers } => {
+                held.progress = newest;
+                if !receivers.is_empty() {
+                    self.recorder.set_tag(format_args!("receiving the state of step {}", step.0));
+                    if receivers.contains(&place.rank) {
+                        held.state = Some(held.blank_state());
+                    }
+                    share(held, communicator, *step, holders)?;
+                }
+            }
+            Origin::Checkpoint(step) => {
+                self.recorder.set_tag(format_args!("restoring step {}", step.0));
+                held.progress = Progress::default();
+                held.state = Some(self.restored(held, place)?);
+            }
+            Origin::Beginning => {
+                held.progress = Progress::default();
+                let mut state = held.blank_state();
+                state.values = held.table.initial(held.spec.seed);
+                held.state = Some(state);
+            }
+        }
+        Ok(origin)
+    }
+
+    /// The state of the checkpoint that the leader named; one of other data or settings is refused.
+    fn restored(&self, held: &Held, place: &Place) -> Result<TrainState, TrainError> {
+        let mut state = held.blank_state();
+        let Some(fact) = &place.restore else { return Ok(state) };
+        let mut restore = Restore::open(&self.store, &self.store.uri, fact)?;
+        check(&held.spec, restore.manifest(), &self.info, fact.step)?;
+        state.restore(&held.table, &mut restore)?;
+        Ok(state)
+    }
+
+    /// The newest order for a generation after that of `place`, if one waits.
+    fn newer_place(&self, place: &Place) -> Option<Place> {
+        let mut newest: Option<Place> = None;
+        while let Some(order) = self.orders.try_next() {
+            if let RankOrder::Regroup(order) = order
+                && order.generation > newest.as_ref().map_or(place.generation, |p| p.generation)
+            {
+                newest = Some((*order).into());
+            }
+        }
+        newest
+    }
+
+    /// Waits for an order to be part of a generation after that of `place`.
+    fn next_place(&self, place: Option<&Place>) -> Result<Place, TrainError> {
+        loop {
+            if let RankOrder::Regroup(order) = self.orders.next(ORDERS_DEADLINE)?
+                && place.is_none_or(|place| order.generation > place.generation)
+            {
+                let next: Place = (*order).into();
+                return Ok(self.newer_place(&next).unwrap_or(next));
+            }
+        }
+    }
+}
+
+/// Every holder sends its part of every buffer to all.
+fn share(
+    held: &mut Held,
+    communicator: &mut ProcessGroup,
+    step: Step,
+    holders: &[Rank],
+) -> Result<(), CollectiveError> {
+    let Some(state) = &mut held.state else { return Ok(()) };
+    for buffer in [&mut state.values, &mut state.optimizer.m, &mut state.optimizer.v] {
+        for (holder, range) in parts(buffer.len(), holders) {
+            communicator.broadcast((&mut buffer[range]).into(), holder)?;
+        }
+    }
+    state.step = step;
+    Ok(())
+}
+
+/// Whether a checkpoint is one of this job as it is now.
+fn check(
+    spec: &JobSpec,
+    found: &checkpoint::Manifest,
+    info: &ManifestInfo,
+    step: Step,
+) -> Result<(), TrainError> {
+    for (what, found, expected) in [
+        ("training data", &found.data_digest, &info.data_digest),
+        ("settings", &found.spec_digest, &info.spec_digest),
+    ] {
+        if found != expected {
+            return Err(TrainError::Job(format!(
+                "the checkpoint at step {} was made with other {what} (digest {found}, now \
+                 {expected}): restore them, or submit a new job",
+                step.0
+            )));
+        }
+    }
+    let strict = spec.parallel.determinism == api::job::Determinism::Strict;
+    if found.fingerprint != info.fingerprint {
+        let message = format!(
+            "the checkpoint at step {} was made under the numeric fingerprint `{}`, this rank has \
+             `{}`: the result would differ in its last bits",
+            step.0, found.fingerprint, info.fingerprint
+        );
+        if strict {
+            return Err(TrainError::Job(format!(
+                "{message}; run on the same kind of host, or set parallel.determinism = \"relaxed\""
+            )));
+        }
+        eprintln!("warning: {message}");
+    }
+    Ok(())
+}
+
+fn unreadable(error: serde_json::Error) -> TrainError {
+    ControlError(format!("a member's offer: {error}")).into()
+}
