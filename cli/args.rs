@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Train across processes and machines, survive interruptions, serve what was trained.
 #[derive(Debug, Parser)]
@@ -346,6 +346,8 @@ pub struct WorkerArgs {
 pub enum BenchCommand {
     /// Steps and tokens or samples per second of a job file, on this machine, without checkpoints.
     Train(BenchTrain),
+    /// How long a job stands still when one of its ranks dies, on this machine.
+    Recovery(BenchRecovery),
     /// Time, bandwidth and limits of the collectives, among processes on this machine.
     Collective(BenchCollective),
 }
@@ -364,6 +366,37 @@ pub struct BenchTrain {
     /// Override a key of the job file. May be repeated.
     #[arg(long = "set", value_name = "PATH=VALUE")]
     pub overrides: Vec<String>,
+}
+
+/// `cluster bench recovery`.
+#[derive(Debug, Args)]
+pub struct BenchRecovery {
+    /// The job file.
+    pub job: PathBuf,
+    /// Faults, one after another.
+    #[arg(long, default_value_t = 10)]
+    pub faults: usize,
+    /// Which rank each fault hits follows from it.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// What happens to the rank's process.
+    #[arg(long, value_enum, default_value_t = BenchFault::Kill)]
+    pub fault: BenchFault,
+    /// Fail when the stall is above 1 s in the median or above 3 s at worst.
+    #[arg(long)]
+    pub check: bool,
+    /// Override a key of the job file. May be repeated.
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+/// What happens to a rank's process in `cluster bench recovery`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BenchFault {
+    /// SIGKILL: the process is gone.
+    Kill,
+    /// SIGSTOP: the process is there and does nothing.
+    Stop,
 }
 
 /// `cluster bench collective`.

@@ -10,6 +10,7 @@ mod embedded;
 mod error;
 mod follow;
 mod output;
+mod processes;
 mod signals;
 
 use std::io::IsTerminal;

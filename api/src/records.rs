@@ -153,6 +153,14 @@ pub struct JobStatus {
     pub regroups: u64,
     /// The furthest step at which a generation began to run.
     pub furthest: Step,
+    /// The last step that was reported when the record was written.
+    pub reported: Step,
+    /// Where its time went.
+    pub goodput: Goodput,
+    /// Up to when, in milliseconds since the Unix epoch.
+    pub accounted_ms: Option<u64>,
+    /// What became of it, the newest moments.
+    pub history: Vec<Moment>,
     /// Numeric fingerprint of the first gang; a different one may not continue a strict job.
     pub fingerprint: Option<String>,
     /// The newest committed checkpoint.
@@ -174,6 +182,69 @@ pub struct JobStatus {
     pub elapsed_at_resume_ms: u64,
     /// When it reached a terminal phase.
     pub ended_ms: Option<u64>,
+}
+
+/// Where a job's time went, in rank-milliseconds: one rank for one millisecond. Up to the last write
+/// of its record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Goodput {
+    /// Steps that were reported, those computed again among them.
+    pub steps: u64,
+    /// Steps that were computed again.
+    pub steps_redone: u64,
+    /// Fetching samples, forward, backward and optimiser, of steps that count.
+    pub useful_ms: u64,
+    /// Waiting for and exchanging with other ranks, as far as nothing was computed meanwhile.
+    pub communication_ms: u64,
+    /// What the step loop paid for checkpoints.
+    pub checkpoint_ms: u64,
+    /// From the placement of the first gang until it ran.
+    pub starting_ms: u64,
+    /// From the decision about a failure or a change until the next generation ran.
+    pub recovery_ms: u64,
+    /// Work that was thrown away: steps computed again, and the step under way when a gang broke,
+    /// with the time until that was known.
+    pub lost_ms: u64,
+    /// Between steps: validation, agreement, the last save; and what a leader that died had not
+    /// written down.
+    pub other_ms: u64,
+    /// Milliseconds in the queue, without ranks.
+    pub queued_ms: u64,
+}
+
+impl Goodput {
+    /// Rank-milliseconds in all.
+    pub fn total_ms(&self) -> u64 {
+        self.useful_ms
+            + self.communication_ms
+            + self.checkpoint_ms
+            + self.starting_ms
+            + self.recovery_ms
+            + self.lost_ms
+            + self.other_ms
+    }
+
+    /// The part of all rank-time that went into steps that count, exchange among ranks included;
+    /// none before there is any.
+    pub fn fraction(&self) -> Option<f64> {
+        let total = self.total_ms();
+        let good = self.useful_ms + self.communication_ms;
+        (total > 0).then(|| good as f64 / total as f64)
+    }
+}
+
+/// A change of a job's phase or generation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Moment {
+    /// Milliseconds since the Unix epoch, by the leader's clock.
+    pub time_ms: u64,
+    /// The generation from then on.
+    pub generation: Generation,
+    /// The phase from then on.
+    pub phase: Phase,
+    /// Why.
+    pub text: String,
 }
 
 /// A committed checkpoint.

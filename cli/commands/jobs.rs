@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use api::pb::LogLine;
-use api::records::JobRecord;
+use api::records::{Goodput, JobRecord, Moment};
 use api::{ExitClass, Name};
 use coordinator::ClusterClient;
 use tokio_stream::StreamExt;
@@ -59,7 +59,13 @@ pub async fn show(global: &Global, name: &str) -> Result<()> {
         ("algorithm", job.spec.algorithm.clone()),
         ("state", status.phase.to_string()),
         ("reason", status.reason.clone()),
-        ("generation", format!("{} ({} restarts)", status.generation.0, status.restarts)),
+        (
+            "generation",
+            format!(
+                "{} ({} restarts, {} of them in place)",
+                status.generation.0, status.restarts, status.regroups
+            ),
+        ),
         ("record", format!("version {version}")),
         ("submitted", output::ago(status.submitted_ms)),
     ];
@@ -100,7 +106,50 @@ pub async fn show(global: &Global, name: &str) -> Result<()> {
     for (key, value) in facts {
         output::line(&format!("{key:<20} {value}"));
     }
+    show_goodput(&status.goodput);
+    show_history(&status.history);
     Ok(())
+}
+
+/// Where every rank-second went, as far as the record says.
+fn show_goodput(book: &Goodput) {
+    let Some(fraction) = book.fraction() else { return };
+    output::line("");
+    output::line(&format!(
+        "goodput              {:.1} % of {} rank-seconds; {} steps, {} of them computed again",
+        fraction * 100.0,
+        book.total_ms() / 1000,
+        book.steps,
+        book.steps_redone
+    ));
+    let rows = [
+        ("steps", book.useful_ms),
+        ("communication", book.communication_ms),
+        ("checkpoints", book.checkpoint_ms),
+        ("starting", book.starting_ms),
+        ("recovery", book.recovery_ms),
+        ("lost work", book.lost_ms),
+        ("between steps", book.other_ms),
+    ];
+    for (what, milliseconds) in rows {
+        let share = milliseconds as f64 / book.total_ms() as f64 * 100.0;
+        let seconds = milliseconds as f64 / 1e3;
+        output::line(&format!("  {what:<18} {seconds:>10.1} s {share:>6.1} %"));
+    }
+    let queued = book.queued_ms as f64 / 1e3;
+    output::line(&format!("  {:<18} {queued:>10.1} s, without ranks", "in the queue"));
+}
+
+fn show_history(history: &[Moment]) {
+    if history.is_empty() {
+        return;
+    }
+    output::line("");
+    let rows = history.iter().map(|moment| {
+        let phase = format!("{} g{}", moment.phase, moment.generation.0);
+        vec![output::ago(moment.time_ms), phase, moment.text.clone()]
+    });
+    output::table(&["when", "state", "why"], rows.collect(), "");
 }
 
 /// `cluster logs NAME`.

@@ -10,6 +10,7 @@ mod plan;
 mod progress;
 mod protocol;
 mod rank;
+mod recovery;
 mod samples;
 mod train;
 mod tune;
@@ -23,6 +24,7 @@ use crate::error::Result;
 pub async fn run(global: &Global, command: BenchCommand) -> Result<()> {
     match command {
         BenchCommand::Train(args) => train::run(global, args).await,
+        BenchCommand::Recovery(args) => recovery::run(global, args).await,
         // Blocks the main thread, which nothing else needs; the ranks die when this thread ends.
         BenchCommand::Collective(args) => collective::run(global, &args),
     }

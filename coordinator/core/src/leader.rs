@@ -16,6 +16,7 @@ mod client;
 mod decision;
 mod draft;
 mod gang;
+mod goodput;
 mod index;
 mod reason;
 mod regroup;
@@ -53,6 +54,8 @@ pub struct Leader {
     node: NodeId,
     /// When it began to lead.
     since: Millis,
+    /// When the present decision is taken.
+    now: Millis,
     index: Index,
     workers: BTreeMap<Name, Worker>,
     sessions: BTreeMap<SessionId, Name>,
@@ -69,6 +72,7 @@ impl Leader {
             options,
             node,
             since: now,
+            now,
             index: Index::default(),
             workers: BTreeMap::new(),
             sessions: BTreeMap::new(),
@@ -85,6 +89,7 @@ impl Leader {
     /// A client that asks again under the same request id is answered from [`Records::outcome`] by
     /// the shell: deciding anew would refuse it, because its own first attempt has taken the name.
     pub fn decide(&mut self, records: &Records, now: Millis, input: Input) -> Decision {
+        self.now = now;
         self.follow(records);
         let mut draft = Draft::default();
         match input {

@@ -14,7 +14,7 @@ use crate::harness::{Coordinator, Host, task};
 /// Rank 0 answers questions; rank 1 reads no orders; rank 2 fails and says its last words itself.
 const RANKS: &str = r#"
 [ $RANK != 1 ] || exec sleep 100000
-flight() { say '{"report":"flight","request":'"$1"',"log":{"rank":'$RANK',"tag":"step 3"'"$2"'}}'; }
+flight() { say '{"report":"flight","request":'"$1"',"log":{"generation":'$COHORT_GENERATION',"rank":'$RANK',"tag":"step 3"'"$2"'}}'; }
 if [ $RANK = 2 ]; then flight 0 ',"ending":"lost r1"'; exit 1; fi
 while read -r order; do
   case "$order" in

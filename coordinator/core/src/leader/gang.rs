@@ -11,6 +11,7 @@ use api::records::Failure;
 use api::session::{ExitCause, StopCause};
 
 use super::decision::Millis;
+use super::goodput::Unwritten;
 
 /// How long a task may take from its placement until it runs. Restoring a large checkpoint over a
 /// slow network takes minutes; what takes longer than this hangs.
@@ -132,6 +133,8 @@ pub(super) struct Gang {
     pub(super) spares_started: u32,
     /// When a spare ended before it could be of use: none is started for a while.
     pub(super) spare_ended: Option<Millis>,
+    /// What its steps took, as far as the job's record does not say.
+    pub(super) unwritten: Unwritten,
 }
 
 impl Gang {
@@ -151,6 +154,7 @@ impl Gang {
             pausing: None,
             spares_started: 0,
             spare_ended: None,
+            unwritten: Unwritten::default(),
         }
     }
 

@@ -281,8 +281,11 @@ impl Leader {
             next.spares.retain(|spare| !is_promoted(spare));
         }
         self.forget(draft, job);
+        let mut record = self.accounted(job);
+        if job.status.phase == Phase::Running && !matches!(why, Why::Reshape(_)) {
+            self.count_broken(&mut record.status, &name);
+        }
         self.gangs.insert(name.clone(), next);
-        let mut record = JobRecord::clone(job);
         let status = &mut record.status;
         stop_clock(status, now);
         status.restarts += 1;

@@ -126,6 +126,11 @@ impl Leader {
                 && entry.workload.place_of(worker, task).is_some()
         });
         if is_current {
+            if let JobEvent::Step(metrics) = &metrics
+                && let Some(gang) = self.gangs.get_mut(&task.workload)
+            {
+                gang.unwritten.step(metrics, now);
+            }
             draft.publish(&task.workload, metrics);
         }
         false

@@ -12,6 +12,7 @@ use api::session::RankOrder;
 use super::Leader;
 use super::decision::Millis;
 use super::draft::Draft;
+use super::goodput::count_redone_steps;
 use super::index::Workload;
 use super::reason::Reason;
 use super::regroup::{Regrouped, Why};
@@ -179,6 +180,9 @@ impl Leader {
         self.change_job(draft, version, job, |status| {
             status.phase = Phase::Running;
             status.reason = why.into();
+            if let Some(step) = step {
+                count_redone_steps(status, step);
+            }
             if let Some(step) = step.filter(|step| *step > status.furthest) {
                 // Steps were gained before the failure that led here.
                 status.furthest = step;

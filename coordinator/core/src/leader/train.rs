@@ -45,8 +45,9 @@ pub(super) const BY_A_USER: &str = "stopped by a user";
 
 impl Leader {
     /// Records a job as it is about to be, and tells its watchers.
-    pub(super) fn put_job(&mut self, draft: &mut Draft, expect: Expect, job: Arc<JobRecord>) {
+    pub(super) fn put_job(&mut self, draft: &mut Draft, expect: Expect, mut job: Arc<JobRecord>) {
         let name = job.spec.name.clone();
+        self.remember(&name, &mut Arc::make_mut(&mut job).status);
         let workload = Workload::Job(Arc::clone(&job));
         draft.put(workload.key(), expect, &*job);
         draft.publish(&name, JobEvent::Status(Box::new(job.status.clone())));
@@ -63,8 +64,12 @@ impl Leader {
         job: &JobRecord,
         change: impl FnOnce(&mut JobStatus),
     ) {
-        let mut job = job.clone();
+        let mut job = self.accounted(job);
+        let was_running = job.status.phase == Phase::Running;
         change(&mut job.status);
+        if was_running && matches!(job.status.phase, Phase::Queued | Phase::Failed) {
+            self.count_broken(&mut job.status, &job.spec.name);
+        }
         self.put_job(draft, Expect::Version(version), Arc::new(job));
     }
 
@@ -134,9 +139,9 @@ impl Leader {
         let generation = job.status.generation.max(other.unwrap_or_default()).next();
         let from = begins_at(&job.status);
         let places = schedule::describe(&gang);
+        let mut record = self.accounted(job);
         self.gangs.insert(name.clone(), Gang::new(generation, Some(now)));
         draft.decided(Reason::Placed { name: name.clone(), generation, places: places.clone() });
-        let mut record = JobRecord::clone(job);
         let status = &mut record.status;
         status.restarts += u64::from(status.generation > Generation(0));
         status.generation = generation;
