@@ -48,6 +48,18 @@ pub struct StepMetrics {
     pub time: StepTime,
     /// Resident memory of rank 0, in bytes.
     pub memory_bytes: u64,
+    /// Who computed the slowest in the step before; absent with one rank.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slowest: Option<Slowest>,
+}
+
+/// The rank whose microbatches took longest.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Slowest {
+    /// Which one.
+    pub rank: Rank,
+    /// Its time per microbatch over the median of all ranks'.
+    pub ratio: f64,
 }
 
 /// Validation at one step: metric name → value.

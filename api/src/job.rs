@@ -328,11 +328,35 @@ pub struct Recovery {
     /// Processes beside the gang that have read the data and built the model, and take a lost
     /// rank's place at once.
     pub spares: u32,
+    /// A gang that reports nothing for ten times the longest pause between its steps so far, and at
+    /// least this long, hangs: the rank that holds the others up is replaced. 0: never.
+    pub hang_min: Span,
+    /// What happens about a rank that is slower than its peers step after step.
+    pub stragglers: Stragglers,
+}
+
+/// What happens about a rank that is slower than its peers step after step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stragglers {
+    /// Nothing.
+    Ignore,
+    /// It is named in the job's history.
+    #[default]
+    Tell,
+    /// It is named, and replaced as soon as another process can take its place.
+    Replace,
 }
 
 impl Default for Recovery {
     fn default() -> Self {
-        Self { max_failures: 3, wait_for_replacement: Span::millis(0), spares: 0 }
+        Self {
+            max_failures: 3,
+            wait_for_replacement: Span::millis(0),
+            spares: 0,
+            hang_min: Span::seconds(30),
+            stragglers: Stragglers::Tell,
+        }
     }
 }
 

@@ -299,6 +299,24 @@ impl Assignment {
             Self::Serve(serve) => serve.generation,
         }
     }
+
+    /// Whether it begins as a warm spare.
+    pub fn is_spare(&self) -> bool {
+        matches!(self, Self::Train(train) if train.spare)
+    }
+}
+
+impl TrainAssignment {
+    /// The same process for a newer generation, before it has begun.
+    pub fn joins(&mut self, regroup: &Regroup) {
+        self.generation = regroup.generation;
+        self.rank = regroup.rank;
+        self.world_size = regroup.world_size;
+        self.restore = regroup.restore.clone();
+        self.secret = regroup.secret.clone();
+        self.elapsed = regroup.elapsed;
+        self.spare = false;
+    }
 }
 
 /// One rank's part in a gang.
@@ -465,6 +483,11 @@ pub enum RankReport {
     },
     /// A step finished (rank 0 only).
     Step(StepMetrics),
+    /// It begins something between two steps that may take much longer than a step (rank 0 only).
+    Busy {
+        /// What: validation, the last save.
+        what: String,
+    },
     /// A validation finished (rank 0 only).
     Evaluation(Evaluation),
     /// A checkpoint is complete in the store (rank 0 only).

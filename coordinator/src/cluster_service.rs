@@ -53,7 +53,7 @@ pub(crate) struct ClusterService {
     pub(crate) leaderships: Leaderships,
     pub(crate) peers: Arc<Peers>,
     pub(crate) logs: LogSources,
-    pub(crate) desk: FlightDesk,
+    pub(crate) desk: Arc<FlightDesk>,
     pub(crate) validate: Validate,
 }
 

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::coordinator_error::CoordinatorError;
+use crate::flight::FlightDesk;
 use crate::leader_loop::LeaderLoop;
 use crate::leadership::Leaderships;
 use crate::log_stream::LogSources;
@@ -105,12 +106,14 @@ impl Coordinator {
             let raft = raft.clone();
             Sweeper::new(store.clone(), move || raft.records())
         };
+        let desk = Arc::new(FlightDesk { store: store.clone(), questions: Arc::default() });
         let leader_loop = LeaderLoop {
             options: leader_options(&config),
             node,
             raft: raft.clone(),
             store: store.clone(),
             sweeper: sweeper.clone(),
+            desk: Arc::clone(&desk),
             leaderships: leaderships_sender,
         };
         let members = config.coordinator.members.clone();
@@ -123,6 +126,7 @@ impl Coordinator {
             leaderships: leaderships.clone(),
             peers: Arc::new(peers),
             logs: LogSources { store, window: Arc::default(), raft: raft.clone() },
+            desk,
             raft: raft_service,
         };
         let server = services.serve(&config, listener, shutdown.clone())?;

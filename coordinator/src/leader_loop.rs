@@ -13,6 +13,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
+use crate::flight::FlightDesk;
 use crate::leadership::{INPUTS_MAX, LeaderInput, Leadership};
 use crate::raft_node::RaftHandle;
 use crate::sweep::Sweeper;
@@ -31,6 +32,7 @@ pub(crate) struct LeaderLoop {
     pub(crate) raft: RaftHandle,
     pub(crate) store: Store,
     pub(crate) sweeper: Sweeper,
+    pub(crate) desk: Arc<FlightDesk>,
     pub(crate) leaderships: watch::Sender<Option<Leadership>>,
 }
 
@@ -74,6 +76,8 @@ impl LeaderLoop {
             sweeper: self.sweeper.clone(),
             feeds: Arc::clone(&feeds),
             inputs: inputs.downgrade(),
+            desk: Arc::clone(&self.desk),
+            over: over.clone(),
             office,
         });
         let leadership = Leadership { inputs, feeds, over: over.clone() };

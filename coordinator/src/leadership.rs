@@ -9,7 +9,7 @@ use std::time::Duration;
 use api::events::CheckpointFact;
 use api::records::WorkerView;
 use api::session::{WorkerHello, WorkerMessage};
-use api::{Generation, Name, pb};
+use api::{Generation, Name, Rank, pb};
 use coordinator_core::{Input, SessionId, TaskPlace};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -37,6 +37,8 @@ pub(crate) enum LeaderInput {
     Detached { session: SessionId },
     /// What an adoption found.
     Adopted { job: Name, generation: Generation, facts: Vec<CheckpointFact> },
+    /// What the flight logs of a gang that hangs say.
+    Diagnosed { job: Name, generation: Generation, suspect: Option<Rank>, text: String },
     /// The workers that the leader holds leases for.
     Workers { reply: oneshot::Sender<Vec<WorkerView>> },
     /// Ask every rank of a job for its flight log; tells where they run.

@@ -19,7 +19,7 @@ use tonic::transport::server::TcpIncoming;
 use crate::cluster_service::{ClusterService, REPLY_BYTES_MAX};
 use crate::coordinator::Validate;
 use crate::coordinator_error::CoordinatorError;
-use crate::flight::{FlightDesk, Questions};
+use crate::flight::FlightDesk;
 use crate::leadership::Leaderships;
 use crate::log_stream::LogSources;
 use crate::peers::Peers;
@@ -46,6 +46,7 @@ pub(crate) struct Services {
     pub(crate) leaderships: Leaderships,
     pub(crate) peers: Arc<Peers>,
     pub(crate) logs: LogSources,
+    pub(crate) desk: Arc<FlightDesk>,
     pub(crate) raft: RaftService,
 }
 
@@ -60,8 +61,7 @@ impl Services {
         let failed = |error: std::io::Error| CoordinatorError::Serve(error.to_string());
         let listener = tokio::net::TcpListener::from_std(listener).map_err(failed)?;
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        let questions = Arc::<Questions>::default();
-        let desk = FlightDesk { store: self.logs.store.clone(), questions: Arc::clone(&questions) };
+        let questions = Arc::clone(&self.desk.questions);
         let sessions = SessionService {
             cluster_id: self.cluster_id,
             token: self.token.clone(),
@@ -78,7 +78,7 @@ impl Services {
             leaderships: self.leaderships,
             peers: self.peers,
             logs: self.logs,
-            desk,
+            desk: self.desk,
             validate: self.validate,
         })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)

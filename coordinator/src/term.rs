@@ -13,16 +13,19 @@ use api::records::{JobRecord, KIND_JOB};
 use api::session::{Assignment, CoordinatorMessage, RankOrder};
 use api::{Generation, Name, pb};
 use checkpoint::Store;
+use coordinator_core::flight::suspect;
 use coordinator_core::{
     Decision, Effect, Input, Leader, Millis, Outcome, RecordKey, SessionId, Transaction, Write,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::{debug, error, info, warn};
 
 use crate::adopt::find_unrecorded;
-use crate::leadership::{ClientRequest, LeaderInput};
+use crate::flight::FlightDesk;
+use crate::leadership::{ClientRequest, LeaderInput, Leadership};
 use crate::raft_node::{ProposeError, RaftHandle, RaftStatus};
 use crate::random::RandomError;
 use crate::secrets::GangSecrets;
@@ -80,6 +83,9 @@ pub(crate) struct TermOptions {
     pub(crate) feeds: Arc<Feeds>,
     /// The term's own queue, for answers of effects. Weak, so that the queue closes with the term.
     pub(crate) inputs: mpsc::WeakSender<LeaderInput>,
+    pub(crate) desk: Arc<FlightDesk>,
+    /// Cancelled when the term ends.
+    pub(crate) over: CancellationToken,
     /// Makes request ids of the leader's own transactions unique.
     pub(crate) office: String,
 }
@@ -150,6 +156,10 @@ impl Term {
             }
             LeaderInput::Adopted { job, generation, facts } => {
                 self.decide(Input::Adopted { job, generation, facts }, None).await?.committed
+            }
+            LeaderInput::Diagnosed { job, generation, suspect, text } => {
+                let input = Input::Diagnosed { job, generation, suspect, text };
+                self.decide(input, None).await?.committed
             }
             LeaderInput::Flight { job, generation, request, entries, reply } => {
                 let places = self.leader.places(&job, generation);
@@ -332,6 +342,7 @@ impl Term {
             Effect::Publish { event: JobEvent::Status(_), .. } => {}
             Effect::Publish { job, event } => self.options.feeds.publish(&job, event, None),
             Effect::Adopt { job, generation, after } => self.adopt(job, generation, after),
+            Effect::Diagnose { job, generation } => self.diagnose(job, generation),
             Effect::Sweep { job, ended } => self.options.sweeper.ask(job, ended),
             Effect::ForgetSecret { job, generation } => self.secrets.forget(&job, generation),
         }
@@ -358,6 +369,32 @@ impl Term {
             None => debug!(session = session.0, "an order for a session that is gone"),
         }
         Ok(())
+    }
+
+    /// Lays the flight logs of a gang that hangs side by side; who holds it up, and why, comes back
+    /// as an input.
+    fn diagnose(&self, job: Name, generation: Generation) {
+        let Some(inputs) = self.options.inputs.upgrade() else { return };
+        let records = self.options.raft.records();
+        let Ok(Some((_, record))) = records.read::<JobRecord>(KIND_JOB, job.as_str()) else {
+            return;
+        };
+        let desk = Arc::clone(&self.options.desk);
+        let (feeds, over) = (Arc::clone(&self.options.feeds), self.options.over.clone());
+        tokio::spawn(async move {
+            let leadership = Leadership { inputs, feeds, over };
+            let (suspect, text) = match desk.report(&leadership, &record, None).await {
+                Ok(report) => {
+                    let text = report.verdict.first().cloned();
+                    let text = text.unwrap_or_else(|| "the flight logs show nothing amiss".into());
+                    (suspect(&report.findings), text)
+                }
+                Err(status) => (None, format!("no flight logs: {}", status.message())),
+            };
+            let answer = LeaderInput::Diagnosed { job, generation, suspect, text };
+            // The term may have ended; the next leader looks for itself.
+            let _ = leadership.inputs.send(answer).await;
+        });
     }
 
     fn adopt(&self, job: Name, generation: Generation, after: Option<Step>) {

@@ -173,6 +173,7 @@ mod tests {
             tokens_per_second: 0.0,
             time: StepTime::default(),
             memory_bytes: 0,
+            slowest: None,
         })
     }
 

@@ -27,11 +27,10 @@ use crate::recovery::{Offer, Origin, origin, parts};
 use crate::state::TrainState;
 use crate::train::{Bound, End, Held, Progress, Trainer};
 
-/// The others may still be reading large data sets when this rank listens already.
-const PEERS_DEADLINE: Duration = Duration::from_secs(600);
 /// Every peer listens when the addresses are known, so connecting is quick.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
-/// Without a control plane nobody orders anything for a while; the worker ends whom it must.
+/// Others may still read large data sets, and without a control plane nobody orders anything for a
+/// while; this process may hold the job's only state. The leader and the worker end whom they must.
 const ORDERS_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
 /// One process of a job.
@@ -203,7 +202,7 @@ impl Member {
         let fingerprint = self.fingerprint.clone();
         self.control.report(&RankReport::Listening { address: listener.address(), fingerprint })?;
         let addresses = loop {
-            match self.orders.next(PEERS_DEADLINE)? {
+            match self.orders.next(ORDERS_DEADLINE)? {
                 RankOrder::Peers { generation, addresses } if generation == place.generation => {
                     break addresses;
                 }

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use algorithms::{DataError, Mode, Problem, StepKey};
 use api::control::Control;
-use api::events::{Evaluation, ModelFact, StepMetrics, StepTime};
+use api::events::{Evaluation, ModelFact, Slowest, StepMetrics, StepTime};
 use api::job::Divergence;
 use api::session::{RankReport, StopCause};
 use api::{JobSpec, Rank, Step};
@@ -131,6 +131,10 @@ pub struct Trainer {
     control: Control,
     recorder: FlightRecorder,
     started: Instant,
+    /// What this rank's lanes took in the last step, each, in microseconds.
+    microbatch_micros: i64,
+    /// Who was the slowest in the step before.
+    slowest: Option<Slowest>,
 }
 
 /// What is decided between two steps.
@@ -150,7 +154,14 @@ pub fn last_step(spec: &JobSpec, samples: u64) -> u64 {
 impl Trainer {
     /// A rank that is ready to step.
     pub fn new(bound: Bound, control: Control, recorder: &FlightRecorder) -> Self {
-        Self { bound, control, recorder: recorder.clone(), started: Instant::now() }
+        Self {
+            bound,
+            control,
+            recorder: recorder.clone(),
+            started: Instant::now(),
+            microbatch_micros: 0,
+            slowest: None,
+        }
     }
 
     /// Steps until the job ends, is asked to stop, or pauses. After an error `held` is what it was
@@ -256,6 +267,11 @@ impl Trainer {
         }
         drop(leaves);
 
+        // By microbatch, because ranks may own unequal numbers of lanes.
+        let own = bound.lanes.own().len() as f64;
+        let spent = begin.elapsed().as_secs_f64() - time.data;
+        self.microbatch_micros = (spent / own.max(1.0) * 1e6) as i64;
+
         // What the backward pass did not hide: the buckets still under way, and the sums.
         self.recorder.set_tag(format_args!("step {step} reduce"));
         let reducing = Instant::now();
@@ -294,6 +310,7 @@ impl Trainer {
             tokens_per_second: 0.0,
             time,
             memory_bytes: resident_bytes(),
+            slowest: self.slowest,
         };
 
         let time = &mut metrics.time;
@@ -382,9 +399,14 @@ impl Trainer {
         let pause = self.control.pause_requested();
         let bound = &mut self.bound;
         let shards = bound.checkpoints.shards_done()?;
-        let mut votes = [i64::from(ordered), i64::from(time_up), shards, i64::from(pause)];
+        let mut votes = vec![i64::from(ordered), i64::from(time_up), shards, i64::from(pause)];
+        // Each rank's place in a list of what its lanes took.
+        let times = votes.len()..votes.len() + bound.place.world_size as usize;
+        votes.resize(times.end, 0);
+        votes[times.start + bound.place.rank.0 as usize] = self.microbatch_micros;
         bound.queue.turn().all_reduce(votes.as_mut_slice().into(), ReduceOp::Sum)?;
-        let [ordered, time_up, shards, pause] = votes;
+        self.slowest = slowest(&votes[times]);
+        let [ordered, time_up, shards, pause] = votes[..4] else { return Err(stateless()) };
         bound.checkpoints.agree(&mut *bound.queue.turn(), shards)?;
         if held.step().0 >= held.last_step {
             return Ok(None);
@@ -406,6 +428,7 @@ impl Trainer {
         let Some(data) = &problem.validation else { return Ok(()) };
         let Some(state) = state else { return Err(stateless()) };
         self.recorder.set_tag(format_args!("validation at step {}", step.0));
+        self.busy("validation")?;
         let bound = &mut self.bound;
         let size = u64::from(spec.batch.microbatch_size());
         let microbatches = data.len().div_ceil(size);
@@ -479,8 +502,17 @@ impl Trainer {
         Ok(End::Finished)
     }
 
+    /// Says that no step is to be expected for a while.
+    fn busy(&self, what: &str) -> Result<(), TrainError> {
+        if self.is_first() {
+            self.control.report(&RankReport::Busy { what: what.to_owned() })?;
+        }
+        Ok(())
+    }
+
     /// A checkpoint of the current step, complete before this returns.
     fn save_and_report(&mut self, held: &Held) -> Result<(), TrainError> {
+        self.busy("the last save")?;
         self.stage(held)?;
         let bound = &mut self.bound;
         for fact in bound.checkpoints.flush(&mut *bound.queue.turn())? {
@@ -501,6 +533,16 @@ fn fetch(
     let (offset, count) = bound.lanes.samples(key.microbatch);
     let indices = bound.order.samples(key.step * global + offset, count);
     problem.train.microbatch(&indices, Some(key), &device.clone().autodiff())
+}
+
+/// The rank with the largest of the times, over their median.
+fn slowest(times: &[i64]) -> Option<Slowest> {
+    let mut sorted = times.to_vec();
+    sorted.sort_unstable();
+    let median = *sorted.get((times.len().max(1) - 1) / 2)?;
+    let (rank, time) = (0..).zip(times).max_by_key(|(_, time)| **time)?;
+    let is_known = times.len() > 1 && median > 0;
+    is_known.then(|| Slowest { rank: Rank(rank), ratio: *time as f64 / median as f64 })
 }
 
 fn stateless() -> TrainError {

@@ -89,7 +89,7 @@ impl Agent {
         }
         let reason = format!("superseded by {}", task.generation);
         for (other, handle) in &self.running {
-            if other.workload == task.workload && handle.generation() < task.generation {
+            if other.workload == task.workload && handle.is_older(task.generation) {
                 handle.kill(&reason);
             }
         }
@@ -127,7 +127,7 @@ impl Agent {
         let mut still = Vec::new();
         for (task, assignment) in std::mem::take(&mut self.waiting) {
             let has_older = self.running.iter().any(|(other, handle)| {
-                other.workload == task.workload && handle.generation() < task.generation
+                other.workload == task.workload && handle.is_older(task.generation)
             });
             if has_older || self.running.len() >= self.slots {
                 still.push((task, assignment));
@@ -158,6 +158,15 @@ impl Agent {
                 _ => {}
             }
             return handle.deliver(order);
+        }
+        let waiting = self.waiting.iter_mut().find(|(other, _)| *other == task);
+        if let RankOrder::Regroup(regroup) = &order
+            && let Some((_, assignment)) = waiting
+            && let Assignment::Train(train) = assignment.as_mut()
+        {
+            // It is started for the newer generation right away.
+            train.joins(regroup);
+            return self.shared.ledger.joins(&task, regroup.generation);
         }
         match order {
             RankOrder::Stop { reason } | RankOrder::Abort { reason } => self.absent(&task, &reason),

@@ -161,7 +161,7 @@ impl Sample {
 }
 
 fn is_sample(report: &RankReport) -> bool {
-    matches!(report, RankReport::Step(_) | RankReport::Evaluation(_))
+    matches!(report, RankReport::Step(_) | RankReport::Evaluation(_) | RankReport::Busy { .. })
 }
 
 impl Inner {

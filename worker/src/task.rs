@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::ExitStatus;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -81,6 +81,8 @@ pub(crate) struct TaskHandle {
     pid: Arc<AtomicU32>,
     /// The generation it was last told to be in.
     generation: AtomicU64,
+    /// It waits beside its gang for a place in it, whatever generation that is in.
+    is_spare: AtomicBool,
 }
 
 impl TaskHandle {
@@ -92,6 +94,12 @@ impl TaskHandle {
     /// It is told to be in another generation.
     pub(crate) fn joins(&self, generation: Generation) {
         self.generation.store(generation.0, Ordering::Relaxed);
+        self.is_spare.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether it is part of a generation before this one.
+    pub(crate) fn is_older(&self, generation: Generation) -> bool {
+        self.generation() < generation && !self.is_spare.load(Ordering::Relaxed)
     }
 
     /// Passes an order on; a rank that does not read its orders, or does not leave in time when it
@@ -196,6 +204,7 @@ impl Task {
             stop_timeout,
             pid: pid.clone(),
             generation: AtomicU64::new(id.generation.0),
+            is_spare: AtomicBool::new(assignment.is_spare()),
         };
         (Self { id, assignment, record, shared, orders, own_orders, kill, pid }, handle)
     }

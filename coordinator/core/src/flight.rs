@@ -42,6 +42,27 @@ pub fn findings(generation: Generation, ranks: &[RankFlight]) -> Vec<Finding> {
     found
 }
 
+/// Who holds up a gang that does not move, by its findings: a rank that tells nothing, one that was
+/// left behind, or the one that the others wait for and that has come least far.
+pub fn suspect(findings: &[Finding]) -> Option<Rank> {
+    let silent = findings.iter().find_map(|finding| match finding {
+        Finding::Silent { rank, .. } | Finding::OtherGeneration { rank, .. } => Some(*rank),
+        _ => None,
+    });
+    silent.or_else(|| {
+        findings.iter().find_map(|finding| match finding {
+            Finding::Waiting { behind, .. } => {
+                behind.iter().min_by_key(|rank| rank.completed).map(|rank| rank.rank)
+            }
+            Finding::Mismatch { calls, .. } => {
+                let fewest = calls.iter().min_by_key(|call| call.ranks.len())?;
+                fewest.ranks.first().copied()
+            }
+            _ => None,
+        })
+    })
+}
+
 /// The logs of one generation.
 struct Gang<'a> {
     generation: Generation,

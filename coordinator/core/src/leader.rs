@@ -28,6 +28,7 @@ mod spares;
 mod standing;
 mod starting;
 mod train;
+mod watchdog;
 mod workers;
 
 pub use decision::{Decision, Effect, Input, LeaderOptions, Millis, Refusal, SessionId};
@@ -122,6 +123,9 @@ impl Leader {
             Input::WorkerDetached { session } => self.detached(&mut draft, session),
             Input::Adopted { job, generation, facts } => {
                 self.adopted(&mut draft, records, now, &job, generation, facts);
+            }
+            Input::Diagnosed { job, generation, suspect, text } => {
+                self.diagnosed(&mut draft, now, &job, generation, suspect, text);
             }
             Input::Tick => {}
         }

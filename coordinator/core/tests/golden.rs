@@ -5,18 +5,18 @@
 //! difference before you commit it. Commands:
 //!
 //! ```text
-//! submit NAME [ranks=2] [min=1 max=4] [wait=5s] [spares=1] [keep=1] [keep_every=200] [max_failures=0] [max_time=60s] [relaxed] [request=ID]
+//! submit NAME [ranks=2] [min=1 max=4] [wait=5s] [spares=1] [replace] [keep=1] [keep_every=200] [max_failures=0] [max_time=60s] [relaxed] [request=ID]
 //! stop NAME | stop-endpoint NAME | resume NAME
 //! deploy NAME model=MODEL [listen=127.0.0.1:0] [request=ID]
 //! hello WORKER [slots=2] [host=H] [incarnation=1] [cluster=ID] [TASK[@PORT][~GENERATION][+peers][+state][+waits] …]
 //! detach WORKER | heartbeat WORKER | leaving WORKER
 //! listening TASK [on=WORKER] [fingerprint=F]    running TASK [STEP]    step TASK 7
-//! broken TASK [STEP] [blames=r1]    paused TASK STEP    ready TASK (a spare)
+//! busy TASK    broken TASK [STEP] [blames=r1]    paused TASK STEP    ready TASK (a spare)
 //! [of=g1] with any report: the generation it was made in; else the newest its process is part of
 //! checkpoint TASK 100 [generation=1] [digest=D] finished TASK 200    stopped TASK 150 [time]
 //! failed TASK [blames=r1] [fatal] MESSAGE …
 //! exit TASK completed|signal=9|code=1|not-started [fatal] [MESSAGE …]
-//! adopted NAME g1 [200 300 …]
+//! adopted NAME g1 [200 300 …]    diagnosed NAME g1 [suspect=r1] TEXT …
 //! tick [+MILLISECONDS] | wait +MILLISECONDS (with heartbeats and ticks) | new-leader | workers | record NAME
 //! quiet COMMAND      runs a command without its trace, for what another script shows in full
 //! run NAME           quiet: every rank of the current gang listens, then runs
@@ -31,7 +31,7 @@ use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use api::events::{CheckpointFact, JobEvent, ModelFact, StepMetrics, StepTime};
+use api::events::{CheckpointFact, JobEvent, ModelFact, Slowest, StepMetrics, StepTime};
 use api::ids::{Generation, Name, Secret, Step as TrainStep, TaskId};
 use api::job::{Determinism, Elastic, JobSpec, Ranks};
 use api::records::{
@@ -274,6 +274,12 @@ impl Stage {
                 let facts = steps.map(|step| fact(words.at(1), generation, step, "aa")).collect();
                 Input::Adopted { job: name(), generation, facts }
             }
+            "diagnosed" => Input::Diagnosed {
+                job: name(),
+                generation: Generation(number(words.at(2))),
+                suspect: words.number("suspect").map(|rank| api::Rank(rank as u32)),
+                text: words.rest(3),
+            },
             "hello" => self.hello(words),
             "detach" => {
                 let session = self.attached.remove(words.at(1)).expect("an attached worker");
@@ -345,6 +351,7 @@ impl Stage {
                 let step = words.plain.get(2).map_or(0, |step| number(step));
                 RankReport::Running { step: TrainStep(step) }
             }
+            "busy" => RankReport::Busy { what: "validation".into() },
             "paused" => RankReport::Paused { step: step() },
             "ready" => RankReport::Ready { fingerprint: "avx2/1".into() },
             "broken" => RankReport::Broken {
@@ -352,7 +359,12 @@ impl Stage {
                 message: "its peer is gone".into(),
                 blames: words.number("blames").map(|rank| api::Rank(rank as u32)),
             },
-            "step" => RankReport::Step(metrics(step())),
+            "step" => {
+                let slowest = words
+                    .number("slowest")
+                    .map(|rank| Slowest { rank: api::Rank(rank as u32), ratio: 2.0 });
+                RankReport::Step(StepMetrics { slowest, ..metrics(step()) })
+            }
             "checkpoint" => {
                 let generation = words.number("generation").map_or(generation, Generation);
                 let digest = words.pairs.get("digest").copied().unwrap_or("aa");
@@ -474,6 +486,9 @@ impl Stage {
                 let after = after.map_or("the beginning".into(), |step| step.to_string());
                 format!("search the store for checkpoints of {job} {generation} after {after}")
             }
+            Effect::Diagnose { job, generation } => {
+                format!("lay the flight logs of {job} {generation} side by side")
+            }
             Effect::Sweep { job, ended } => {
                 let ended = ended.map(|ended| format!(", {ended} has ended")).unwrap_or_default();
                 format!("sweep the store of {job}{ended}")
@@ -547,6 +562,9 @@ fn spec(words: &Words<'_>) -> JobSpec {
     if let Some(wait) = words.pairs.get("wait") {
         spec.recovery.wait_for_replacement = wait.parse().expect("a span");
     }
+    if words.has("replace") {
+        spec.recovery.stragglers = api::job::Stragglers::Replace;
+    }
     if let Some(spares) = words.number("spares") {
         spec.recovery.spares = spares as u32;
     }
@@ -590,6 +608,7 @@ fn metrics(step: TrainStep) -> StepMetrics {
         tokens_per_second: 0.0,
         time: StepTime::default(),
         memory_bytes: 0,
+        slowest: None,
     }
 }
 

@@ -688,7 +688,7 @@ impl History {
                 Effect::Sweep { job, ended } => {
                     self.sweeps.push_back((job, ended, self.shell.records.clone()));
                 }
-                Effect::Publish { .. } | Effect::ForgetSecret { .. } => {}
+                Effect::Publish { .. } | Effect::ForgetSecret { .. } | Effect::Diagnose { .. } => {}
             }
         }
     }

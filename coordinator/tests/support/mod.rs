@@ -392,6 +392,7 @@ pub fn metrics(step: u64) -> StepMetrics {
         tokens_per_second: 0.0,
         time: StepTime::default(),
         memory_bytes: 1 << 20,
+        slowest: None,
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use api::events::{CheckpointFact, JobEvent};
-use api::ids::{Generation, Name, Step};
+use api::ids::{Generation, Name, Rank, Step};
 use api::job::JobSpec;
 use api::records::EndpointSpec;
 use api::session::{CoordinatorMessage, WorkerHello, WorkerMessage};
@@ -105,6 +105,17 @@ pub enum Input {
         /// not be read.
         facts: Vec<CheckpointFact>,
     },
+    /// Answers [`Effect::Diagnose`].
+    Diagnosed {
+        /// The job.
+        job: Name,
+        /// The generation that was looked at.
+        generation: Generation,
+        /// Who holds the others up, if anybody.
+        suspect: Option<Rank>,
+        /// What the flight logs say, in words.
+        text: String,
+    },
     /// Time went by, or a transaction was committed.
     Tick,
 }
@@ -172,6 +183,14 @@ pub enum Effect {
         generation: Generation,
         /// Only those after this step are of interest.
         after: Option<Step>,
+    },
+    /// Lay the flight logs of a gang that hangs side by side, and answer with
+    /// [`Input::Diagnosed`].
+    Diagnose {
+        /// The job.
+        job: Name,
+        /// The generation that hangs.
+        generation: Generation,
     },
     /// List the job's checkpoints in the store and delete those that may go by
     /// [`crate::Retention`], read after the commit. May be done late, twice, or in part.

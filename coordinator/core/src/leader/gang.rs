@@ -12,6 +12,7 @@ use api::session::{ExitCause, StopCause};
 
 use super::decision::Millis;
 use super::goodput::Unwritten;
+use super::watchdog::Pace;
 
 /// How long a task may take from its placement until it runs. Restoring a large checkpoint over a
 /// slow network takes minutes; what takes longer than this hangs.
@@ -133,6 +134,10 @@ pub(super) struct Gang {
     pub(super) spares_started: u32,
     /// When a spare ended before it could be of use: none is started for a while.
     pub(super) spare_ended: Option<Millis>,
+    /// When its steps were reported, and who was slow in them.
+    pub(super) pace: Pace,
+    /// A straggler that is to be replaced.
+    pub(super) replacing: Option<Rank>,
     /// What its steps took, as far as the job's record does not say.
     pub(super) unwritten: Unwritten,
 }
@@ -154,6 +159,8 @@ impl Gang {
             pausing: None,
             spares_started: 0,
             spare_ended: None,
+            pace: Pace::default(),
+            replacing: None,
             unwritten: Unwritten::default(),
         }
     }

@@ -277,6 +277,7 @@ impl Leader {
             let is_promoted = |spare: &Spare| {
                 gang.iter().any(|place| place.task(&name, generation) == spare.task)
             };
+            next.pace = former.pace.carried();
             next.spares = std::mem::take(&mut former.spares);
             next.spares.retain(|spare| !is_promoted(spare));
         }
@@ -382,11 +383,13 @@ impl Leader {
             self.tell_to_stop(draft, &name, job.status.generation, why);
             return false;
         }
-        let (members, _) = self.members(job, None);
+        let replacing = gang.replacing.filter(|_| leaver.is_none());
+        let (members, _) = self.members(job, replacing);
         let spares = self.spares(&name);
         let ready = spares.iter().filter(|spare| spare.is_ready).count();
         let wanted = match &leaver {
             Some(_) => former.max(min),
+            None if replacing.is_some() => former,
             None if self.has_queue() => former,
             None => max,
         };
@@ -407,6 +410,13 @@ impl Leader {
                     return false;
                 }
                 format!("`{worker}` is leaving")
+            }
+            None if replacing.is_some() => {
+                if at_hand < former {
+                    return false;
+                }
+                let rank = replacing.unwrap_or_default();
+                format!("{rank} is replaced: it is slower than the others")
             }
             None if at_hand > former => {
                 format!("{} joined", count(at_hand - former, "rank"))

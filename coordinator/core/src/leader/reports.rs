@@ -95,6 +95,13 @@ impl Leader {
         let metrics = match report {
             RankReport::Step(metrics) => JobEvent::Step(metrics),
             RankReport::Evaluation(evaluation) => JobEvent::Evaluation(evaluation),
+            RankReport::Busy { .. } => {
+                let gang = self.gangs.get_mut(&task.workload);
+                if let Some(gang) = gang.filter(|gang| gang.generation == generation) {
+                    gang.pace.busy(now);
+                }
+                return false;
+            }
             RankReport::Ready { fingerprint } => {
                 self.spare_ready(worker, task, fingerprint);
                 return true;
@@ -126,10 +133,12 @@ impl Leader {
                 && entry.workload.place_of(worker, task).is_some()
         });
         if is_current {
-            if let JobEvent::Step(metrics) = &metrics
-                && let Some(gang) = self.gangs.get_mut(&task.workload)
-            {
-                gang.unwritten.step(metrics, now);
+            if let Some(gang) = self.gangs.get_mut(&task.workload) {
+                gang.pace.beat(now);
+                if let JobEvent::Step(metrics) = &metrics {
+                    gang.unwritten.step(metrics, now);
+                    gang.pace.compare(metrics, now);
+                }
             }
             draft.publish(&task.workload, metrics);
         }
@@ -229,6 +238,7 @@ impl Leader {
             // A flight log stays with the worker.
             RankReport::Step(_)
             | RankReport::Evaluation(_)
+            | RankReport::Busy { .. }
             | RankReport::Ready { .. }
             | RankReport::Flight { .. } => {}
         }

@@ -256,6 +256,9 @@ impl Leader {
         let completed: BTreeSet<Rank> =
             self.gangs.get(name).into_iter().flat_map(Gang::completed).collect();
         let is_whole = standing.present.len() == job.status.gang.len();
+        if is_whole && self.watch_over(draft, now, version, job) {
+            return;
+        }
         if is_whole && self.reshape_job(draft, now, version, job) {
             return;
         }

@@ -209,7 +209,9 @@ fn is_metric(input: &Input) -> bool {
             WorkerMessage::Heartbeat
                 | WorkerMessage::Task {
                     event: TaskEvent::Report {
-                        report: RankReport::Step(_) | RankReport::Evaluation(_),
+                        report: RankReport::Step(_)
+                            | RankReport::Evaluation(_)
+                            | RankReport::Busy { .. },
                         ..
                     },
                     ..

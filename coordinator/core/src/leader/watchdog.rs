@@ -1,0 +1,240 @@
+//! Gangs that do not move and ranks that hold the others up, judged by their own history.
+//!
+//! There is no time-out on a step: a gang whose steps take minutes is as good as one whose steps
+//! take milliseconds. One that has reported nothing for many times its own longest pause hangs. Its
+//! ranks' flight logs are laid side by side, and the first suspect is replaced. A rank that is
+//! slower than its peers step after step is named, and replaced where the job says so.
+
+use std::sync::Arc;
+
+use api::events::{JobEvent, StepMetrics};
+use api::ids::{Generation, Name, Rank};
+use api::job::Stragglers;
+use api::records::{JobRecord, Moment};
+use api::session::ExitCause;
+
+use super::Leader;
+use super::decision::{Effect, Millis};
+use super::draft::Draft;
+use super::gang::{Gang, LastWords};
+use super::reason::Reason;
+
+/// A gang hangs after so many times the longest pause between two of its steps.
+const PAUSES: u64 = 10;
+/// Validation and the last save are given so many times `recovery.hang_min`: no step says how long
+/// they take.
+const BUSY_TIMES: u64 = 60;
+/// Pauses that make a history.
+const BEATS_MIN: u64 = 3;
+/// How long the search for the culprit may take before the gang is broken off without.
+const DIAGNOSIS_WAIT_MS: u64 = 15_000;
+/// A rank is a straggler when its microbatches take this many times the median of all ranks' …
+const SLOW: f64 = 1.5;
+/// … for so long …
+const SLOW_MS: u64 = 20_000;
+/// … and so many steps on end.
+const SLOW_STEPS: u64 = 20;
+
+/// When a gang's steps were reported.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pace {
+    last: Option<Millis>,
+    longest_ms: u64,
+    beats: u64,
+    /// It does something else than steps.
+    is_busy: bool,
+    /// When the ranks were asked what they do.
+    asked: Option<Millis>,
+    straggler: Option<Straggler>,
+}
+
+/// The slowest rank of the last steps.
+#[derive(Clone, Debug)]
+struct Straggler {
+    rank: Rank,
+    since: Millis,
+    steps: u64,
+    ratio: f64,
+    told: bool,
+}
+
+impl Pace {
+    /// The gang moves: a step or a validation was reported.
+    pub(super) fn beat(&mut self, now: Millis) {
+        let was_busy = std::mem::take(&mut self.is_busy);
+        if let Some(last) = self.last.replace(now).filter(|_| !was_busy) {
+            self.longest_ms = self.longest_ms.max(now.since(last));
+            self.beats += 1;
+        }
+        self.asked = None;
+    }
+
+    /// Something begins that may take much longer than a step.
+    pub(super) fn busy(&mut self, now: Millis) {
+        self.last = Some(now);
+        self.asked = None;
+        self.is_busy = true;
+    }
+
+    /// For the next generation: the history counts, the pause between the two does not.
+    pub(super) fn carried(&self) -> Self {
+        Self { longest_ms: self.longest_ms, beats: self.beats, ..Self::default() }
+    }
+
+    /// Since when the gang hangs, at `now`.
+    fn hangs(&self, now: Millis, min_ms: u64) -> Option<u64> {
+        let silent = now.since(self.last?);
+        let limit = match self.is_busy {
+            true => min_ms.saturating_mul(BUSY_TIMES),
+            false => min_ms.max(self.longest_ms.saturating_mul(PAUSES)),
+        };
+        (min_ms > 0 && self.beats >= BEATS_MIN && silent >= limit).then_some(silent)
+    }
+
+    /// Looks at who was the slowest in a step.
+    pub(super) fn compare(&mut self, metrics: &StepMetrics, now: Millis) {
+        let slow = metrics.slowest.filter(|slowest| slowest.ratio >= SLOW);
+        let Some(slow) = slow else { return self.straggler = None };
+        match &mut self.straggler {
+            Some(known) if known.rank == slow.rank => {
+                known.steps += 1;
+                known.ratio = slow.ratio;
+            }
+            other => {
+                let (rank, ratio) = (slow.rank, slow.ratio);
+                *other = Some(Straggler { rank, since: now, steps: 1, ratio, told: false });
+            }
+        }
+    }
+}
+
+impl Leader {
+    /// Looks whether a running gang hangs or is held up. True when something was decided.
+    pub(super) fn watch_over(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+    ) -> bool {
+        let name = job.spec.name.clone();
+        let min = u64::try_from(job.spec.recovery.hang_min.0.as_millis()).unwrap_or(u64::MAX);
+        let Some(gang) = self.gangs.get_mut(&name) else { return false };
+        // A new leader's history begins with its term.
+        gang.pace.last.get_or_insert(now);
+        let generation = gang.generation;
+        if let Some(silent) = gang.pace.hangs(now, min) {
+            match gang.pace.asked {
+                None => {
+                    gang.pace.asked = Some(now);
+                    let text = format!(
+                        "no step for {} s, the longest pause before was {} ms: asking its ranks \
+                         what they do",
+                        silent / 1000,
+                        gang.pace.longest_ms
+                    );
+                    draft.note(&name, generation, None, text.clone());
+                    draft.because(Reason::Waiting { name: name.clone(), text });
+                    draft.effect(Effect::Diagnose { job: name, generation });
+                }
+                Some(asked) if now.since(asked) >= DIAGNOSIS_WAIT_MS => {
+                    let text = "its ranks did not tell what they do".to_owned();
+                    self.diagnosed(draft, now, &name, generation, None, text);
+                    return false;
+                }
+                Some(_) => {}
+            }
+            return false;
+        }
+        self.name_straggler(draft, now, version, job)
+    }
+
+    fn name_straggler(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+    ) -> bool {
+        let name = job.spec.name.clone();
+        let policy = job.spec.recovery.stragglers;
+        let Some(gang) = self.gangs.get_mut(&name) else { return false };
+        let Some(straggler) = &mut gang.pace.straggler else { return false };
+        let is_lasting = now.since(straggler.since) >= SLOW_MS && straggler.steps >= SLOW_STEPS;
+        if !is_lasting || straggler.told || policy == Stragglers::Ignore {
+            return false;
+        }
+        straggler.told = true;
+        let rank = straggler.rank;
+        let worker = job.status.gang.iter().find(|place| place.rank == rank);
+        let worker = worker.map(|place| place.worker.to_string()).unwrap_or_default();
+        let replaced = match policy {
+            Stragglers::Replace => "it is replaced as soon as another can take its place",
+            _ => "recovery.stragglers = \"replace\" would replace it",
+        };
+        let text = format!(
+            "{rank} on `{worker}` has been {:.1} times as slow as the median of the ranks for {} \
+             steps: {replaced}",
+            straggler.ratio, straggler.steps
+        );
+        if policy == Stragglers::Replace {
+            gang.replacing = Some(rank);
+        }
+        let generation = gang.generation;
+        draft.note(&name, generation, Some(rank), text.clone());
+        let time_ms = now.0;
+        self.change_job(draft, version, job, |status| {
+            let phase = status.phase;
+            status.history.push(Moment { time_ms, generation, phase, text });
+        });
+        true
+    }
+
+    /// What the ranks of a gang that hangs told: whoever holds the others up is given up.
+    pub(super) fn diagnosed(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        name: &Name,
+        generation: Generation,
+        suspect: Option<Rank>,
+        text: String,
+    ) {
+        let place = self.index.get(name).and_then(|entry| {
+            let gang = entry.workload.gang().iter();
+            gang.filter(|_| entry.workload.generation() == generation)
+                .find(|place| suspect.is_none_or(|suspect| place.rank == suspect))
+                .cloned()
+        });
+        let waits = |gang: &&mut Gang| gang.pace.asked.is_some() && gang.generation == generation;
+        let Some((place, gang)) = place.zip(self.gangs.get_mut(name).filter(waits)) else {
+            let text = format!("a diagnosis of {generation} of `{name}` comes too late");
+            return draft.because(Reason::Remark(text));
+        };
+        gang.pace.asked = None;
+        gang.pace.last = None;
+        match suspect {
+            Some(rank) => {
+                let reason = format!("the gang hangs, and this rank holds it up: {text}");
+                gang.exited(rank, &place.worker, ExitCause::Killed { reason }, now);
+            }
+            // All meet again; should that not help, the job makes no progress.
+            None => {
+                let message = format!("the gang hangs: {text}");
+                let words = LastWords { message, retryable: true, blames: None, stays: true };
+                for rank in (0..).map(Rank).take(self.size_of(name)) {
+                    let Some(gang) = self.gangs.get_mut(name) else { return };
+                    gang.failed(rank, &place.worker, words.clone(), now);
+                }
+            }
+        }
+        draft.publish(
+            name,
+            JobEvent::Note { generation, rank: suspect, text: format!("it hangs: {text}") },
+        );
+    }
+
+    fn size_of(&self, name: &Name) -> usize {
+        self.index.get(name).map_or(0, |entry| entry.workload.gang().len())
+    }
+}
