@@ -135,12 +135,15 @@ fn a_job_that_fails_at_the_same_step_again_and_again_ends_with_that_diagnosis() 
     let mut running = start(TRANSFORMER, folder.path(), &sets);
     running.wait_for_step(5);
     // Killed before it can make a step: the job stays where it is.
-    let mut generation = 1;
+    let (mut generation, mut killed) = (1, Vec::new());
     loop {
-        let victim = running.ranks().last().map(|(_, pid)| *pid);
-        if let Some(pid) = victim {
-            let _ = kill(pid, Signal::SIGKILL);
-        }
+        let victim = eventually("a newcomer", || {
+            let ranks = running.ranks();
+            ranks.iter().map(|(_, pid)| *pid).rfind(|pid| !killed.contains(pid))
+        });
+        // Not the one that was there from the beginning.
+        kill(victim, Signal::SIGKILL).expect("it runs");
+        killed.push(victim);
         generation += 1;
         let status = running.wait_for("what becomes of it", |event| {
             event["event"] == "status"

@@ -201,9 +201,11 @@ fn handle(order: RankOrder, control: &Control, sender: &Sender<RankOrder>) {
         RankOrder::Committed { step } => tracing::debug!(%step, "checkpoint committed"),
         RankOrder::Regroup(regroup) => {
             let reason = regroup.reason.clone();
-            // Queued first: whoever is woken looks for it.
+            // Queued first: whoever is woken looks for it. Under the lock: the one that takes it
+            // sets the hook of the next group, which must not be the one that is called.
+            let hook = shared.abort.lock().unwrap_or_else(PoisonError::into_inner);
             let _ = sender.send(RankOrder::Regroup(regroup));
-            if let Some(hook) = &*shared.abort.lock().unwrap_or_else(PoisonError::into_inner) {
+            if let Some(hook) = &*hook {
                 hook(&reason);
             }
         }

@@ -84,7 +84,7 @@ pub async fn submit(global: &Global, args: &Submit) -> Result<()> {
             None => free_run_folder(&spec.name),
         };
         let config = super::roles::load_config(global)?;
-        let slots = spec.resources.ranks.min();
+        let slots = spec.resources.ranks.max();
         return run_local(global, dir, config, slots, Start::Submit(Box::new(spec))).await;
     }
     let (access, _) = Access::find(global)?;

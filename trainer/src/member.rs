@@ -114,7 +114,8 @@ impl Member {
                 Err(Interrupted::Broken(error)) => self.broken(&held, &next, &error)?,
             };
             let how = if is_paused { "paused" } else { "broken off" };
-            eprintln!(
+            // Not on standard error: its last line is taken for the cause of an end.
+            println!(
                 "generation {} is {how}; this process goes on as {} of {} in generation {}{}",
                 self.recorder.snapshot().generation,
                 next.rank,
@@ -136,7 +137,7 @@ impl Member {
         if let Some(next) = self.newer_place(place) {
             return Ok(next);
         }
-        eprintln!("the group broke: {error}");
+        println!("the group broke: {error}");
         let mut log = self.recorder.snapshot();
         log.ending = Some(error.to_string());
         let flight = RankReport::Flight { request: FLIGHT_LAST, log: Some(Box::new(log)) };

@@ -149,6 +149,8 @@ impl Leader {
         status.reason = format!("starting {from}: {places}");
         status.gang = gang;
         status.completed.clear();
+        // Whatever was computed beyond is computed again.
+        status.furthest = status.checkpoint.as_ref().map(|fact| fact.step).unwrap_or_default();
         let record = Arc::new(record);
         self.put_job(draft, Expect::Version(version), Arc::clone(&record));
         draft.note(
