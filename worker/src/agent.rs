@@ -72,6 +72,7 @@ impl Agent {
             CoordinatorMessage::Start { task, assignment } => self.start(task, assignment),
             CoordinatorMessage::Deliver { task, order } => self.deliver(task, order),
             CoordinatorMessage::Kill { task, reason } => self.kill(task, &reason),
+            CoordinatorMessage::Drain { .. } | CoordinatorMessage::Undrain => {}
         }
     }
 

@@ -16,8 +16,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use api::TaskId;
 use api::pb::WorkerFrame;
 use api::session::{
-    ExitCause, LOG_LINE_BYTES_MAX, LogLine, LogStream, MESSAGE_BYTES_MAX, RankReport, TaskEvent,
-    TaskView, WorkerMessage,
+    ExitCause, LOG_LINE_BYTES_MAX, LeaveScope, LogLine, LogStream, MESSAGE_BYTES_MAX, RankReport,
+    TaskEvent, TaskView, WorkerMessage,
 };
 use tokio::sync::watch;
 use tracing::warn;
@@ -430,7 +430,9 @@ impl Ledger {
         if inner.leave == Leave::Unsaid {
             inner.sequence += 1;
             inner.leave = Leave::Said(inner.sequence);
-            return Some(frame(inner.sequence, &WorkerMessage::Leaving));
+            let (deadline_ms, cause, scope) = (None, String::new(), LeaveScope::Ends);
+            let message = WorkerMessage::Leaving { deadline_ms, cause, scope };
+            return Some(frame(inner.sequence, &message));
         }
         if let Some(json) = inner.answers.pop_front() {
             inner.answer_bytes -= json.len();

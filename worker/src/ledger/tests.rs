@@ -30,6 +30,7 @@ fn summary(messages: &[(u64, WorkerMessage)]) -> Vec<String> {
             WorkerMessage::Logs { task, lines } => {
                 format!("{sequence} {} {} lines", task.rank, lines.len())
             }
+            WorkerMessage::Leaving { scope, .. } => format!("{sequence} {scope:?}"),
             other => format!("{sequence} {other:?}"),
         })
         .collect()
@@ -67,13 +68,13 @@ fn a_leave_is_said_first_in_each_session_and_waited_for_while_a_leader_is_there(
     assert!(ledger.has_unsent() && !ledger.leave_is_unknown(), "nobody is there to know");
     ledger.attached(true);
     assert!(ledger.leave_is_unknown());
-    assert_eq!(summary(&drain(&ledger)), ["2 Leaving", "3 r0 started"]);
+    assert_eq!(summary(&drain(&ledger)), ["2 Ends", "3 r0 started"]);
     ledger.acknowledge(1);
     assert!(ledger.leave_is_unknown());
     ledger.acknowledge(2);
     assert!(!ledger.leave_is_unknown() && !ledger.has_unsent());
     ledger.begin_session();
-    assert_eq!(summary(&drain(&ledger)), ["2 Leaving", "3 r0 started"]);
+    assert_eq!(summary(&drain(&ledger)), ["2 Ends", "3 r0 started"]);
 }
 
 #[test]

@@ -2,7 +2,9 @@
 
 use std::fs;
 
-use api::session::{ExitCause, LOG_LINE_BYTES_MAX, LogLine, LogStream, RankOrder, RankReport};
+use api::session::{
+    ExitCause, LOG_LINE_BYTES_MAX, LeaveScope, LogLine, LogStream, RankOrder, RankReport,
+};
 use api::session::{TaskEvent, WorkerMessage};
 use api::units::ByteSize;
 
@@ -351,7 +353,9 @@ async fn shutting_down_asks_first_and_kills_later() {
     let pid = session.started(&deaf).await;
 
     worker.shut_down();
-    assert_eq!(session.message().await, WorkerMessage::Leaving, "before all that follows from it");
+    let (deadline_ms, cause, scope) = (None, String::new(), LeaveScope::Ends);
+    let leaving = WorkerMessage::Leaving { deadline_ms, cause, scope };
+    assert_eq!(session.message().await, leaving, "before all that follows from it");
     let (who, event) = session.fact().await;
     assert_eq!(who, polite);
     assert!(matches!(event, TaskEvent::Report { report: RankReport::Stopped { .. } }), "{event:?}");
