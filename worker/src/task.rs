@@ -33,6 +33,7 @@ use crate::flight::FlightKeeper;
 use crate::ledger::Ledger;
 use crate::process::{Launch, Spawner, Started};
 use crate::spool::Spooler;
+use crate::stopped::StopWatch;
 use crate::strays::{RankRecord, is_stopped};
 
 /// Orders that a rank may leave unread; a rank that reads none of this many hangs.
@@ -58,6 +59,8 @@ pub(crate) struct Surroundings {
     pub(crate) program: PathBuf,
     /// Time a task gets between being asked to leave and being killed.
     pub(crate) stop_timeout: Duration,
+    /// Time after which a task whose process is stopped is killed; zero: never.
+    pub(crate) stopped_timeout: Duration,
     /// Folder for data that ranks fetch.
     pub(crate) scratch: PathBuf,
     /// How ranks reach each other.
@@ -85,8 +88,18 @@ impl TaskHandle {
     /// is asked to, is killed.
     pub(crate) fn deliver(&self, order: RankOrder) {
         if matches!(order, RankOrder::Stop { .. }) {
-            self.kill_later();
+            self.kill_later(self.stop_timeout);
         }
+        self.send(order);
+    }
+
+    /// Asks it to leave, and ends it when it is still there after `limit`.
+    pub(crate) fn stop(&self, reason: &str, limit: Duration) {
+        self.kill_later(limit);
+        self.send(RankOrder::Stop { reason: reason.to_owned() });
+    }
+
+    fn send(&self, order: RankOrder) {
         // A question must not be what ends a rank that reads no orders for a while.
         if matches!(order, RankOrder::Flight { .. }) && self.orders.capacity() < ORDER_QUEUE / 2 {
             return;
@@ -101,9 +114,9 @@ impl TaskHandle {
         kill(&self.kill, reason);
     }
 
-    /// Ends it when it is still there after the stop time-out.
-    fn kill_later(&self) {
-        let (sender, limit) = (self.kill.clone(), self.stop_timeout);
+    /// Ends it when it is still there after `limit`.
+    fn kill_later(&self, limit: Duration) {
+        let sender = self.kill.clone();
         tokio::spawn(async move {
             if timeout(limit, sender.closed()).await.is_err() {
                 kill(&sender, OVERSTAYED);
@@ -238,6 +251,9 @@ impl Task {
         let mut listening = true;
         // Until when a rank that is to be killed may say its last words.
         let mut dying: Option<Instant> = None;
+        let mut stop_watch = StopWatch::new(pid, shared.stopped_timeout);
+        let mut is_watched = true;
+        let mut halted = None;
         let status = loop {
             tokio::select! {
                 status = &mut ended => break status.unwrap_or_else(|_| {
@@ -248,6 +264,12 @@ impl Task {
                     true => dying = Some(Instant::now() + LAST_WORDS_TIMEOUT),
                     false => guard.0.kill(),
                 },
+                reason = stop_watch.stopped(), if is_watched => {
+                    is_watched = false;
+                    warn!(task = %id, reason, "killing a task that can do nothing");
+                    halted = Some(reason);
+                    guard.0.kill();
+                }
                 () = said_last.notified(), if dying.is_some() => {
                     dying = None;
                     guard.0.kill();
@@ -285,7 +307,7 @@ impl Task {
             // Harmless: the next incarnation finds no such process.
             warn!(file = %record.display(), %error, "a rank's record cannot be removed");
         }
-        let ordered = self.kill.borrow().clone().or(broken);
+        let ordered = self.kill.borrow().clone().or(halted).or(broken);
         let failed = failed.lock().unwrap_or_else(PoisonError::into_inner).take();
         Ok(exit_cause(status, ordered, failed, &last_error.unwrap_or_default()))
     }

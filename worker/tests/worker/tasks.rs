@@ -13,7 +13,7 @@ use crate::harness::{
 };
 
 /// Waits for orders until the socket ends.
-const OBEY: &str = r#"
+pub const OBEY: &str = r#"
 listen 7001
 while read -r order; do
   case "$order" in
@@ -353,8 +353,8 @@ async fn shutting_down_asks_first_and_kills_later() {
     let pid = session.started(&deaf).await;
 
     worker.shut_down();
-    let (deadline_ms, cause, scope) = (None, String::new(), LeaveScope::Ends);
-    let leaving = WorkerMessage::Leaving { deadline_ms, cause, scope };
+    let (deadline_ms, cause) = (None, "its process was told to end".to_owned());
+    let leaving = WorkerMessage::Leaving { deadline_ms, cause, scope: LeaveScope::Ends };
     assert_eq!(session.message().await, leaving, "before all that follows from it");
     let (who, event) = session.fact().await;
     assert_eq!(who, polite);
