@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use api::units::Span;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Train across processes and machines, survive interruptions, serve what was trained.
@@ -58,6 +59,10 @@ pub enum Command {
     Resume(Resume),
     /// List workers.
     Workers,
+    /// Ask the tasks of a worker to save their state and leave, and place no more on it.
+    Drain(Drain),
+    /// Let a drained worker take tasks again.
+    Undrain(WorkerName),
     /// List a job's checkpoints, verify them, or export one as a weights file.
     Checkpoints(Checkpoints),
     /// The same as `checkpoints`, with `verify` and `export` as subcommands.
@@ -188,6 +193,24 @@ pub struct Resume {
     /// Watch it until it ends (implied by --local).
     #[arg(long, short)]
     pub follow: bool,
+}
+
+/// `cluster drain`.
+#[derive(Debug, Args)]
+pub struct Drain {
+    /// The worker.
+    pub worker: String,
+    /// Time its tasks get before they are killed, such as 2m; absent: worker.stop_timeout of its
+    /// cluster.toml.
+    #[arg(long, value_name = "TIME")]
+    pub deadline: Option<Span>,
+}
+
+/// A worker's name.
+#[derive(Debug, Args)]
+pub struct WorkerName {
+    /// The worker.
+    pub worker: String,
 }
 
 /// `cluster checkpoints`.

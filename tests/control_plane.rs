@@ -7,7 +7,7 @@ mod common;
 use std::path::Path;
 
 use common::{
-    Running, cluster, eventually, free_ports, run, small_job, submit_local, weights_digest,
+    Running, cluster, eventually, free_ports, run, small_job, submit_local, up, weights_digest,
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -240,4 +240,46 @@ fn the_leader_dies_and_training_does_not_notice() {
             part.finish().expect_code(0);
         }
     }
+}
+
+#[test]
+fn a_drained_worker_gives_its_job_away_and_takes_tasks_again() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let dir = folder.join("cluster");
+    let up = up(&dir, &["--workers", "2"]);
+    let ask = |args: &[&str]| {
+        let mut command = cluster();
+        run(command.args(args).arg("--json").arg("--dir").arg(&dir))
+    };
+    let state = |name: &str| {
+        let listed = ask(&["workers"]).expect_code(0).stdout;
+        let all = listed.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+        let found = all.into_iter().find(|worker| worker["name"] == name);
+        found.map(|worker| worker["state"].as_str().unwrap_or_default().to_owned())
+    };
+    eventually("two workers", || (ask(&["workers"]).stdout.lines().count() == 2).then_some(()));
+    let missing = ask(&["drain", "w9"]).expect_code(3);
+    assert!(missing.stderr.contains("no worker `w9`: there are w1, w2"), "{missing:?}");
+
+    let mut submit = cluster();
+    submit.arg("submit").arg(interrupted_job(folder)).args(["--json", "--follow"]);
+    for set in INTERRUPTED {
+        submit.arg("--set").arg(set);
+    }
+    let mut following = Running::start(submit.arg("--dir").arg(&dir));
+    following.wait_for_step(30);
+    let job = ask(&["job", "small"]).expect_code(0).last_json();
+    let host = job["status"]["gang"][0]["worker"].as_str().expect("a worker").to_owned();
+    let drained = ask(&["drain", &host, "--deadline", "1m"]).expect_code(0).last_json();
+    assert_eq!(drained["state"], "draining", "{drained}");
+    eventually("it is drained", || (state(&host)? == "drained").then_some(()));
+    following.finish().expect_code(0);
+    assert_eq!(state(&host).as_deref(), Some("drained"), "until a person takes it back");
+    assert_undisturbed(folder, &ask(&["job", "small"]).expect_code(0).last_json()["status"]);
+
+    ask(&["undrain", &host]).expect_code(0);
+    eventually("it takes tasks", || (state(&host)? == "attached").then_some(()));
+    up.signal(Signal::SIGTERM);
+    up.finish().expect_code(0);
 }

@@ -38,8 +38,11 @@ fn findings<'a>(report: &'a Value, kind: &str) -> Vec<&'a Value> {
 fn a_frozen_rank_is_named_and_the_survivors_of_a_killed_one_leave_their_logs() {
     let folder = tempfile::tempdir().expect("a folder");
     let dir = folder.path().join("cluster");
+    let config = folder.path().join("cluster.toml");
+    std::fs::write(&config, "[worker]\nstopped_rank_timeout = \"0s\"\n").expect("written");
+    let config = config.to_str().expect("UTF-8");
     // The last `--slots` counts.
-    let up = up(&dir, &["--workers", "1"]);
+    let up = up(&dir, &["--workers", "1", "--config", config]);
     ask(&dir, &["flight", "small"]).expect_code(3);
     let mut following = follow_job(folder.path(), &dir, 2);
     following.wait_for_step(3);

@@ -149,7 +149,8 @@ fn a_frozen_job_can_be_stopped() {
     let folder = tempfile::tempdir().expect("a folder");
     let dir = folder.path().join("c");
     let config = folder.path().join("cluster.toml");
-    std::fs::write(&config, "[worker]\nstop_timeout = \"500ms\"\n").expect("written");
+    std::fs::write(&config, "[worker]\nstop_timeout = \"500ms\"\nstopped_rank_timeout = \"0s\"\n")
+        .expect("written");
     let up = up(&dir, &["--config", config.to_str().expect("UTF-8")]);
     let job = small_job(folder.path(), "[resources]\nranks = 2\n");
     let mut submit = cluster();

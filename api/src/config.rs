@@ -122,6 +122,11 @@ pub struct WorkerSection {
     pub log_bytes: ByteSize,
     /// Time a rank gets between a polite stop, with its last checkpoint, and a kill.
     pub stop_timeout: Span,
+    /// Time after which a rank whose process is stopped by a signal is killed, so that it can be
+    /// replaced; "0s": never, for people who debug one.
+    pub stopped_rank_timeout: Span,
+    /// How this host learns that it is to be reclaimed.
+    pub notices: NoticesSection,
 }
 
 impl Default for WorkerSection {
@@ -136,9 +141,100 @@ impl Default for WorkerSection {
             shared_memory: true,
             log_bytes: ByteSize(16 << 20),
             stop_timeout: Span::seconds(60),
+            stopped_rank_timeout: Span::seconds(2),
+            notices: NoticesSection::default(),
         }
     }
 }
+
+/// How this host learns that it is to be reclaimed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NoticesSection {
+    /// Where to look for notices: "aws", "gcp", "azure", "file", any of them. SIGTERM is one always.
+    pub sources: Vec<NoticeSource>,
+    /// File of the source "file": the worker leaves when it appears. It may be empty or hold JSON such as
+    /// {"deadline_seconds": 120, "reason": "maintenance"}, both optional.
+    pub file: PathBuf,
+    /// Metadata server to ask, such as "http://127.0.0.1:8099"; empty: the provider's own.
+    pub endpoint: String,
+    /// How often to look, where the source does not tell by itself.
+    pub interval: Span,
+    /// Whether AWS's recommendation to rebalance is a notice, too; false: nothing more is placed on
+    /// this host, and what runs here goes on.
+    pub act_on_rebalance: bool,
+}
+
+/// Who tells that a host is to be reclaimed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NoticeSource {
+    /// Amazon EC2: spot interruptions and rebalance recommendations.
+    Aws,
+    /// Google Compute Engine: preemption and host maintenance.
+    Gcp,
+    /// Azure: scheduled events.
+    Azure,
+    /// A file that something else on the host writes.
+    File,
+}
+
+impl Default for NoticesSection {
+    fn default() -> Self {
+        Self {
+            sources: Vec::new(),
+            file: PathBuf::new(),
+            endpoint: String::new(),
+            interval: Span::seconds(1),
+            act_on_rebalance: false,
+        }
+    }
+}
+
+impl NoticesSection {
+    /// What is wrong with it, if anything.
+    fn mistake(&self) -> Option<String> {
+        let asks_file = self.sources.contains(&NoticeSource::File);
+        let has_file = !self.file.as_os_str().is_empty();
+        let clouds = self.sources.iter().filter(|source| **source != NoticeSource::File).count();
+        if asks_file && !has_file {
+            Some(
+                "worker.notices.sources has \"file\" and worker.notices.file is empty: name the \
+                 file to look for"
+                    .into(),
+            )
+        } else if has_file && !asks_file {
+            Some(format!(
+                "worker.notices.file = \"{}\" is set and worker.notices.sources lacks \"file\": \
+                 nobody would look for it",
+                self.file.display()
+            ))
+        } else if !self.endpoint.is_empty() && clouds == 0 {
+            Some(format!(
+                "worker.notices.endpoint = \"{}\" is set and worker.notices.sources has none of \
+                 \"aws\", \"gcp\", \"azure\": nobody would ask it",
+                self.endpoint
+            ))
+        } else if !self.endpoint.is_empty() && !self.endpoint.starts_with("http://") {
+            Some(format!(
+                "worker.notices.endpoint = \"{}\": expected http://HOST or http://HOST:PORT, \
+                 metadata servers speak no TLS",
+                self.endpoint
+            ))
+        } else if self.interval < NOTICE_INTERVAL_MIN {
+            Some(format!(
+                "worker.notices.interval = {}: expected at least {NOTICE_INTERVAL_MIN}, metadata \
+                 servers refuse who asks too often",
+                self.interval
+            ))
+        } else {
+            None
+        }
+    }
+}
+
+/// Shortest interval between two questions to a metadata server.
+const NOTICE_INTERVAL_MIN: Span = Span::millis(10);
 
 /// Where data, checkpoints, models and logs are remembered.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -299,6 +395,9 @@ impl ClusterConfig {
         for member in &coordinator.members {
             self.check_listener("coordinator.members", member.address.ip())?;
         }
+        if let Some(mistake) = self.worker.notices.mistake() {
+            return fail(mistake);
+        }
         self.check_data_plane()
     }
 
@@ -360,12 +459,43 @@ mod tests {
         // Every key is present, so that the file documents all of them.
         let given: toml::Table = text.parse().expect("a table");
         let all = toml::Table::try_from(ClusterConfig::default()).expect("a table");
-        for (section, keys) in &all {
-            for key in keys.as_table().expect("sections are tables").keys() {
-                let present = given.get(section).and_then(|s| s.get(key)).is_some();
-                assert!(present, "cluster.toml lacks {section}.{key}");
+        assert_has_keys(&given, &all, "");
+    }
+
+    fn assert_has_keys(given: &toml::Table, all: &toml::Table, within: &str) {
+        for (key, value) in all {
+            let found =
+                given.get(key).unwrap_or_else(|| panic!("cluster.toml lacks {within}{key}"));
+            if let (toml::Value::Table(given), toml::Value::Table(all)) = (found, value) {
+                assert_has_keys(given, all, &format!("{within}{key}."));
             }
         }
+    }
+
+    #[test]
+    fn notices_that_nobody_would_see_are_refused() {
+        let mistake = |text: &str| {
+            let config: ClusterConfig = document::parse(text, "cluster.toml").expect("parses");
+            config.validate().map_err(|error| error.to_string())
+        };
+        let file = "[worker.notices]\nsources = [\"file\"]\n";
+        let text = mistake(file).expect_err("no file");
+        assert!(text.contains("worker.notices.file is empty"), "{text}");
+        mistake(&format!("{file}file = \"/run/leave\"\n")).expect("complete");
+        let text = mistake("[worker.notices]\nfile = \"/run/leave\"\n").expect_err("no source");
+        assert!(text.contains("lacks \"file\""), "{text}");
+        let aws = "[worker.notices]\nsources = [\"aws\"]\n";
+        mistake(&format!("{aws}endpoint = \"http://127.0.0.1:1\"\n")).expect("complete");
+        let text = mistake(&format!("{aws}endpoint = \"https://h\"\n")).expect_err("TLS");
+        assert!(text.contains("expected http://HOST"), "{text}");
+        let text = mistake(&format!("{aws}interval = \"1ms\"\n")).expect_err("too often");
+        assert!(text.contains("1ms") && text.contains("at least 10ms"), "{text}");
+        let unknown = document::parse::<ClusterConfig>(
+            "[worker.notices]\nsources = [\"azur\"]\n",
+            "cluster.toml",
+        );
+        let text = unknown.expect_err("unknown").to_string();
+        assert!(text.contains("did you mean `azure`?"), "{text}");
     }
 
     #[test]

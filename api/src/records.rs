@@ -328,6 +328,38 @@ pub struct EndpointStatus {
     pub submitted_ms: u64,
 }
 
+/// Whether a worker takes tasks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WorkerState {
+    /// It takes tasks.
+    #[default]
+    Attached,
+    /// Its session is down.
+    Away,
+    /// It ends as soon as its tasks have left.
+    Leaving,
+    /// Its tasks are leaving because a person drains it.
+    Draining,
+    /// Drained: it has no tasks and takes none until it is undrained.
+    Drained,
+    /// Its host may be reclaimed before long: its tasks go on, no others are placed on it.
+    Avoided,
+}
+
+impl fmt::Display for WorkerState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Attached => "attached",
+            Self::Away => "away",
+            Self::Leaving => "leaving",
+            Self::Draining => "draining",
+            Self::Drained => "drained",
+            Self::Avoided => "avoided",
+        })
+    }
+}
+
 /// A worker as the leader sees it; leases are not in the log.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WorkerView {
@@ -341,6 +373,12 @@ pub struct WorkerView {
     pub used: u32,
     /// Whether its session is up.
     pub attached: bool,
+    /// Whether it takes tasks, and what keeps it from it.
+    #[serde(default)]
+    pub state: WorkerState,
+    /// Why it is leaving, draining or avoided; else empty.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
     /// Milliseconds until its lease runs out.
     pub lease_ms: u64,
     /// The tasks on it.

@@ -48,10 +48,23 @@ pub enum WorkerMessage {
         /// Lines in order.
         lines: Vec<LogLine>,
     },
-    /// It was told to end: its tasks are being asked to write a checkpoint and leave, and it starts
-    /// nothing more. Said before anything that follows from it, and again in each later session;
-    /// the worker of a new incarnation has come to stay.
-    Leaving,
+    /// It is leaving, or is about to: nothing more is to be placed on it. Said before anything that
+    /// follows from it, and again in each later session; the worker of a new incarnation has come to
+    /// stay.
+    Leaving {
+        /// Milliseconds that are left until its host is gone, at the time of saying; absent: nobody
+        /// said when.
+        #[serde(default)]
+        deadline_ms: Option<u64>,
+        /// Why, to stand behind "`w2` is leaving: ".
+        #[serde(default)]
+        cause: String,
+        /// What becomes of its tasks and of itself.
+        #[serde(default)]
+        scope: LeaveScope,
+    },
+    /// What it said of leaving does not hold any more. Said again in each later session.
+    Staying,
     /// Answers a [`RankOrder::Flight`]. Sent once and never again: an answer that is lost is lost.
     Flight {
         /// The order's number.
@@ -64,6 +77,20 @@ pub enum WorkerMessage {
         #[serde(default, skip_serializing_if = "String::is_empty")]
         why: String,
     },
+}
+
+/// What becomes of a worker that leaves, and of its tasks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LeaveScope {
+    /// Its tasks are being asked to write a checkpoint and leave, and it starts nothing more; then
+    /// it ends.
+    #[default]
+    Ends,
+    /// The same, but it stays attached and takes tasks again once it is [`WorkerMessage::Staying`].
+    Drains,
+    /// Its host may go before long: nothing more should be placed on it, its tasks go on.
+    Avoided,
 }
 
 /// How a worker introduces itself.
@@ -272,6 +299,17 @@ pub enum CoordinatorMessage {
         /// The order.
         order: RankOrder,
     },
+    /// Ask every task to write a checkpoint and leave, and start nothing more, until told otherwise.
+    /// A worker that drains already takes the new deadline.
+    Drain {
+        /// Time the tasks get before they are killed; absent: `worker.stop_timeout`.
+        #[serde(default)]
+        deadline: Option<Span>,
+        /// Why.
+        reason: String,
+    },
+    /// Takes a drain back. A worker that does not drain says that it stays.
+    Undrain,
     /// End a task's process group now; it answers with an exit event. Unknown tasks are ignored.
     Kill {
         /// Which one.
@@ -554,5 +592,8 @@ mod tests {
         let older = r#"{"report":"stopped","step":7}"#;
         let older = serde_json::from_str::<RankReport>(older).expect("parses");
         assert_eq!(older, RankReport::Stopped { step: Step(7), why: StopCause::Order });
+        let older = serde_json::from_str::<WorkerMessage>(r#"{"message":"leaving"}"#);
+        let (deadline_ms, cause, scope) = (None, String::new(), LeaveScope::Ends);
+        assert_eq!(older.expect("parses"), WorkerMessage::Leaving { deadline_ms, cause, scope });
     }
 }

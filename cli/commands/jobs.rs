@@ -1,4 +1,4 @@
-//! Looking at jobs and the cluster: `jobs`, `job`, `logs`, `follow`, `stop`, `workers`, `status`.
+//! Looking at jobs and the cluster: `jobs`, `job`, `logs`, `follow`, `stop`, `status`.
 
 use std::time::Duration;
 
@@ -229,30 +229,6 @@ async fn refuse_ambiguous(client: &ClusterClient, name: &Name) -> Result<()> {
         return Err(CliError::new(ExitClass::Conflict, text)
             .with_hint(format!("stop the endpoint with `cluster stop {name} --endpoint`")));
     }
-    Ok(())
-}
-
-/// `cluster workers`.
-pub async fn workers(global: &Global) -> Result<()> {
-    let workers = client(global).await?.workers().await?;
-    if global.json {
-        workers.iter().for_each(output::json);
-        return Ok(());
-    }
-    let rows = workers
-        .iter()
-        .map(|worker| {
-            let state = if worker.attached { "attached" } else { "away" };
-            vec![
-                worker.name.to_string(),
-                worker.host.clone(),
-                state.into(),
-                format!("{}/{}", worker.used, worker.slots),
-                worker.tasks.join(" "),
-            ]
-        })
-        .collect();
-    output::table(&["name", "host", "state", "slots", "tasks"], rows, "no workers");
     Ok(())
 }
 

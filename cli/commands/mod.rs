@@ -11,6 +11,7 @@ mod models;
 mod roles;
 mod submit;
 mod up;
+mod workers;
 
 use crate::args::{Cli, Command, DataCommand};
 use crate::error::Result;
@@ -28,7 +29,9 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Follow(args) => jobs::watch(global, &args.name).await,
         Command::Flight(args) => flight::show(global, &args).await,
         Command::Stop(args) => jobs::stop(global, &args).await,
-        Command::Workers => jobs::workers(global).await,
+        Command::Workers => workers::list(global).await,
+        Command::Drain(args) => workers::drain(global, &args).await,
+        Command::Undrain(args) => workers::undrain(global, &args).await,
         Command::Status => jobs::status(global).await,
         Command::Checkpoints(args) => checkpoints::list(global, &args.job).await,
         Command::Checkpoint(command) => checkpoints::run(global, command).await,

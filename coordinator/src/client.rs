@@ -17,6 +17,7 @@ use api::records::{
     CheckpointRecord, EndpointRecord, EndpointSpec, JobRecord, KIND_CHECKPOINT, KIND_ENDPOINT,
     KIND_JOB, KIND_MODEL, ModelRecord, WorkerView,
 };
+use api::units::Span;
 use api::{JobSpec, Name, Secret};
 use serde::de::DeserializeOwned;
 use tokio::time::{Instant, sleep, timeout};
@@ -253,6 +254,33 @@ impl ClusterClient {
         let reply =
             self.call(pb::WorkersRequest {}, async |mut rpc, r| rpc.workers(r).await).await?;
         reply.workers_json.iter().map(|json| from_json(json)).collect()
+    }
+
+    /// Asks the tasks of a worker to leave, within `deadline` where one is given, and lets no more be
+    /// placed on it. The worker as it stands then.
+    ///
+    /// # Errors
+    /// `NotFound` names the known workers; `Conflict` when it is away or leaves anyhow.
+    pub async fn drain(
+        &self,
+        worker: &Name,
+        deadline: Option<Span>,
+    ) -> Result<WorkerView, ClientError> {
+        let milliseconds = |span: Span| u64::try_from(span.0.as_millis()).unwrap_or(u64::MAX);
+        let deadline_ms = deadline.map(milliseconds);
+        let request = pb::DrainRequest { worker: worker.to_string(), deadline_ms };
+        let reply = self.call(request, async |mut rpc, r| rpc.drain(r).await).await?;
+        from_json(&reply.worker_json)
+    }
+
+    /// Lets a drained worker take tasks again. The worker as it stands then.
+    ///
+    /// # Errors
+    /// `NotFound` names the known workers; `Conflict` when it does not drain because of a user.
+    pub async fn undrain(&self, worker: &Name) -> Result<WorkerView, ClientError> {
+        let request = pb::UndrainRequest { worker: worker.to_string() };
+        let reply = self.call(request, async |mut rpc, r| rpc.undrain(r).await).await?;
+        from_json(&reply.worker_json)
     }
 
     /// The raft group as the coordinator that answers sees it.

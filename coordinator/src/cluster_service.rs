@@ -206,6 +206,19 @@ impl ClusterService {
         leadership.request(Input::Deploy { spec }, about, id).await
     }
 
+    async fn drain_here(
+        &self,
+        leadership: &Leadership,
+        worker: &str,
+        input: impl FnOnce(Name) -> Input,
+    ) -> Result<pb::DrainReply, Status> {
+        let worker = parse_name(worker)?;
+        let view = leadership.drain(input(worker.clone()), worker).await?;
+        let json = serde_json::to_vec(&view);
+        let worker_json = json.map_err(|error| Status::internal(error.to_string()))?;
+        Ok(pb::DrainReply { worker_json })
+    }
+
     /// The name, if there is such a record: the message for a mistyped one names its neighbour.
     fn existing(&self, kind: &str, name: &str) -> Result<Name, Status> {
         match self.records().get(kind, name) {
@@ -373,6 +386,38 @@ impl Cluster for ClusterService {
             }
             Route::There(mut there) => {
                 self.told(there.workers(self.peers.forwarded(request.into_inner())).await).await
+            }
+        }
+    }
+
+    async fn drain(
+        &self,
+        request: Request<pb::DrainRequest>,
+    ) -> Result<Response<pb::DrainReply>, Status> {
+        match self.route(&request).await? {
+            Route::Here(here) => {
+                let pb::DrainRequest { worker, deadline_ms } = request.into_inner();
+                let input = |worker| Input::Drain { worker, deadline_ms };
+                self.drain_here(&here, &worker, input).await.map(Response::new)
+            }
+            Route::There(mut there) => {
+                self.told(there.drain(self.peers.forwarded(request.into_inner())).await).await
+            }
+        }
+    }
+
+    async fn undrain(
+        &self,
+        request: Request<pb::UndrainRequest>,
+    ) -> Result<Response<pb::DrainReply>, Status> {
+        match self.route(&request).await? {
+            Route::Here(here) => {
+                let worker = request.into_inner().worker;
+                let input = |worker| Input::Undrain { worker };
+                self.drain_here(&here, &worker, input).await.map(Response::new)
+            }
+            Route::There(mut there) => {
+                self.told(there.undrain(self.peers.forwarded(request.into_inner())).await).await
             }
         }
     }

@@ -41,6 +41,8 @@ pub(crate) enum LeaderInput {
     Diagnosed { job: Name, generation: Generation, suspect: Option<Rank>, text: String },
     /// The workers that the leader holds leases for.
     Workers { reply: oneshot::Sender<Vec<WorkerView>> },
+    /// A person drains a worker or takes that back; tells how the worker stands then.
+    Drain { input: Input, worker: Name, reply: oneshot::Sender<Result<WorkerView, Status>> },
     /// Ask every rank of a job for its flight log; tells where they run.
     Flight {
         job: Name,
@@ -94,6 +96,12 @@ impl Leadership {
     pub(crate) async fn workers(&self) -> Result<Vec<WorkerView>, Status> {
         let (reply, answer) = oneshot::channel();
         self.ask(LeaderInput::Workers { reply }, answer).await
+    }
+
+    /// Has a worker drained or undrained.
+    pub(crate) async fn drain(&self, input: Input, worker: Name) -> Result<WorkerView, Status> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(LeaderInput::Drain { input, worker, reply }, answer).await?
     }
 
     /// Has every rank of a job asked for its flight log; tells where they run.

@@ -173,6 +173,18 @@ impl Term {
                 let _ = reply.send(places);
                 false
             }
+            LeaderInput::Drain { input, worker, reply } => {
+                let decided = self.decide(input, None).await?;
+                let workers = self.leader.workers(self.clock.now());
+                let found = workers.into_iter().find(|view| view.name == worker);
+                let answer = match decided.reply {
+                    Some(Err(refusal)) => Err(refused(refusal, false)),
+                    _ => found.ok_or_else(|| Status::internal("the leader knows no such worker")),
+                };
+                // The client may have left.
+                let _ = reply.send(answer);
+                decided.committed
+            }
             LeaderInput::Workers { reply } => {
                 // The client may have left.
                 let _ = reply.send(self.leader.workers(self.clock.now()));

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::session::{Assignment, CoordinatorMessage, ExitCause, RankOrder, WorkerMessage};
 use api::{Generation, TaskId};
@@ -21,7 +22,8 @@ pub(crate) struct Agent {
     /// Ordered to start, waiting for tasks that are dying to make room; in the order they came.
     waiting: Vec<(TaskId, Box<Assignment>)>,
     ends: JoinSet<TaskId>,
-    is_stopping: bool,
+    /// Why nothing more is started.
+    closed: Option<String>,
 }
 
 impl Agent {
@@ -33,7 +35,7 @@ impl Agent {
             running: BTreeMap::new(),
             waiting: Vec::new(),
             ends: JoinSet::new(),
-            is_stopping: false,
+            closed: None,
         }
     }
 
@@ -72,6 +74,8 @@ impl Agent {
             CoordinatorMessage::Start { task, assignment } => self.start(task, assignment),
             CoordinatorMessage::Deliver { task, order } => self.deliver(task, order),
             CoordinatorMessage::Kill { task, reason } => self.kill(task, &reason),
+            // The worker's own matter.
+            CoordinatorMessage::Drain { .. } | CoordinatorMessage::Undrain => {}
         }
     }
 
@@ -84,8 +88,8 @@ impl Agent {
         if let Some(newer) = newest.filter(|generation| *generation > task.generation) {
             return self.refuse(&task, format!("superseded: {newer} of it is here already"));
         }
-        if self.is_stopping {
-            return self.refuse(&task, "the worker is shutting down".into());
+        if let Some(reason) = self.closed.clone() {
+            return self.refuse(&task, reason);
         }
         let reason = format!("superseded by {}", task.generation);
         for (other, handle) in &self.running {
@@ -206,15 +210,20 @@ impl Agent {
         }
     }
 
-    /// Asks every task to write a checkpoint and leave; nothing new is started.
-    pub(crate) fn stop(&mut self, reason: &str) {
-        self.is_stopping = true;
+    /// Asks every task to write a checkpoint and leave within `limit`; nothing new is started.
+    pub(crate) fn stop(&mut self, reason: &str, limit: Duration) {
+        self.closed = Some(reason.to_owned());
         for (task, _) in std::mem::take(&mut self.waiting) {
             self.refuse(&task, reason.to_owned());
         }
         for handle in self.running.values() {
-            handle.deliver(RankOrder::Stop { reason: reason.to_owned() });
+            handle.stop(reason, limit);
         }
+    }
+
+    /// Starts tasks again; those that were asked to leave still do.
+    pub(crate) fn reopen(&mut self) {
+        self.closed = None;
     }
 
     pub(crate) fn kill_all(&self, reason: &str) {

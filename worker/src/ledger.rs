@@ -7,7 +7,7 @@
 //! missing. A task stays in the inventory until its exit is acknowledged, so that a leader never
 //! takes a task for vanished while its cause of death is still on the way.
 //!
-//! Before both queues, once in each session: that this worker is leaving, when it is. Then answers to
+//! Before both queues, once in each session: that this worker is leaving, or stays after all. Then answers to
 //! questions, which are sent once: whoever asked has a deadline, so they are not kept.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -21,6 +21,8 @@ use api::session::{
 use api::{Generation, TaskId};
 use tokio::sync::watch;
 use tracing::warn;
+
+use crate::leave::Leave;
 
 /// Facts kept. A task makes about five besides its checkpoints; at one checkpoint a minute this is
 /// six weeks without a control plane.
@@ -102,17 +104,19 @@ struct Inner {
     lost_if_cut: BTreeMap<TaskId, (u64, Gap)>,
     order: u64,
     sequence: u64,
-    leave: Leave,
+    /// Why it takes no tasks; none: it stays.
+    leave: Option<Leave>,
+    told: Told,
     attached: bool,
 }
 
-/// Whether the leader knows that this worker is leaving.
+/// Whether the leader knows that this worker is leaving, or stays after all.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
-enum Leave {
-    /// It is not.
+enum Told {
+    /// It has never been leaving.
     #[default]
-    No,
-    /// It is, and this session has not said so.
+    Nothing,
+    /// This session has not said so.
     Unsaid,
     /// Said in this session, in this frame.
     Said(u64),
@@ -394,9 +398,21 @@ impl Ledger {
         self.changed();
     }
 
-    /// This worker is leaving: told before everything that is not sent yet.
-    pub(crate) fn leave(&self) {
-        self.lock().leave = Leave::Unsaid;
+    /// This worker is leaving, or stays after all: told before everything that is not sent yet.
+    pub(crate) fn leave(&self, leave: Option<Leave>) {
+        let mut inner = self.lock();
+        if inner.leave == leave {
+            return;
+        }
+        inner.leave = leave;
+        inner.told = Told::Unsaid;
+        drop(inner);
+        self.changed();
+    }
+
+    /// Tells it again although nothing has changed: someone believes otherwise.
+    pub(crate) fn leave_again(&self) {
+        self.lock().told = Told::Unsaid;
         self.changed();
     }
 
@@ -413,7 +429,7 @@ impl Ledger {
     /// Whether a leader is there that has yet to acknowledge that this worker is leaving.
     pub(crate) fn leave_is_unknown(&self) -> bool {
         let inner = self.lock();
-        inner.attached && matches!(inner.leave, Leave::Unsaid | Leave::Said(_))
+        inner.attached && matches!(inner.told, Told::Unsaid | Told::Said(_))
     }
 
     /// Whether a leader has welcomed this worker and the session is up.
@@ -435,9 +451,9 @@ impl Ledger {
         for (task, (_, gap)) in std::mem::take(&mut inner.lost_if_cut) {
             inner.note_gap(task, gap);
         }
-        if inner.leave != Leave::No {
+        if inner.told != Told::Nothing {
             // Perhaps another leader, which has not heard of it.
-            inner.leave = Leave::Unsaid;
+            inner.told = Told::Unsaid;
         }
         (1, inner.tasks.values().map(|task| task.view.clone()).collect())
     }
@@ -453,10 +469,11 @@ impl Ledger {
     /// they came about.
     pub(crate) fn next_frame(&self) -> Option<WorkerFrame> {
         let mut inner = self.lock();
-        if inner.leave == Leave::Unsaid {
+        if inner.told == Told::Unsaid {
             inner.sequence += 1;
-            inner.leave = Leave::Said(inner.sequence);
-            return Some(frame(inner.sequence, &WorkerMessage::Leaving));
+            inner.told = Told::Said(inner.sequence);
+            let message = inner.leave.as_ref().map_or(WorkerMessage::Staying, Leave::message);
+            return Some(frame(inner.sequence, &message));
         }
         if let Some(json) = inner.answers.pop_front() {
             inner.answer_bytes -= json.len();
@@ -492,7 +509,7 @@ impl Ledger {
         let inner = self.lock();
         let has_items =
             inner.facts.len() > inner.facts_sent || inner.samples.len() > inner.samples_sent;
-        has_items || inner.leave == Leave::Unsaid || !inner.answers.is_empty()
+        has_items || inner.told == Told::Unsaid || !inner.answers.is_empty()
     }
 
     /// Whether something sent in this session waits for its acknowledgement.
@@ -504,9 +521,9 @@ impl Ledger {
     pub(crate) fn acknowledge(&self, sequence: u64) {
         let mut inner = self.lock();
         let done = |sent: Option<u64>| sent.is_some_and(|sent| sent <= sequence);
-        let former = inner.leave;
-        if matches!(inner.leave, Leave::Said(said) if said <= sequence) {
-            inner.leave = Leave::Known;
+        let former = inner.told;
+        if matches!(inner.told, Told::Said(said) if said <= sequence) {
+            inner.told = Told::Known;
         }
         let before = inner.facts.len() + inner.samples.len();
         while inner.facts.front().is_some_and(|fact| done(fact.sent)) {
@@ -526,7 +543,7 @@ impl Ledger {
         }
         inner.lost_if_cut.retain(|_, (sent, _)| *sent > sequence);
         let is_fewer = before != inner.facts.len() + inner.samples.len();
-        let changed = is_fewer || former != inner.leave;
+        let changed = is_fewer || former != inner.told;
         drop(inner);
         if changed {
             self.changed();

@@ -45,6 +45,7 @@ struct Process {
     start_ticks: u64,
     is_zombie: bool,
     is_stopped: bool,
+    is_traced: bool,
 }
 
 fn process(pid: i32) -> Option<Process> {
@@ -54,7 +55,8 @@ fn process(pid: i32) -> Option<Process> {
     Some(Process {
         pid,
         is_zombie: matches!(*fields.first()?, "Z" | "X"),
-        is_stopped: matches!(*fields.first()?, "T" | "t"),
+        is_stopped: *fields.first()? == "T",
+        is_traced: *fields.first()? == "t",
         group: fields.get(2)?.parse().ok()?,
         start_ticks: fields.get(19)?.parse().ok()?,
     })
@@ -62,6 +64,12 @@ fn process(pid: i32) -> Option<Process> {
 
 /// Whether a process is stopped by a signal or a debugger, so that it can do nothing.
 pub(crate) fn is_stopped(pid: u32) -> bool {
+    let process = i32::try_from(pid).ok().and_then(process);
+    process.is_some_and(|process| process.is_stopped || process.is_traced)
+}
+
+/// Whether a process is stopped by a signal. One that a debugger holds has a person who minds it.
+pub(crate) fn is_stopped_by_signal(pid: u32) -> bool {
     i32::try_from(pid).ok().and_then(process).is_some_and(|process| process.is_stopped)
 }
 

@@ -34,6 +34,7 @@ use crate::flight::FlightKeeper;
 use crate::ledger::Ledger;
 use crate::process::{Launch, Spawner, Started};
 use crate::spool::Spooler;
+use crate::stopped::StopWatch;
 use crate::strays::{RankRecord, is_stopped};
 
 /// Orders that a rank may leave unread; a rank that reads none of this many hangs.
@@ -51,6 +52,9 @@ const MESSAGE_CHARS_MAX: usize = 1_024;
 /// Credentials of the worker's environment that go to the rank by the socket only.
 const SECRET_VARIABLES: [&str; 2] = ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
 
+/// Longest time that the leader has to hand a leaving rank's work over before the rank is asked to save
+/// its state.
+const HAND_OVER_MAX: Duration = Duration::from_secs(15);
 /// Why a task is killed that was asked to leave.
 pub(crate) const OVERSTAYED: &str = "it did not leave in time when asked to";
 
@@ -59,6 +63,8 @@ pub(crate) struct Surroundings {
     pub(crate) program: PathBuf,
     /// Time a task gets between being asked to leave and being killed.
     pub(crate) stop_timeout: Duration,
+    /// Time after which a task whose process is stopped is killed; zero: never.
+    pub(crate) stopped_timeout: Duration,
     /// Folder for data that ranks fetch.
     pub(crate) scratch: PathBuf,
     /// How ranks reach each other.
@@ -83,6 +89,7 @@ pub(crate) struct TaskHandle {
     generation: AtomicU64,
     /// It waits beside its gang for a place in it, whatever generation that is in.
     is_spare: AtomicBool,
+    is_rank: bool,
 }
 
 impl TaskHandle {
@@ -106,8 +113,31 @@ impl TaskHandle {
     /// is asked to, is killed.
     pub(crate) fn deliver(&self, order: RankOrder) {
         if matches!(order, RankOrder::Stop { .. }) {
-            self.kill_later();
+            self.kill_later(self.stop_timeout);
         }
+        self.send(order);
+    }
+
+    /// Has it leave, and ends it when it is still there after `limit`. A rank is first left to the
+    /// leader, which may hand its work over without a pause; when nothing has come of that after a
+    /// part of the time, it is asked to save its state and leave.
+    pub(crate) fn stop(&self, reason: &str, limit: Duration) {
+        self.kill_later(limit);
+        let order = RankOrder::Stop { reason: reason.to_owned() };
+        if !self.is_rank {
+            return self.send(order);
+        }
+        let (kill, orders) = (self.kill.clone(), self.orders.clone());
+        let patience = (limit / 2).min(HAND_OVER_MAX);
+        tokio::spawn(async move {
+            if timeout(patience, kill.closed()).await.is_err() {
+                // A full queue: it reads nothing, and is killed when its time is up.
+                let _ = orders.try_send(order);
+            }
+        });
+    }
+
+    fn send(&self, order: RankOrder) {
         // A question must not be what ends a rank that reads no orders for a while.
         if matches!(order, RankOrder::Flight { .. }) && self.orders.capacity() < ORDER_QUEUE / 2 {
             return;
@@ -122,9 +152,9 @@ impl TaskHandle {
         kill(&self.kill, reason);
     }
 
-    /// Ends it when it is still there after the stop time-out.
-    fn kill_later(&self) {
-        let (sender, limit) = (self.kill.clone(), self.stop_timeout);
+    /// Ends it when it is still there after `limit`.
+    fn kill_later(&self, limit: Duration) {
+        let sender = self.kill.clone();
         tokio::spawn(async move {
             if timeout(limit, sender.closed()).await.is_err() {
                 kill(&sender, OVERSTAYED);
@@ -205,6 +235,7 @@ impl Task {
             pid: pid.clone(),
             generation: AtomicU64::new(id.generation.0),
             is_spare: AtomicBool::new(assignment.is_spare()),
+            is_rank: matches!(*assignment, Assignment::Train(_)),
         };
         (Self { id, assignment, record, shared, orders, own_orders, kill, pid }, handle)
     }
@@ -265,6 +296,9 @@ impl Task {
         let mut listening = true;
         // Until when a rank that is to be killed may say its last words.
         let mut dying: Option<Instant> = None;
+        let mut stop_watch = StopWatch::new(pid, shared.stopped_timeout);
+        let mut is_watched = true;
+        let mut halted = None;
         let status = loop {
             tokio::select! {
                 status = &mut ended => break status.unwrap_or_else(|_| {
@@ -275,6 +309,12 @@ impl Task {
                     true => dying = Some(Instant::now() + LAST_WORDS_TIMEOUT),
                     false => guard.0.kill(),
                 },
+                reason = stop_watch.stopped(), if is_watched => {
+                    is_watched = false;
+                    warn!(task = %id, reason, "killing a task that can do nothing");
+                    halted = Some(reason);
+                    guard.0.kill();
+                }
                 () = said_last.notified(), if dying.is_some() => {
                     dying = None;
                     guard.0.kill();
@@ -312,7 +352,7 @@ impl Task {
             // Harmless: the next incarnation finds no such process.
             warn!(file = %record.display(), %error, "a rank's record cannot be removed");
         }
-        let ordered = self.kill.borrow().clone().or(broken);
+        let ordered = self.kill.borrow().clone().or(halted).or(broken);
         let failed = failed.lock().unwrap_or_else(PoisonError::into_inner).take();
         Ok(exit_cause(status, ordered, failed, &last_error.unwrap_or_default()))
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use api::config::ClusterConfig;
 use api::data_plane::DataPlane;
-use api::session::WorkerHello;
+use api::session::{CoordinatorMessage, LeaveScope, WorkerHello};
 use api::{Name, Secret};
 use checkpoint::Store;
 use tokio::sync::mpsc;
@@ -22,7 +22,9 @@ use crate::archive::Archive;
 use crate::error::WorkerError;
 use crate::flight::FlightKeeper;
 use crate::folder::Folder;
+use crate::leave::{Leave, Leaves, task_limit};
 use crate::ledger::Ledger;
+use crate::notice::{Notice, Notices, Urgency};
 use crate::process::Spawner;
 use crate::session::{Session, SessionOptions};
 use crate::spool::Spooler;
@@ -44,6 +46,8 @@ const KILL_INTERVAL: Duration = Duration::from_secs(1);
 const KILLS_MAX: u32 = 10;
 /// Why tasks end when the worker does.
 const STOP_REASON: &str = "the worker is shutting down";
+/// Why a worker leaves that had a signal, to stand behind "`w2` is leaving: ".
+const TOLD_TO_END: &str = "its process was told to end";
 
 /// What a worker needs.
 pub struct WorkerOptions {
@@ -67,8 +71,8 @@ pub struct WorkerOptions {
 pub struct Worker;
 
 impl Worker {
-    /// Runs until `shutdown`, then stops its tasks politely and returns. While it runs, only a
-    /// refusal by the cluster ends it; tasks do not outlive it.
+    /// Runs until `shutdown` or a notice that the host is to be reclaimed, then stops its tasks politely
+    /// and returns. Else only a refusal by the cluster ends it; tasks do not outlive it.
     pub async fn run(
         options: WorkerOptions,
         shutdown: CancellationToken,
@@ -94,6 +98,7 @@ impl Worker {
         let ledger = Arc::new(Ledger::new());
         let shared = Arc::new(Surroundings {
             stop_timeout: config.worker.stop_timeout.0,
+            stopped_timeout: config.worker.stopped_rank_timeout.0,
             scratch: options.dir.join("scratch"),
             program: options.program.clone(),
             data: DataPlane::of(config),
@@ -109,8 +114,11 @@ impl Worker {
         let (orders, inbox) = mpsc::channel(ORDER_QUEUE);
         let session = Session::new(session_options(&options)?, ledger.clone(), orders);
         let stop_timeout = config.worker.stop_timeout.0;
+        let notices = Notices::start(&config.worker.notices);
         info!(worker = %options.name, slots = options.slots, "worker starts");
-        let running = Running { agent, inbox, ledger, archive, flights, stop_timeout };
+        let leaves = Leaves::default();
+        let running =
+            Running { agent, inbox, ledger, archive, flights, notices, leaves, stop_timeout };
         running.run(session, shutdown).await
     }
 }
@@ -151,10 +159,12 @@ fn session_options(options: &WorkerOptions) -> Result<SessionOptions, WorkerErro
 /// A started worker.
 struct Running {
     agent: Agent,
-    inbox: mpsc::Receiver<api::session::CoordinatorMessage>,
+    inbox: mpsc::Receiver<CoordinatorMessage>,
     ledger: Arc<Ledger>,
     archive: Archive,
     flights: FlightKeeper,
+    notices: Notices,
+    leaves: Leaves,
     stop_timeout: Duration,
 }
 
@@ -180,14 +190,14 @@ impl Running {
             }
             let killing = deadline.unwrap_or_else(Instant::now);
             tokio::select! {
-                Some(order) = self.inbox.recv() => self.agent.order(order),
+                Some(order) = self.inbox.recv() => self.order(order),
                 () = self.agent.task_ended() => {}
                 () = shutdown.cancelled(), if deadline.is_none() => {
                     info!("worker stops");
-                    // First of all: what follows is then nobody's failure.
-                    self.ledger.leave();
-                    self.agent.stop(STOP_REASON);
-                    deadline = Some(Instant::now() + self.stop_timeout);
+                    deadline = Some(self.end(TOLD_TO_END, STOP_REASON, None));
+                }
+                notice = self.notices.changed(), if deadline.is_none() => {
+                    deadline = self.heed(notice);
                 }
                 () = sleep_until(killing), if deadline.is_some() => {
                     self.agent.kill_all(OVERSTAYED);
@@ -203,7 +213,7 @@ impl Running {
                         Err(panic) => Err(WorkerError::Bug(panic.to_string())),
                     };
                     self.agent.kill_all("its worker was refused by the cluster");
-                    self.agent.stop(STOP_REASON);
+                    self.agent.stop(STOP_REASON, self.stop_timeout);
                     deadline = Some(Instant::now() + self.stop_timeout);
                 }
             }
@@ -224,8 +234,71 @@ impl Running {
         if result.is_ok() {
             // It ends at once when told to.
             let _ = session.await;
+            self.notices.has_left().await;
         }
         result
+    }
+
+    /// Begins to end: when the tasks have to be gone. `left`: until the host is.
+    fn end(&mut self, cause: &str, reason: &str, left: Option<Duration>) -> Instant {
+        let limit = task_limit(self.stop_timeout, left);
+        let deadline = left.map(|left| Instant::now() + left);
+        self.leaves.end =
+            Some(Leave { scope: LeaveScope::Ends, cause: cause.to_owned(), deadline });
+        // First of all: what follows is then nobody's failure.
+        self.ledger.leave(self.leaves.word());
+        self.agent.stop(reason, limit);
+        Instant::now() + limit
+    }
+
+    /// Acts on what is announced to this host now; none: nothing is any more. When the tasks have to
+    /// be gone, if they have to.
+    fn heed(&mut self, notice: Option<Notice>) -> Option<Instant> {
+        match notice {
+            Some(notice) if notice.urgency == Urgency::Leave => {
+                info!(cause = notice.cause, "worker leaves");
+                let reason = format!("the worker is leaving: {}", notice.cause);
+                return Some(self.end(&notice.cause, &reason, notice.left()));
+            }
+            notice => {
+                self.leaves.avoid = notice.map(|notice| Leave {
+                    scope: LeaveScope::Avoided,
+                    deadline: notice.left().map(|left| Instant::now() + left),
+                    cause: notice.cause,
+                });
+                self.ledger.leave(self.leaves.word());
+            }
+        }
+        None
+    }
+
+    fn order(&mut self, order: CoordinatorMessage) {
+        match order {
+            // It does more than that already.
+            CoordinatorMessage::Drain { .. } | CoordinatorMessage::Undrain
+                if self.leaves.end.is_some() =>
+            {
+                self.ledger.leave_again();
+            }
+            CoordinatorMessage::Drain { deadline, reason } => {
+                info!(reason, "worker drains");
+                let limit = deadline.map_or(self.stop_timeout, |span| span.0);
+                let deadline = deadline.map(|span| Instant::now() + span.0);
+                let cause = reason.clone();
+                self.leaves.drain = Some(Leave { scope: LeaveScope::Drains, cause, deadline });
+                self.ledger.leave(self.leaves.word());
+                self.ledger.leave_again();
+                self.agent.stop(&reason, limit);
+            }
+            CoordinatorMessage::Undrain => {
+                info!("worker takes tasks again");
+                self.leaves.drain = None;
+                self.ledger.leave(self.leaves.word());
+                self.ledger.leave_again();
+                self.agent.reopen();
+            }
+            order => self.agent.order(order),
+        }
     }
 
     /// Returns when the leader has acknowledged every fact and the leave, or time is up. What it
@@ -238,7 +311,7 @@ impl Running {
                 changed = changes.changed() => if changed.is_err() {
                     return;
                 },
-                Some(order) = self.inbox.recv() => self.agent.order(order),
+                Some(order) = self.inbox.recv() => self.order(order),
                 () = sleep_until(deadline) => {
                     let facts = self.ledger.facts_left();
                     return warn!(facts, "no coordinator took the last facts");

@@ -18,6 +18,7 @@ mod draft;
 mod gang;
 mod goodput;
 mod index;
+mod leave;
 mod reason;
 mod regroup;
 mod reports;
@@ -108,6 +109,14 @@ impl Leader {
             }
             Input::Deploy { spec } => {
                 let reply = self.deploy(&mut draft, records, now, spec);
+                return self.answer(draft, reply);
+            }
+            Input::Drain { worker, deadline_ms } => {
+                let reply = self.drain(&mut draft, now, &worker, deadline_ms);
+                return self.answer(draft, reply);
+            }
+            Input::Undrain { worker } => {
+                let reply = self.undrain(&mut draft, now, &worker);
                 return self.answer(draft, reply);
             }
             Input::WorkerHello { session, hello } => self.hello(&mut draft, now, session, hello),

@@ -9,13 +9,15 @@
 //! stop NAME | stop-endpoint NAME | resume NAME
 //! deploy NAME model=MODEL [listen=127.0.0.1:0] [request=ID]
 //! hello WORKER [slots=2] [host=H] [incarnation=1] [cluster=ID] [TASK[@PORT][~GENERATION][+peers][+state][+waits] …]
-//! detach WORKER | heartbeat WORKER | leaving WORKER
+//! detach WORKER | heartbeat WORKER | staying WORKER
+//! leaving WORKER [scope=drains|avoided] [CAUSE …]
+//! drain WORKER [deadline=120000] | undrain WORKER
 //! listening TASK [on=WORKER] [fingerprint=F]    running TASK [STEP]    step TASK 7
 //! busy TASK    broken TASK [STEP] [blames=r1]    paused TASK STEP    ready TASK (a spare)
 //! [of=g1] with any report: the generation it was made in; else the newest its process is part of
 //! checkpoint TASK 100 [generation=1] [digest=D] finished TASK 200    stopped TASK 150 [time]
 //! failed TASK [blames=r1] [fatal] MESSAGE …
-//! exit TASK completed|signal=9|code=1|not-started [fatal] [MESSAGE …]
+//! exit TASK completed|killed|signal=9|code=1|not-started [fatal] [MESSAGE …]
 //! adopted NAME g1 [200 300 …]    diagnosed NAME g1 [suspect=r1] TEXT …
 //! tick [+MILLISECONDS] | wait +MILLISECONDS (with heartbeats and ticks) | new-leader | workers | record NAME
 //! quiet COMMAND      runs a command without its trace, for what another script shows in full
@@ -39,8 +41,8 @@ use api::records::{
     KIND_JOB, Placement,
 };
 use api::session::{
-    Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, StopCause, TaskEvent,
-    TaskView, WorkerHello, WorkerMessage,
+    Assignment, CoordinatorMessage, ExitCause, LeaveScope, RankOrder, RankReport, StopCause,
+    TaskEvent, TaskView, WorkerHello, WorkerMessage,
 };
 use coordinator_core::{Decision, Effect, Input, Outcome, Refusal, SessionId, Write};
 use support::{Shell, Step};
@@ -291,8 +293,22 @@ impl Stage {
             }
             "leaving" => {
                 let session = self.attached[words.at(1)];
-                Input::WorkerMessage { session, message: WorkerMessage::Leaving }
+                let scope = match words.pairs.get("scope").copied() {
+                    None => LeaveScope::Ends,
+                    Some("drains") => LeaveScope::Drains,
+                    Some("avoided") => LeaveScope::Avoided,
+                    Some(other) => panic!("`{other}` is not a scope"),
+                };
+                let (deadline_ms, cause) = (None, words.rest(2));
+                let message = WorkerMessage::Leaving { deadline_ms, cause, scope };
+                Input::WorkerMessage { session, message }
             }
+            "staying" => {
+                let session = self.attached[words.at(1)];
+                Input::WorkerMessage { session, message: WorkerMessage::Staying }
+            }
+            "drain" => Input::Drain { worker: name(), deadline_ms: words.number("deadline") },
+            "undrain" => Input::Undrain { worker: name() },
             _ => self.task_event(words),
         }
     }
@@ -506,7 +522,10 @@ impl Stage {
                 view.name,
                 view.used,
                 view.slots,
-                if view.attached { "attached" } else { "detached" },
+                match view.reason.as_str() {
+                    "" => view.state.to_string(),
+                    reason => format!("{} ({reason})", view.state),
+                },
                 view.lease_ms,
                 view.tasks.join(" ")
             )
@@ -622,6 +641,7 @@ fn cause(words: &Words<'_>) -> ExitCause {
     }
     match words.at(2) {
         "completed" => ExitCause::Completed,
+        "killed" if words.plain.len() > 3 => ExitCause::Killed { reason: words.rest(3) },
         "killed" => ExitCause::Killed { reason: "told to".into() },
         "not-started" => ExitCause::NotStarted { reason: words.rest(3) },
         other => panic!("`{other}` is not an end"),
@@ -719,6 +739,11 @@ fn trace_message(message: &CoordinatorMessage) -> String {
             format!("{task} {order}")
         }
         CoordinatorMessage::Kill { task, reason } => format!("kill {task} ({reason})"),
+        CoordinatorMessage::Drain { deadline, reason } => {
+            let within = deadline.map(|span| format!(" within {span}")).unwrap_or_default();
+            format!("drain{within} ({reason})")
+        }
+        CoordinatorMessage::Undrain => "undrain".into(),
     }
 }
 

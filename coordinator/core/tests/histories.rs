@@ -17,8 +17,8 @@ use api::records::{
     CheckpointRecord, EndpointSpec, KIND_CHECKPOINT, KIND_ENDPOINT, KIND_JOB, KIND_MODEL, Phase,
 };
 use api::session::{
-    Assignment, CoordinatorMessage, ExitCause, RankOrder, RankReport, Regroup, StopCause,
-    TaskEvent, TaskView, WorkerHello, WorkerMessage,
+    Assignment, CoordinatorMessage, ExitCause, LeaveScope, RankOrder, RankReport, Regroup,
+    StopCause, TaskEvent, TaskView, WorkerHello, WorkerMessage,
 };
 use coordinator_core::{Effect, Input, Millis, Records, Retention, SessionId, Transaction};
 use rand_chacha::ChaCha8Rng;
@@ -56,7 +56,7 @@ fn random_histories_keep_the_invariants_and_come_to_rest() {
         assert!(seen.regroups > HISTORIES / 2, "{seen:?}");
         assert!(seen.leaders > HISTORIES && seen.endpoints > HISTORIES / 4, "{seen:?}");
         assert!(seen.swept > HISTORIES, "{seen:?}");
-        assert!(seen.leaves > HISTORIES, "{seen:?}");
+        assert!(seen.leaves > HISTORIES / 2 && seen.drains > HISTORIES / 4, "{seen:?}");
     }
 }
 
@@ -80,6 +80,7 @@ struct Seen {
     checkpoints: u64,
     leaders: u64,
     leaves: u64,
+    drains: u64,
     endpoints: u64,
     swept: u64,
 }
@@ -99,6 +100,7 @@ impl Seen {
         self.checkpoints += history.checkpoints;
         self.leaders += history.leaders;
         self.leaves += history.leaves;
+        self.drains += history.drains;
         self.endpoints += history.shell.endpoints().len() as u64;
         self.swept += history.swept;
     }
@@ -151,6 +153,8 @@ struct SimWorker {
     is_frozen: bool,
     /// Told to end: it starts nothing more, and comes back as a new incarnation.
     is_leaving: bool,
+    /// Told to drain: it starts nothing more until it is told otherwise.
+    is_draining: bool,
     /// When a leader last had a word of it.
     heard: Option<Millis>,
     tasks: BTreeMap<TaskId, Running>,
@@ -203,6 +207,7 @@ struct History {
     checkpoints: u64,
     leaders: u64,
     leaves: u64,
+    drains: u64,
 }
 
 fn play(seed: u64) -> History {
@@ -220,6 +225,7 @@ fn play(seed: u64) -> History {
         checkpoints: 0,
         leaders: 1,
         leaves: 0,
+        drains: 0,
     };
     for (name, slots) in [("w1", 1), ("w2", 2), ("w3", 3)] {
         history.workers.insert(name, SimWorker { slots, incarnation: 1, ..SimWorker::default() });
@@ -278,18 +284,22 @@ impl History {
                 let worker = self.pick();
                 self.restart(worker);
             }
-            36..37 => {
+            36..38 => {
                 let worker = self.pick();
-                self.leave(worker);
+                match self.below(3) {
+                    0 => self.leave(worker),
+                    1 => self.client_drain(worker),
+                    _ => self.client_undrain(worker),
+                }
             }
-            37..38 => {
+            38..39 => {
                 let worker = self.pick();
                 let state = self.workers.get_mut(worker).expect("a worker");
                 state.is_frozen = !state.is_frozen;
             }
-            38..39 => self.new_leader(),
-            39..42 => self.accident(),
-            42..46 => self.search_answers(),
+            39..40 => self.new_leader(),
+            40..43 => self.accident(),
+            43..46 => self.search_answers(),
             46..50 => self.sweep(),
             50..70 => self.progress(),
             _ => {
@@ -333,6 +343,14 @@ impl History {
     fn client_resume(&mut self) {
         let name = JOBS[self.below(4) as usize].parse().expect("a name");
         self.feed(Input::Resume { name });
+    }
+
+    fn client_drain(&mut self, name: &str) {
+        self.feed(Input::Drain { worker: name.parse().expect("a name"), deadline_ms: None });
+    }
+
+    fn client_undrain(&mut self, name: &str) {
+        self.feed(Input::Undrain { worker: name.parse().expect("a name") });
     }
 
     fn some_endpoint(&mut self) -> &'static str {
@@ -408,8 +426,10 @@ impl History {
             tasks,
         };
         self.feed(Input::WorkerHello { session, hello });
-        if self.workers[name].is_leaving && self.workers[name].session == Some(session) {
-            self.say(name, session, WorkerMessage::Leaving);
+        let worker = &self.workers[name];
+        if worker.session == Some(session) && (worker.is_leaving || worker.is_draining) {
+            let scope = if worker.is_leaving { LeaveScope::Ends } else { LeaveScope::Drains };
+            self.say(name, session, leaving(scope));
         }
     }
 
@@ -437,7 +457,7 @@ impl History {
         worker.tasks.clear();
         worker.facts.clear();
         worker.sent.clear();
-        (worker.is_frozen, worker.is_leaving) = (false, false);
+        (worker.is_frozen, worker.is_leaving, worker.is_draining) = (false, false, false);
         self.attach(name);
     }
 
@@ -450,13 +470,44 @@ impl History {
         }
         worker.is_leaving = true;
         self.leaves += 1;
+        self.ask_to_leave(name);
+        if let Some(session) = self.workers[name].session {
+            self.say(name, session, leaving(LeaveScope::Ends));
+        }
+    }
+
+    /// The worker is told to drain; what has stopped hears nothing.
+    fn drain(&mut self, name: &'static str) {
+        let worker = self.workers.get_mut(name).expect("a worker");
+        if worker.is_frozen || worker.is_leaving {
+            return;
+        }
+        worker.is_draining = true;
+        self.drains += 1;
+        self.ask_to_leave(name);
+        if let Some(session) = self.workers[name].session {
+            self.say(name, session, leaving(LeaveScope::Drains));
+        }
+    }
+
+    fn undrain(&mut self, name: &'static str) {
+        let worker = self.workers.get_mut(name).expect("a worker");
+        if worker.is_frozen || worker.is_leaving {
+            return;
+        }
+        worker.is_draining = false;
+        if let Some(session) = worker.session {
+            self.say(name, session, WorkerMessage::Staying);
+        }
+    }
+
+    /// The ranks of a worker leave with all others of their gangs.
+    fn ask_to_leave(&mut self, name: &'static str) {
+        let own = self.workers[name].tasks.keys();
         let gangs: Vec<(Name, Generation)> =
-            worker.tasks.keys().map(|task| (task.workload.clone(), task.generation)).collect();
+            own.map(|task| (task.workload.clone(), task.generation)).collect();
         for (task, running) in self.workers.values_mut().flat_map(|w| &mut w.tasks) {
             running.is_stopping |= gangs.contains(&(task.workload.clone(), task.generation));
-        }
-        if let Some(session) = self.workers[name].session {
-            self.say(name, session, WorkerMessage::Leaving);
         }
     }
 
@@ -718,8 +769,8 @@ impl History {
                 if is_known {
                     return;
                 }
-                if worker.is_leaving {
-                    let reason = "the worker is shutting down".to_owned();
+                if worker.is_leaving || worker.is_draining {
+                    let reason = "the worker is leaving".to_owned();
                     worker.facts.push_back((
                         task,
                         TaskEvent::Exited { cause: ExitCause::NotStarted { reason } },
@@ -770,6 +821,8 @@ impl History {
                     _ => {}
                 }
             }
+            CoordinatorMessage::Drain { .. } => self.drain(name),
+            CoordinatorMessage::Undrain => self.undrain(name),
             CoordinatorMessage::Kill { task, reason } => {
                 if worker.tasks.contains_key(&task) {
                     worker.end(&task, ExitCause::Killed { reason });
@@ -820,6 +873,9 @@ impl History {
                 }
                 if self.workers[name].session.is_none() {
                     self.attach(name);
+                }
+                if self.workers[name].is_draining {
+                    self.client_undrain(name);
                 }
                 while !self.workers[name].facts.is_empty() && self.workers[name].session.is_some() {
                     self.deliver_one(name);
@@ -873,6 +929,10 @@ impl History {
             .collect();
         panic!("never came to rest: {}\n{}", states.join("\n"), left.join("\n"));
     }
+}
+
+fn leaving(scope: LeaveScope) -> WorkerMessage {
+    WorkerMessage::Leaving { deadline_ms: None, cause: String::new(), scope }
 }
 
 fn fact(job: &Name, generation: Generation, step: u64) -> CheckpointFact {

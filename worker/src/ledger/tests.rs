@@ -30,6 +30,7 @@ fn summary(messages: &[(u64, WorkerMessage)]) -> Vec<String> {
             WorkerMessage::Logs { task, lines } => {
                 format!("{sequence} {} {} lines", task.rank, lines.len())
             }
+            WorkerMessage::Leaving { scope, cause, .. } => format!("{sequence} {scope:?}: {cause}"),
             other => format!("{sequence} {other:?}"),
         })
         .collect()
@@ -58,22 +59,33 @@ fn what_is_not_acknowledged_is_sent_again_in_order_under_new_sequences() {
     assert!(ledger.accept(&task(0)), "its exit is acknowledged");
 }
 
+fn leaving() -> Option<Leave> {
+    Some(Leave { scope: api::session::LeaveScope::Ends, cause: "x".into(), deadline: None })
+}
+
 #[test]
 fn a_leave_is_said_first_in_each_session_and_waited_for_while_a_leader_is_there() {
     let ledger = Ledger::new();
     ledger.begin_session();
     ledger.started(&task(0), 7);
-    ledger.leave();
+    ledger.leave(leaving());
     assert!(ledger.has_unsent() && !ledger.leave_is_unknown(), "nobody is there to know");
     ledger.attached(true);
     assert!(ledger.leave_is_unknown());
-    assert_eq!(summary(&drain(&ledger)), ["2 Leaving", "3 r0 started"]);
+    assert_eq!(summary(&drain(&ledger)), ["2 Ends: x", "3 r0 started"]);
     ledger.acknowledge(1);
     assert!(ledger.leave_is_unknown());
     ledger.acknowledge(2);
     assert!(!ledger.leave_is_unknown() && !ledger.has_unsent());
+    ledger.leave(leaving());
+    assert!(!ledger.has_unsent(), "the same once more is nothing new");
     ledger.begin_session();
-    assert_eq!(summary(&drain(&ledger)), ["2 Leaving", "3 r0 started"]);
+    assert_eq!(summary(&drain(&ledger)), ["2 Ends: x", "3 r0 started"]);
+    // Taken back: that, too, is said in each session, to a leader that remembers the other.
+    ledger.leave(None);
+    assert_eq!(summary(&drain(&ledger)), ["4 Staying"]);
+    ledger.begin_session();
+    assert_eq!(summary(&drain(&ledger)), ["2 Staying", "3 r0 started"]);
 }
 
 #[test]

@@ -305,6 +305,8 @@ pub fn options(folder: &Path, coordinators: &[SocketAddr]) -> WorkerOptions {
     fs::create_dir_all(&store).expect("creates");
     config.store.uri = format!("file://{}", store.display());
     config.worker.stop_timeout = Span::millis(300);
+    // Tests that stop a rank look at it as it is.
+    config.worker.stopped_rank_timeout = Span::millis(0);
     WorkerOptions {
         config,
         name: "w1".parse().expect("a name"),

@@ -3,7 +3,9 @@
 use std::fs;
 
 use api::Generation;
-use api::session::{ExitCause, LOG_LINE_BYTES_MAX, LogLine, LogStream, RankOrder, RankReport};
+use api::session::{
+    ExitCause, LOG_LINE_BYTES_MAX, LeaveScope, LogLine, LogStream, RankOrder, RankReport,
+};
 use api::session::{TaskEvent, WorkerMessage};
 use api::units::ByteSize;
 
@@ -12,7 +14,7 @@ use crate::harness::{
 };
 
 /// Waits for orders until the socket ends.
-const OBEY: &str = r#"
+pub const OBEY: &str = r#"
 listen 7001
 while read -r order; do
   case "$order" in
@@ -356,7 +358,9 @@ async fn shutting_down_asks_first_and_kills_later() {
     let pid = session.started(&deaf).await;
 
     worker.shut_down();
-    assert_eq!(session.message().await, WorkerMessage::Leaving, "before all that follows from it");
+    let (deadline_ms, cause) = (None, "its process was told to end".to_owned());
+    let leaving = WorkerMessage::Leaving { deadline_ms, cause, scope: LeaveScope::Ends };
+    assert_eq!(session.message().await, leaving, "before all that follows from it");
     let (who, event) = session.fact().await;
     assert_eq!(who, polite);
     assert!(

@@ -76,6 +76,18 @@ pub enum Input {
         /// What is to be served.
         spec: EndpointSpec,
     },
+    /// A client wants the tasks of a worker to go on elsewhere, and no more to be placed on it.
+    Drain {
+        /// Which one.
+        worker: Name,
+        /// Milliseconds its tasks get; absent: the worker's own limit.
+        deadline_ms: Option<u64>,
+    },
+    /// A client wants a drained worker to take tasks again.
+    Undrain {
+        /// Which one.
+        worker: Name,
+    },
     /// A worker opened a session; the shell has checked its token.
     WorkerHello {
         /// The new session.
@@ -128,7 +140,8 @@ pub struct Decision {
     /// To be run in order once the transaction has been committed, or at once when there is none.
     /// When it could not be committed, they are dropped and so is the [`super::Leader`].
     pub effects: Vec<Effect>,
-    /// For a client's input: the record to answer with after the commit, or why not.
+    /// For a client's input: the record to answer with after the commit, or why not. Workers are in
+    /// no record: after a drain or undrain the key only names the worker.
     pub reply: Option<Result<RecordKey, Refusal>>,
     /// Why this and nothing else; to be logged when it changes.
     pub reason: Option<Reason>,

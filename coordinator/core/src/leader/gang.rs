@@ -170,6 +170,11 @@ impl Gang {
         self.spares.iter().any(|spare| spare.task == *task)
     }
 
+    /// Whether the rank's worker is leaving.
+    pub(super) fn is_departing(&self, rank: Rank) -> bool {
+        self.departing.contains_key(&rank)
+    }
+
     /// Ranks that have ended or are about to: no members of the next generation.
     pub(super) fn gone(&self) -> impl Iterator<Item = Rank> {
         self.ends.iter().filter(|end| !end.stays()).map(|end| end.rank)

@@ -130,9 +130,10 @@ impl Leader {
         for place in &job.status.gang {
             let is_out = gone.contains(&place.rank)
                 || job.status.completed.contains(&place.rank)
+                || gang.is_departing(place.rank)
                 || without == Some(place.rank);
             let worker = self.workers.get(&place.worker);
-            let worker = worker.filter(|w| !w.is_lost && !w.is_leaving && !is_out);
+            let worker = worker.filter(|w| !w.is_lost && !is_out);
             if let Some(task) = worker.and_then(|w| w.tasks.get(&workload.task(place)))
                 && !task.kill_told
             {
@@ -384,7 +385,13 @@ impl Leader {
             return false;
         }
         let replacing = gang.replacing.filter(|_| leaver.is_none());
-        let (members, _) = self.members(job, replacing);
+        let (members, holds_state) = self.members(job, replacing);
+        if let Some(worker) = leaver.as_ref().filter(|_| !holds_state) {
+            // Newcomers would have nobody to get the state from.
+            let why = format!("`{worker}` is leaving, and no rank stays that holds the state");
+            self.tell_to_stop(draft, &name, job.status.generation, &why);
+            return false;
+        }
         let spares = self.spares(&name);
         let ready = spares.iter().filter(|spare| spare.is_ready).count();
         let wanted = match &leaver {

@@ -56,8 +56,13 @@ impl Leader {
             WorkerMessage::Task { task, event } => {
                 self.task_event(draft, records, now, worker, &task, event)
             }
-            WorkerMessage::Leaving => {
-                self.leaving(draft, worker);
+            // The deadline is the worker's own business: it sees to it that its tasks keep it.
+            WorkerMessage::Leaving { cause, scope, .. } => {
+                self.leaving(draft, worker, scope, &cause);
+                true
+            }
+            WorkerMessage::Staying => {
+                self.staying(draft, worker);
                 true
             }
             // The lease was renewed already; logs stay with the shell; a second hello is a mistake.

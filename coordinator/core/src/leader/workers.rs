@@ -9,13 +9,14 @@ use std::net::SocketAddr;
 
 use api::ids::{Generation, Name, Rank, Step, TaskId};
 use api::records::{KIND_JOB, WorkerView};
-use api::session::{CoordinatorMessage, ExitCause, RankOrder, TaskView, WorkerHello};
+use api::session::{CoordinatorMessage, ExitCause, LeaveScope, RankOrder, TaskView, WorkerHello};
 
 use super::Leader;
 use super::decision::{Effect, Millis, SessionId};
 use super::draft::Draft;
 use super::gang::LastWords;
 use super::index::Workload;
+use super::leave::Leave;
 use super::reason::{Reason, count};
 
 /// Workers known at once; each keeps a stream open. More is a mistake or an attack.
@@ -135,6 +136,8 @@ pub(super) struct Worker {
     pub(super) is_lost: bool,
     /// It said that it is leaving: nothing is placed on it.
     pub(super) is_leaving: bool,
+    /// How and why.
+    pub(super) leave: Leave,
     pub(super) tasks: BTreeMap<TaskId, Task>,
 }
 
@@ -158,10 +161,10 @@ impl Leader {
             draft.effect(Effect::CloseSession { session: replaced, reason });
         }
         let mut known = BTreeMap::new();
-        let mut is_leaving = false;
+        let (mut is_leaving, mut leave) = (false, Leave::default());
         if let Some(former) = former {
             if former.incarnation == incarnation {
-                is_leaving = former.is_leaving;
+                (is_leaving, leave) = (former.is_leaving, former.leave);
                 known = former.tasks;
             } else {
                 let reason = format!("`{name}` was started anew");
@@ -196,6 +199,7 @@ impl Leader {
             heard: now,
             is_lost: false,
             is_leaving,
+            leave,
             tasks,
         };
         // Who waits for the next generation has said so to a leader that did not live to begin it.
@@ -216,6 +220,7 @@ impl Leader {
                 gang.failed(rank, &name, words, now);
             }
         }
+        self.repeat_asked(draft, &name, now);
     }
 
     /// Why a worker may not attach.
@@ -257,20 +262,30 @@ impl Leader {
         Ok(())
     }
 
-    /// A worker says that it is leaving: its ranks' ends are nobody's failure from here on.
-    pub(super) fn leaving(&mut self, draft: &mut Draft, worker: &Name) {
+    /// A worker says that it is leaving: its ranks' ends are nobody's failure from here on, unless it
+    /// is only to be avoided.
+    pub(super) fn leaving(
+        &mut self,
+        draft: &mut Draft,
+        worker: &Name,
+        scope: LeaveScope,
+        cause: &str,
+    ) {
         let Some(state) = self.workers.get_mut(worker) else { return };
-        if !state.is_leaving {
-            state.is_leaving = true;
+        let is_new = state.hear_leaving(scope, cause);
+        let leaves = state.leaves();
+        if is_new {
             let tasks = count(state.tasks.len(), "task");
-            let text = format!("worker `{worker}` is leaving with {tasks}");
-            draft.because(Reason::Remark(text));
+            draft.because(Reason::Remark(format!("worker `{worker}` with {tasks} {leaves}")));
+        }
+        if scope == LeaveScope::Avoided {
+            return;
         }
         for (name, entry) in self.index.live().filter(|(_, e)| e.workload.phase().is_active()) {
             let Some(gang) = self.gangs.get_mut(name) else { continue };
             let ranks = entry.workload.gang().iter().filter(|place| place.worker == *worker);
             for place in ranks {
-                let text = format!("{} is asked to leave: `{worker}` is leaving", place.rank);
+                let text = format!("{} is asked to leave: `{worker}` {leaves}", place.rank);
                 if gang.departs(place.rank, worker) && entry.workload.kind() == KIND_JOB {
                     draft.note(name, gang.generation, Some(place.rank), text);
                 }
@@ -306,7 +321,7 @@ impl Leader {
             worker.session = None;
             let lease = self.options.lease_ms;
             // With nothing left on it there is nothing to wait for.
-            worker.is_lost = worker.is_leaving && worker.tasks.is_empty();
+            worker.is_lost = worker.leave.is_end() && worker.tasks.is_empty();
             let text = match worker.is_lost {
                 true => format!("worker `{name}` has left"),
                 false => format!("worker `{name}` detached: its lease of {lease} ms runs"),
@@ -453,18 +468,23 @@ impl Leader {
     /// The workers as the leader sees them, by name.
     pub fn workers(&self, now: Millis) -> Vec<WorkerView> {
         let used = self.occupancy();
-        let view = |(name, worker): (&Name, &Worker)| WorkerView {
-            name: name.clone(),
-            host: worker.host.clone(),
-            slots: worker.slots,
-            used: used.get(name).copied().unwrap_or(0),
-            attached: worker.session.is_some(),
-            lease_ms: match worker.is_lost {
-                true => 0,
-                false => self.options.lease_ms.saturating_sub(now.since(worker.heard)),
-            },
-            tasks: worker.tasks.keys().map(ToString::to_string).collect(),
-            labels: BTreeMap::new(),
+        let view = |(name, worker): (&Name, &Worker)| {
+            let (state, reason) = worker.state();
+            WorkerView {
+                name: name.clone(),
+                host: worker.host.clone(),
+                slots: worker.slots,
+                used: used.get(name).copied().unwrap_or(0),
+                attached: worker.session.is_some(),
+                state,
+                reason,
+                lease_ms: match worker.is_lost {
+                    true => 0,
+                    false => self.options.lease_ms.saturating_sub(now.since(worker.heard)),
+                },
+                tasks: worker.tasks.keys().map(ToString::to_string).collect(),
+                labels: BTreeMap::new(),
+            }
         };
         self.workers.iter().map(view).collect()
     }

@@ -224,6 +224,11 @@ fn is_metric(input: &Input) -> bool {
 fn is_request(input: &Input) -> bool {
     matches!(
         input,
-        Input::Submit { .. } | Input::Stop { .. } | Input::Resume { .. } | Input::Deploy { .. }
+        Input::Submit { .. }
+            | Input::Stop { .. }
+            | Input::Resume { .. }
+            | Input::Deploy { .. }
+            | Input::Drain { .. }
+            | Input::Undrain { .. }
     )
 }
