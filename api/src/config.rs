@@ -89,7 +89,7 @@ impl Default for CoordinatorSection {
             members: vec![Member { node: NodeId(1), address: loopback(7070) }],
             election_timeout: Span::seconds(1),
             heartbeat_interval: Span::millis(100),
-            worker_lease: Span::seconds(5),
+            worker_lease: Span::millis(2_500),
             grace_period: Span::seconds(10),
             snapshot_entries: 10_000,
         }
