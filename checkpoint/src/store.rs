@@ -302,15 +302,22 @@ impl Store {
         }
     }
 
-    /// Deletes every object below a folder, and the folder itself where that is a thing.
-    pub(crate) async fn delete_below(&self, prefix: &str) -> Result<(), StoreError> {
-        for object in self.list(prefix).await? {
+    /// Deletes every object below a folder that does not stay, and the folder itself where that is
+    /// a thing and nothing stays. Tells whether something went.
+    pub(crate) async fn delete_below(
+        &self,
+        prefix: &str,
+        stays: impl Fn(&str) -> bool,
+    ) -> Result<bool, StoreError> {
+        let found = self.list(prefix).await?;
+        let (stay, go): (Vec<_>, Vec<_>) = found.iter().partition(|object| stays(&object.key));
+        for object in &go {
             self.delete(&object.key).await?;
         }
         if let Some(folder) = self.folder() {
             local::remove_leftovers(&folder.join(prefix));
         }
-        Ok(())
+        Ok(!go.is_empty() || stay.is_empty())
     }
 
     pub(crate) fn attempt<'a>(&'a self, operation: &'static str, key: &'a str) -> Attempt<'a> {

@@ -10,7 +10,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use api::events::CheckpointFact;
 use api::session::TrainAssignment;
 use api::{Rank, Step};
-use checkpoint::{ManifestInfo, Saver, SaverOptions, ShardEntry, TensorSlice, share_tensors};
+use checkpoint::{
+    Manifest, ManifestInfo, Saver, SaverOptions, ShardEntry, TensorSlice, share_tensors,
+};
 use collective::Communicator;
 
 use crate::error::TrainError;
@@ -37,11 +39,12 @@ struct Pending {
 }
 
 impl Checkpoints {
-    /// Starts this rank's saver.
+    /// Starts this rank's saver; `base` is the checkpoint that the job was restored from.
     pub fn start(
         assignment: &TrainAssignment,
         section: api::config::StoreSection,
         info: ManifestInfo,
+        base: Option<&Manifest>,
     ) -> Result<Self, TrainError> {
         let options = SaverOptions {
             uri: section.uri.clone(),
@@ -51,9 +54,14 @@ impl Checkpoints {
             rank: assignment.rank,
             world_size: assignment.world_size,
             compression: assignment.spec.checkpoint.compression,
+            incremental: assignment.spec.checkpoint.incremental,
         };
+        let mut saver = Saver::start(options)?;
+        if let Some(base) = base {
+            saver.base_on(base);
+        }
         Ok(Self {
-            saver: Saver::start(options)?,
+            saver,
             rank: assignment.rank,
             world_size: assignment.world_size,
             info,
@@ -89,6 +97,13 @@ impl Checkpoints {
         self.saver.stage(step, &slices)?;
         self.pending = Some(Pending { step, own: None });
         Ok(())
+    }
+
+    /// A validation of this step has ended: a checkpoint of it that is not committed yet records it.
+    pub fn evaluated(&mut self, step: Step, metrics: &BTreeMap<String, f64>) {
+        if self.pending.as_ref().is_some_and(|pending| pending.step == step) {
+            self.info.metrics.clone_from(metrics);
+        }
     }
 
     /// 1 when this rank's shard of the pending checkpoint is written.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use api::control::{Control, ControlError, Orders, die_with_parent};
 use api::session::{Assignment, FLIGHT_LAST, RankOrder, RankReport, TrainAssignment};
 use api::{ExitClass, JobSpec, Rank, Step};
-use checkpoint::{ManifestInfo, Restore};
+use checkpoint::{Manifest, ManifestInfo, Restore};
 use collective::{FlightRecorder, GroupOptions, Listener};
 
 use crate::agreement::agree;
@@ -155,8 +155,8 @@ fn run(
     )?;
 
     recorder.set_tag("restoring");
-    let state = initial_state(&assignment, &table, &optimizer, &info, &store)?;
-    let checkpoints = Checkpoints::start(&assignment, store, info)?;
+    let (state, base) = initial_state(&assignment, &table, &optimizer, &info, &store)?;
+    let checkpoints = Checkpoints::start(&assignment, store, info, base.as_ref())?;
     control.report(&RankReport::Running { step: state.step })?;
     let trainer = Trainer::new(TrainerParts {
         assignment,
@@ -192,15 +192,15 @@ fn limit_threads(spec: &JobSpec) -> Result<(), TrainError> {
         .map_err(|e| TrainError::Job(format!("cannot start the compute threads: {e}")))
 }
 
-/// Fresh, or from the checkpoint that the leader named; a checkpoint of other data or settings is
-/// refused.
+/// Fresh, or from the checkpoint that the leader named, whose manifest comes with it; a checkpoint of
+/// other data or settings is refused.
 fn initial_state(
     assignment: &TrainAssignment,
     table: &Table,
     optimizer: &Optimizer,
     info: &ManifestInfo,
     store: &api::config::StoreSection,
-) -> Result<TrainState, TrainError> {
+) -> Result<(TrainState, Option<Manifest>), TrainError> {
     let spec = &assignment.spec;
     let mut state = TrainState {
         step: Step(0),
@@ -209,7 +209,7 @@ fn initial_state(
     };
     let Some(fact) = &assignment.restore else {
         state.values = table.initial(spec.seed);
-        return Ok(state);
+        return Ok((state, None));
     };
     let mut restore = Restore::open(store, &store.uri, fact)?;
     let found = restore.manifest();
@@ -241,7 +241,7 @@ fn initial_state(
     }
     state.values = vec![0.0; table.len];
     state.restore(table, &mut restore)?;
-    Ok(state)
+    Ok((state, Some(restore.manifest().clone())))
 }
 
 /// BLAKE3 over the settings that the result depends on: not the name, ranks or policies.

@@ -58,6 +58,8 @@ pub struct Trainer {
     buckets: Buckets,
     started: Instant,
     metrics: BTreeMap<String, f64>,
+    /// The step that was validated last.
+    evaluated: Option<Step>,
     /// Steps in a row that changed nothing.
     skipped: u32,
 }
@@ -111,6 +113,7 @@ impl Trainer {
             lanes,
             started: Instant::now(),
             metrics: BTreeMap::new(),
+            evaluated: None,
             skipped: 0,
             assignment: parts.assignment,
             problem: parts.problem,
@@ -128,7 +131,6 @@ impl Trainer {
     /// Steps until the job ends or is asked to stop.
     pub fn run(mut self) -> Result<End, TrainError> {
         let spec = self.assignment.spec.clone();
-        let mut evaluated = None;
         while self.state.step.0 < self.last_step {
             if let Some(metrics) = self.step()? {
                 self.announce(metrics)?;
@@ -137,13 +139,12 @@ impl Trainer {
             let every = spec.evaluate.every_steps;
             if every > 0 && step.0.is_multiple_of(every) && step.0 < self.last_step {
                 self.evaluate()?;
-                evaluated = Some(step);
             }
             if let Some(why) = self.agree_to_stop()? {
                 return self.stop_here(why);
             }
         }
-        if evaluated != Some(self.state.step) {
+        if self.evaluated != Some(self.state.step) {
             self.evaluate()?;
         }
         self.finish()
@@ -273,7 +274,11 @@ impl Trainer {
     fn stage(&mut self) -> Result<(), TrainError> {
         self.recorder.set_tag(format_args!("checkpoint at step {}", self.state.step.0));
         let mut turn = self.queue.turn();
-        let metrics = self.metrics.clone();
+        let mut metrics = self.metrics.clone();
+        if self.evaluated != Some(self.state.step) {
+            // What an earlier step was worth says nothing about this one.
+            metrics.retain(|name, _| !name.starts_with("validation:"));
+        }
         self.checkpoints.stage(&mut *turn, self.state.step, &self.table, &self.state, metrics)
     }
 
@@ -353,6 +358,8 @@ impl Trainer {
             metrics.insert(format!("validation:{name}"), sum / count);
         }
         self.metrics.extend(metrics);
+        self.evaluated = Some(self.state.step);
+        self.checkpoints.evaluated(self.state.step, &self.metrics);
         if self.assignment.rank == Rank(0) {
             let metrics = self.metrics.clone();
             let listed: Vec<String> =

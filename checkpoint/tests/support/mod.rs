@@ -80,6 +80,7 @@ pub fn options(rank: u32, world_size: u32, compression: Compression) -> SaverOpt
         rank: Rank(rank),
         world_size,
         compression,
+        incremental: false,
     }
 }
 

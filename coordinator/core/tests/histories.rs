@@ -256,9 +256,14 @@ impl History {
     fn submit(&mut self) {
         let name = JOBS[self.below(4) as usize];
         let ranks = 1 + self.below(5);
+        let best = match self.below(3) {
+            0 => "keep_best = { metric = \"validation:loss\", mode = \"min\", count = 2 }\n\
+                  [evaluate]\nevery_steps = 1\n",
+            _ => "",
+        };
         let text = format!(
             "name = \"{name}\"\nalgorithm = \"transformer\"\n[stop]\nmax_steps = 30\n\
-             [resources]\nranks = {ranks}\n[checkpoint]\nevery_steps = 1\nkeep = {}\nkeep_every_steps = {}\n\
+             [resources]\nranks = {ranks}\n[checkpoint]\nevery_steps = 1\nkeep = {}\nkeep_every_steps = {}\n{best}\
              [recovery]\nmax_failures = {}\n",
             1 + self.below(2),
             self.below(4),
@@ -728,5 +733,6 @@ fn fact(job: &Name, generation: Generation, step: u64) -> CheckpointFact {
         manifest_key: format!("{job}/{step}-{generation}"),
         manifest_digest: "aa".into(),
         bytes: 1,
+        metrics: BTreeMap::from([("validation:loss".into(), (step * 7 % 5) as f64)]),
     }
 }

@@ -170,6 +170,7 @@ fn a_full_queue_forgets_superseded_checkpoints_first() {
             manifest_key: String::new(),
             manifest_digest: String::new(),
             bytes: 0,
+            ..Default::default()
         };
         ledger.report(&task(0), RankReport::Checkpoint(fact));
     }
