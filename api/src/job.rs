@@ -202,8 +202,21 @@ pub struct CheckpointPolicy {
     pub keep_best: Option<KeepBest>,
     /// Compression of the shards.
     pub compression: Compression,
+    /// What becomes of a checkpoint that is due while the one before is still being written.
+    pub when_behind: WhenBehind,
     /// Tensors that have not changed since the checkpoint before are referred to, not written again.
     pub incremental: bool,
+}
+
+/// What becomes of a checkpoint that is due while the one before is still being written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WhenBehind {
+    /// Training waits until it is written.
+    #[default]
+    Wait,
+    /// It is left out, and training goes on.
+    Skip,
 }
 
 /// Which checkpoints are kept for what they are worth.
@@ -250,6 +263,7 @@ impl Default for CheckpointPolicy {
             keep_every_steps: 0,
             keep_best: None,
             compression: Compression::None,
+            when_behind: WhenBehind::Wait,
             incremental: false,
         }
     }

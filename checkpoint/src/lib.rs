@@ -33,9 +33,12 @@ mod reshard;
 mod restore;
 mod s3;
 mod saver;
+mod sealed_store;
+mod sealing;
 mod slice;
 mod staging;
 mod store;
+mod store_key;
 mod tiles;
 mod tools;
 mod upload;
@@ -56,6 +59,7 @@ pub use restore::{Restore, RestoreError, TensorTarget};
 pub use saver::{SaveError, Saver, SaverOptions};
 pub use slice::{Runs, Slice};
 pub use store::{ObjectInfo, Store};
+pub use store_key::StoreKey;
 pub use tools::{
     StoredCheckpoint, VerifyReport, delete_checkpoint, find_complete, list_checkpoints, verify,
 };

@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use api::config::StoreSection;
 use api::events::CheckpointFact;
@@ -206,6 +207,7 @@ impl Saver {
             .enable_all()
             .build()
             .map_err(|error| SaveError::Background(error.to_string()))?;
+        runtime.block_on(store.check_key())?;
         let state = State {
             arenas: vec![Vec::new(); ARENAS_MAX],
             staging: BTreeSet::new(),
@@ -237,8 +239,13 @@ impl Saver {
     }
 
     /// Copies this rank's tensors and returns; its shard is written behind. Waits only when both
-    /// arenas are still being uploaded. `step` must be larger than the last one staged.
-    pub fn stage(&mut self, step: Step, tensors: &[TensorSlice<'_>]) -> Result<(), SaveError> {
+    /// arenas are still being uploaded, so that a store that is too slow never costs more memory than
+    /// two copies; returns for how long. `step` must be larger than the last one staged.
+    pub fn stage(
+        &mut self,
+        step: Step,
+        tensors: &[TensorSlice<'_>],
+    ) -> Result<Duration, SaveError> {
         let shapes = format::shapes(tensors)?;
         self.stage_pieces(step, &format::whole(tensors, &shapes))
     }
@@ -250,12 +257,14 @@ impl Saver {
         &mut self,
         step: Step,
         pieces: &[TensorPiece<'_>],
-    ) -> Result<(), SaveError> {
+    ) -> Result<Duration, SaveError> {
         self.shared.next_error()?;
         if let Some(last) = self.last_staged.filter(|last| step <= *last) {
             return Err(SaveError::StepOrder { step: step.0, last: last.0 });
         }
+        let begun = Instant::now();
         let arena = self.shared.wait(|state| state.arenas.pop())?;
+        let waited = begun.elapsed();
         // A compressed shard cannot be read in part.
         let with_checks = self.options.compression == Compression::None;
         let mut staged = match Staged::copy(pieces, arena, with_checks) {
@@ -297,7 +306,7 @@ impl Saver {
                 }
             });
         });
-        Ok(())
+        Ok(waited)
     }
 
     /// Shards written since the last call, by step.

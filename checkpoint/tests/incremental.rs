@@ -9,8 +9,8 @@ use api::events::CheckpointFact;
 use api::job::Compression;
 use api::{Generation, Step};
 use checkpoint::{
-    References, Restore, SaveError, Saver, Store, delete_checkpoint, find_complete, keys,
-    list_checkpoints, verify,
+    References, Restore, SaveError, Saver, Store, delete_checkpoint, delete_orphans, find_complete,
+    find_orphans, keys, list_checkpoints, verify,
 };
 use object_store::memory::InMemory;
 use support::{State, info, job, options, restore, runtime};
@@ -207,4 +207,38 @@ fn a_checkpoint_without_references_is_one_that_former_releases_read() {
         manifest["version"].clone()
     };
     assert_eq!((version(1), version(2)), (2.into(), 3.into()));
+}
+
+#[test]
+fn orphans_are_what_no_manifest_names_and_nobody_writes() {
+    let store = memory();
+    let mut saver = saver(&store, Compression::None);
+    let now = state(&[(500, 1.0), (8, 2.0)]);
+    let first = save(&mut saver, &now, 1).expect("saves");
+    let second = save(&mut saver, &now, 2).expect("saves");
+    // The first is deleted, but for the shard that the second refers to; a writer died at step 3.
+    let runtime = runtime();
+    let mut kept = References::default();
+    runtime.block_on(kept.read(&store, &[&second.manifest_key])).expect("reads");
+    runtime.block_on(delete_checkpoint(&store, &first.manifest_key, &kept)).expect("deletes");
+    saver.stage(Step(3), &state(&[(500, 9.0), (8, 9.0)]).slices()).expect("stages");
+    let lost = saver.wait_shard(Step(3)).expect("written").key;
+    // Of the next generation somebody may be writing the manifest; a log is no checkpoint's.
+    let begun = keys::shard(&job(), Step(4), Generation(4), api::Rank(0), "ab");
+    runtime.block_on(store.put(&begun, "shard".into())).expect("writes");
+    runtime.block_on(store.put("jobs/digits/logs/g3/r0/0", "line".into())).expect("writes");
+    let find = |ended| runtime.block_on(find_orphans(&store, &job(), Generation(ended)));
+    let keys = |found: &[checkpoint::ObjectInfo]| {
+        found.iter().map(|orphan| orphan.key.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(keys(&find(2).expect("lists")), Vec::<String>::new());
+    let found = find(3).expect("lists");
+    assert_eq!(keys(&found), [lost]);
+    runtime.block_on(delete_orphans(&store, &found)).expect("deletes");
+    assert_eq!(keys(&find(4).expect("lists")), [begun]);
+    assert_eq!(restore(&store, &second, &now).as_ref(), Ok(&now));
+    // What a manifest names is not known when it cannot be read.
+    let manifest = keys::manifest(&job(), Step(2), Generation(3));
+    runtime.block_on(store.put(&manifest, "no manifest".into())).expect("writes");
+    assert!(find(3).is_err());
 }

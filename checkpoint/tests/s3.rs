@@ -31,6 +31,7 @@ fn section(endpoint: &str) -> StoreSection {
             session_token: None,
             allow_http: true,
         },
+        encryption: Default::default(),
     }
 }
 

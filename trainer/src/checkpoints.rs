@@ -6,8 +6,10 @@
 //! for another's upload, and the coordinator is not needed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use api::events::CheckpointFact;
+use api::job::WhenBehind;
 use api::session::TrainAssignment;
 use api::{Rank, Step};
 use checkpoint::{
@@ -19,12 +21,16 @@ use crate::error::TrainError;
 use crate::parameters::Table;
 use crate::state::TrainState;
 
+/// A wait for the store of which people are told; shorter ones show in the step times.
+const WAIT_WORTH_TELLING: Duration = Duration::from_secs(1);
+
 /// Saves a job's state as its policy says.
 pub struct Checkpoints {
     saver: Saver,
     rank: Rank,
     world_size: u32,
     info: ManifestInfo,
+    when_behind: WhenBehind,
     pending: Option<Pending>,
     /// The newest step that is saved or being saved.
     newest: Option<Step>,
@@ -65,14 +71,22 @@ impl Checkpoints {
             rank: assignment.rank,
             world_size: assignment.world_size,
             info,
+            when_behind: assignment.spec.checkpoint.when_behind,
             pending: None,
             newest: assignment.restore.as_ref().map(|fact| fact.step),
             committing: BTreeSet::new(),
         })
     }
 
+    /// Whether a checkpoint that is due now is left out, as the job says, since the one before is
+    /// still being written. The same on every rank, which all count the same shards.
+    pub fn skips(&self) -> bool {
+        self.when_behind == WhenBehind::Skip && self.pending.is_some()
+    }
+
     /// Copies the state into memory; writing goes on behind training. A checkpoint still pending is
-    /// completed first, so at most one is. A step that is saved already is not saved again.
+    /// completed first, so at most one is: this rank waits for its shard, and says so when that takes
+    /// long. A step that is saved already is not saved again.
     pub fn stage(
         &mut self,
         communicator: &mut dyn Communicator,
@@ -84,7 +98,21 @@ impl Checkpoints {
         if self.newest == Some(step) {
             return Ok(());
         }
+        let begun = Instant::now();
+        let former = self.pending.as_ref().map(|pending| pending.step);
         self.complete(communicator)?;
+        if let Some(former) = former
+            && begun.elapsed() >= WAIT_WORTH_TELLING
+            && self.rank == Rank(0)
+        {
+            println!(
+                "step {}: waited {:.1} s until the checkpoint at step {} was written: the store is \
+                 slower than checkpoint.every_steps asks for",
+                step.0,
+                begun.elapsed().as_secs_f64(),
+                former.0
+            );
+        }
         self.newest = Some(step);
         self.info.metrics = metrics;
         let tensors = state.tensors(table);

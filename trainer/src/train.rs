@@ -266,6 +266,12 @@ impl Trainer {
         if every == 0 || !step.0.is_multiple_of(every) || step.0 == self.last_step {
             return Ok(0.0);
         }
+        if self.checkpoints.skips() {
+            if self.assignment.rank == Rank(0) {
+                println!("step {}: no checkpoint, the one before is still being written", step.0);
+            }
+            return Ok(0.0);
+        }
         let begin = Instant::now();
         self.stage()?;
         Ok(begin.elapsed().as_secs_f64())

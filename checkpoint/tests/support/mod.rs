@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test binary uses a part")]
 
 pub mod counting;
+pub mod failing;
 
 use std::collections::BTreeMap;
 

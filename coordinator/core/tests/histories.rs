@@ -257,8 +257,10 @@ impl History {
         let name = JOBS[self.below(4) as usize];
         let ranks = 1 + self.below(5);
         let best = match self.below(3) {
-            0 => "keep_best = { metric = \"validation:loss\", mode = \"min\", count = 2 }\n\
-                  [evaluate]\nevery_steps = 1\n",
+            0 => {
+                "keep_best = { metric = \"validation:loss\", mode = \"min\", count = 2 }\n\
+                  [evaluate]\nevery_steps = 1\n"
+            }
             _ => "",
         };
         let text = format!(
