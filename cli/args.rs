@@ -242,6 +242,14 @@ pub enum CheckpointCommand {
         #[arg(long, value_name = "STEP")]
         to: Option<u64>,
     },
+    /// Show objects among a job's checkpoints that no manifest names, with their sizes.
+    Gc {
+        /// The job.
+        job: String,
+        /// Delete them; refused while the job goes on, when only the leader deletes.
+        #[arg(long)]
+        delete: bool,
+    },
     /// Write a checkpoint's weights as one safetensors file.
     Export {
         /// The job.

@@ -244,6 +244,19 @@ pub struct StoreSection {
     pub uri: String,
     /// How to reach S3; also used for `s3://` data channels.
     pub s3: S3Section,
+    /// The key under which checkpoints and models are encrypted.
+    pub encryption: EncryptionSection,
+}
+
+/// The key under which checkpoints and models are encrypted; neither: they are not. The same on every
+/// host, and from the store's first object on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EncryptionSection {
+    /// File that holds the key: 64 hexadecimal digits, or 32 bytes.
+    pub key_file: PathBuf,
+    /// Program and arguments that print the key, in place of a file.
+    pub key_command: Vec<String>,
 }
 
 /// How to reach S3.
@@ -385,6 +398,15 @@ impl ClusterConfig {
                 "serve.body_max = {} is more than serve.queue_bytes = {}: the largest body would \
                  never fit",
                 self.serve.body_max, self.serve.queue_bytes
+            ));
+        }
+        let EncryptionSection { key_file, key_command } = &self.store.encryption;
+        if !key_file.as_os_str().is_empty() && !key_command.is_empty() {
+            return fail(format!(
+                "store.encryption.key_file = `{}` and store.encryption.key_command = `{}` are both \
+                 set: the key comes from one of them",
+                key_file.display(),
+                key_command[0]
             ));
         }
         if let Some((given, missing)) = self.tls.half() {

@@ -72,7 +72,7 @@ pub struct Evaluation {
 }
 
 /// A complete checkpoint: its manifest lies in the store.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointFact {
     /// Steps applied in it.
     pub step: Step,
@@ -82,8 +82,11 @@ pub struct CheckpointFact {
     pub manifest_key: String,
     /// BLAKE3 of the manifest's bytes, hex.
     pub manifest_digest: String,
-    /// Bytes of all shards.
+    /// Bytes of the shards that were written for it.
     pub bytes: u64,
+    /// Metrics at its step, by which the best are kept.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metrics: BTreeMap<String, f64>,
 }
 
 /// The finished model.

@@ -243,8 +243,55 @@ pub struct CheckpointPolicy {
     pub keep: NonZeroU32,
     /// Checkpoints at steps that this divides are kept for good; 0: none.
     pub keep_every_steps: u64,
+    /// The best ones by a metric, kept beside these; absent: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_best: Option<KeepBest>,
     /// Compression of the shards.
     pub compression: Compression,
+    /// What becomes of a checkpoint that is due while the one before is still being written.
+    pub when_behind: WhenBehind,
+    /// Tensors that have not changed since the checkpoint before are referred to, not written again.
+    pub incremental: bool,
+}
+
+/// What becomes of a checkpoint that is due while the one before is still being written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WhenBehind {
+    /// Training waits until it is written.
+    #[default]
+    Wait,
+    /// It is left out, and training goes on.
+    Skip,
+}
+
+/// Which checkpoints are kept for what they are worth.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeepBest {
+    /// A metric of the same step, such as `validation:loss`; a checkpoint without it is never best.
+    pub metric: String,
+    /// Whether the least or the largest is best.
+    pub mode: BestMode,
+    /// How many are kept.
+    #[serde(default = "KeepBest::one")]
+    pub count: NonZeroU32,
+}
+
+/// Which value of a metric is best.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BestMode {
+    /// The least, as of a loss.
+    Min,
+    /// The largest, as of an accuracy.
+    Max,
+}
+
+impl KeepBest {
+    const fn one() -> NonZeroU32 {
+        const { NonZeroU32::new(1).expect("not zero") }
+    }
 }
 
 impl CheckpointPolicy {
@@ -260,7 +307,10 @@ impl Default for CheckpointPolicy {
             every_steps: 100,
             keep: const { NonZeroU32::new(3).expect("not zero") },
             keep_every_steps: 0,
+            keep_best: None,
             compression: Compression::None,
+            when_behind: WhenBehind::Wait,
+            incremental: false,
         }
     }
 }
@@ -455,6 +505,23 @@ impl JobSpec {
             ));
         }
         let CheckpointPolicy { every_steps, keep_every_steps, .. } = self.checkpoint;
+        if let Some(KeepBest { metric, .. }) = &self.checkpoint.keep_best {
+            let evaluations = self.evaluate.every_steps;
+            let is_validated = metric.starts_with("validation:");
+            if every_steps == 0 || (is_validated && evaluations == 0) {
+                return fail(format!(
+                    "checkpoint.keep_best.metric = `{metric}` with checkpoint.every_steps = \
+                     {every_steps} and evaluate.every_steps = {evaluations}: there is nothing to \
+                     choose from before the end"
+                ));
+            }
+            if !["validation:", "train:"].iter().any(|group| metric.starts_with(group)) {
+                return fail(format!(
+                    "checkpoint.keep_best.metric = `{metric}`, expected one such as \
+                     `validation:loss` or `train:loss`"
+                ));
+            }
+        }
         if keep_every_steps > 0
             && (every_steps == 0 || !keep_every_steps.is_multiple_of(every_steps))
         {

@@ -10,6 +10,8 @@ use std::path::PathBuf;
 
 use object_store::client::{HttpError, HttpErrorKind};
 
+use crate::sealing::SealError;
+
 /// Which store an error is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
@@ -150,6 +152,20 @@ pub enum StoreError {
         /// What was found and what was expected.
         problem: String,
     },
+    /// An object, or the whole store, is encrypted and the key is missing or another; or it is not
+    /// encrypted and should be.
+    #[error(
+        "`{key}` in {place} cannot be used: {problem}; check key_file or key_command under \
+         [store.encryption] in cluster.toml, which must give the same key on every host"
+    )]
+    Encryption {
+        /// The object.
+        key: String,
+        /// Where.
+        place: Place,
+        /// What is wrong.
+        problem: String,
+    },
     /// The store does not keep the promise that checkpoints rest on.
     #[error("{place} cannot hold checkpoints: {problem}; use another store")]
     Unsafe {
@@ -248,6 +264,19 @@ impl Attempt<'_> {
     }
 
     fn generic(self, error: &object_store::Error, text: &str) -> StoreError {
+        match find::<SealError>(error) {
+            Some(error @ (SealError::Plain | SealError::OtherKey { .. })) => {
+                return self.encryption(error.to_string());
+            }
+            Some(error @ SealError::Damaged) => {
+                return StoreError::Corrupt {
+                    key: self.key.to_owned(),
+                    problem: error.to_string(),
+                };
+            }
+            Some(error) => return self.refused(error.to_string()),
+            None => {}
+        }
         if text.contains("Requested range was invalid") || text.contains("Out of range of file") {
             return self.short();
         }
@@ -317,6 +346,10 @@ impl Attempt<'_> {
     fn refused(self, problem: String) -> StoreError {
         let (operation, key, place) = (self.operation, self.key.to_owned(), self.place.clone());
         StoreError::Refused { operation, key, place, problem }
+    }
+
+    pub(crate) fn encryption(self, problem: String) -> StoreError {
+        StoreError::Encryption { key: self.key.to_owned(), place: self.place.clone(), problem }
     }
 
     pub(crate) fn unavailable(self, problem: String, may_have_happened: bool) -> StoreError {

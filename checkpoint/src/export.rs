@@ -75,7 +75,8 @@ async fn export_here(
     let (header, entries) =
         format::layout(tensors.collect()).map_err(|error| wrong(error.to_string()))?;
     let wants: Vec<Want> = weights.iter().map(|tensor| want(tensor)).collect();
-    let sources = reshard::sources(&manifest.shards, &wants, Rank(0));
+    let shards = manifest.objects();
+    let sources = reshard::sources(&shards, &wants, Rank(0));
     let mut sources = sources.map_err(|error| wrong(error.to_string()))?;
 
     let failed = |error: io::Error| StoreError::host(to, &error);
@@ -85,7 +86,7 @@ async fn export_here(
     let staged = tempfile::Builder::new().prefix(".export-").tempfile_in(parent).map_err(failed)?;
     staged.as_file().write_all_at(&header, 0).map_err(failed)?;
     // Every shard, also those without weights: what is exported is part of a whole checkpoint.
-    for (index, shard) in manifest.shards.iter().enumerate() {
+    for (index, shard) in shards.iter().enumerate() {
         let (here, rest): (Vec<_>, Vec<_>) = sources.into_iter().partition(|s| s.shard == index);
         sources = rest;
         let write = |want: usize, at: u64, bytes: &[u8]| {

@@ -78,7 +78,8 @@ pub(crate) struct Part {
     pub copies: Vec<(usize, Slice)>,
 }
 
-/// Plans the reading of all sources. With `all`, shards are read from end to end.
+/// Plans the reading of all sources. With `all`, shards are read from end to end; of a former shard
+/// what is used, since the rest may be most of it.
 pub(crate) fn plan(
     shards: &[ShardEntry],
     sources: Vec<Source>,
@@ -98,7 +99,8 @@ pub(crate) fn plan(
         let wanted: u64 = sources.iter().map(|source| bytes_of(entry, source)).sum();
         plan.needed += wanted;
         let can_be_cut = sources.iter().all(|s| !entry.tensors[s.tensor].checks.is_empty());
-        if all || entry.stored_bytes <= bound(wanted) || !can_be_cut {
+        let is_whole = all && entry.used.is_none();
+        if is_whole || entry.stored_bytes <= bound(wanted) || !can_be_cut {
             plan.whole.push((shard, sources));
             continue;
         }

@@ -108,6 +108,9 @@ pub struct TensorEntry {
     pub offset: u64,
     /// Its length in bytes.
     pub bytes: u64,
+    /// BLAKE3 of its bytes, hex, where later checkpoints are to find out whether it has changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blake3: Option<String>,
     /// How parts of it are checked, in each of several ways; without, only the whole shard can be.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub checks: Vec<Checks>,
@@ -133,7 +136,7 @@ impl TensorEntry {
     /// One that has no place yet.
     pub(crate) fn new(name: &str, dtype: Dtype, shape: &[u64], slice: Option<Slice>) -> Self {
         let (name, shape) = (name.to_owned(), shape.to_vec());
-        Self { name, shape, slice, dtype, offset: 0, bytes: 0, checks: Vec::new() }
+        Self { name, shape, slice, dtype, offset: 0, bytes: 0, blake3: None, checks: Vec::new() }
     }
 
     /// The part of the tensor that lies here.

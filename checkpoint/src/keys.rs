@@ -85,6 +85,15 @@ pub fn parse_manifest(key: &str) -> Option<ManifestKey> {
     (manifest(&job, step, generation) == key).then_some(ManifestKey { job, step, generation })
 }
 
+/// The checkpoint in whose folder an object of `job` lies, and the object's name there; `None` for
+/// what lies elsewhere.
+pub fn parse_object<'a>(job: &Name, key: &'a str) -> Option<(Step, Generation, &'a str)> {
+    let (folder, file) = key.rsplit_once('/')?;
+    let ManifestKey { job: owner, step, generation } =
+        parse_manifest(&format!("{folder}/{MANIFEST}"))?;
+    (owner == *job && !file.is_empty()).then_some((step, generation, file))
+}
+
 /// The folder of the checkpoint that a manifest's key names, when it is such a key.
 pub(crate) fn folder_of(manifest_key: &str) -> Option<&str> {
     parse_manifest(manifest_key)?;
@@ -104,6 +113,18 @@ mod tests {
         for bad in ["jobs/digits/flight/g7/r012.json", "jobs/digit/flight/g7/r1.json", "x"] {
             assert_eq!(parse_flight(&job, bad), None, "{bad:?} was accepted");
         }
+    }
+
+    #[test]
+    fn an_object_s_key_tells_its_checkpoint_and_no_other_job_s() {
+        let job: Name = "digits".parse().expect("a name");
+        let key = shard(&job, Step(7), Generation(2), Rank(1), "ab");
+        let name = "rank-00001-ab.safetensors";
+        assert_eq!(parse_object(&job, &key), Some((Step(7), Generation(2), name)));
+        for bad in ["jobs/digits/checkpoints/7-g2/x", "jobs/digits/model/g2/x", "", "x"] {
+            assert_eq!(parse_object(&job, bad), None, "{bad:?} was accepted");
+        }
+        assert_eq!(parse_object(&"other".parse().expect("a name"), &key), None);
     }
 
     #[test]

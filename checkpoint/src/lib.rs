@@ -20,6 +20,7 @@ mod error;
 mod export;
 mod fetch;
 mod format;
+mod former;
 pub mod keys;
 mod local;
 mod manifest;
@@ -27,16 +28,21 @@ mod nonce;
 mod plan;
 mod probe;
 mod read;
+mod references;
 mod reshard;
 mod restore;
 mod s3;
 mod saver;
+mod sealed_store;
+mod sealing;
 mod slice;
 mod staging;
 mod store;
+mod store_key;
 mod tiles;
 mod tools;
 mod upload;
+mod write;
 
 pub use diff::{DiffReport, Difference, TensorDiff, diff};
 pub use error::{Place, StoreError};
@@ -47,11 +53,13 @@ pub use format::{
 pub use manifest::{MANIFEST_VERSION, Manifest, ManifestInfo, ShardEntry};
 pub use plan::{HeldTensor, share_replicas, share_tensors};
 pub use read::{PieceTarget, ReadOptions, ReadStats};
+pub use references::{References, delete_orphans, find_orphans};
 pub use reshard::ReshardError;
 pub use restore::{Restore, RestoreError, TensorTarget};
 pub use saver::{SaveError, Saver, SaverOptions};
 pub use slice::{Runs, Slice};
 pub use store::{ObjectInfo, Store};
+pub use store_key::StoreKey;
 pub use tools::{
     StoredCheckpoint, VerifyReport, delete_checkpoint, find_complete, list_checkpoints, verify,
 };

@@ -5,7 +5,7 @@
 //! shard. [`Manifest::parse`] yields only manifests that agree with themselves; what the shards
 //! really hold is checked by whoever reads them.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use api::job::Compression;
 use api::{Generation, Name, Rank, Step};
@@ -15,9 +15,12 @@ use crate::error::StoreError;
 use crate::format::{self, TensorEntry};
 use crate::{keys, reshard};
 
-/// The version this crate writes: 2, in which a shard may hold parts of tensors and checksums of
-/// parts. In version 1, which it reads too, every tensor is whole and every shard is read whole.
-pub const MANIFEST_VERSION: u32 = 2;
+/// The newest version: 3, in which tensors may lie in shards of former checkpoints.
+pub const MANIFEST_VERSION: u32 = 3;
+/// Written where no former shard is referred to, since the release before reads it: a shard may hold
+/// parts of tensors and checksums of parts. In version 1, which is read too, every tensor is whole
+/// and every shard is read whole.
+const MANIFEST_VERSION_ALONE: u32 = 2;
 /// The oldest version that is read.
 const MANIFEST_VERSION_MIN: u32 = 1;
 /// Largest manifest: about half a million tensors; a larger object is no manifest of ours.
@@ -44,6 +47,12 @@ pub struct ShardEntry {
     pub compression: Compression,
     /// The tensors inside, whole or in part, in the file's order.
     pub tensors: Vec<TensorEntry>,
+    /// Which of them count, by their place in that order; all when absent. Only of a former shard.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used: Option<Vec<u32>>,
+    /// Shards of former checkpoints that hold what this rank had no need to write again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub former: Vec<ShardEntry>,
 }
 
 /// What a job knows about a checkpoint beyond its tensors.
@@ -97,16 +106,44 @@ impl Manifest {
         keys::manifest(&self.job, self.step, self.generation)
     }
 
-    /// Bytes of all its shards in the store.
+    /// Bytes of the shards that were written for it.
     pub fn stored_bytes(&self) -> u64 {
         self.shards.iter().map(|shard| shard.stored_bytes).sum()
     }
 
+    /// Every object that its tensors lie in, each once: its own shards by rank, then former ones by
+    /// key.
+    pub fn objects(&self) -> Vec<ShardEntry> {
+        let mut former: BTreeMap<&str, ShardEntry> = BTreeMap::new();
+        for shard in self.shards.iter().flat_map(|shard| &shard.former) {
+            let merged = former.entry(&shard.key).or_insert_with(|| shard.clone());
+            let both = merged.used.iter().chain(&shard.used).flatten().copied();
+            merged.used = Some(both.collect::<BTreeSet<u32>>().into_iter().collect());
+        }
+        let own = |shard: &ShardEntry| ShardEntry { former: Vec::new(), ..shard.clone() };
+        self.shards.iter().map(own).chain(former.into_values()).collect()
+    }
+
+    /// Keys of the former shards that it refers to.
+    pub fn references(&self) -> BTreeSet<&str> {
+        let former = self.shards.iter().flat_map(|shard| &shard.former);
+        former.map(|shard| shard.key.as_str()).collect()
+    }
+
+    /// The version that says no more than is needed to read it.
+    pub(crate) fn version_of(shards: &[ShardEntry]) -> u32 {
+        match shards.iter().all(|shard| shard.former.is_empty()) {
+            true => MANIFEST_VERSION_ALONE,
+            false => MANIFEST_VERSION,
+        }
+    }
+
     /// Every tensor by name, each once: as the first of its pieces says.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorEntry> {
-        let pieces = self.shards.iter().flat_map(|shard| &shard.tensors);
+        let former = self.shards.iter().flat_map(|shard| &shard.former);
+        let pieces = self.shards.iter().chain(former).flat_map(ShardEntry::used_tensors);
         let mut tensors: BTreeMap<&str, &TensorEntry> = BTreeMap::new();
-        for piece in pieces {
+        for (_, piece) in pieces {
             tensors.entry(piece.name.as_str()).or_insert(piece);
         }
         tensors.into_values()
@@ -116,14 +153,7 @@ impl Manifest {
     /// its key.
     pub(crate) fn parse(key: &str, bytes: &[u8]) -> Result<Self, StoreError> {
         let corrupt = |problem| StoreError::Corrupt { key: key.to_owned(), problem };
-        let Version { version } = serde_json::from_slice(bytes)
-            .map_err(|error| corrupt(format!("it is not a manifest: {error}")))?;
-        if !(MANIFEST_VERSION_MIN..=MANIFEST_VERSION).contains(&version) {
-            return Err(corrupt(format!(
-                "it has version {version}, expected at most {MANIFEST_VERSION}: it was written by another \
-                 release of Cohort, use that one"
-            )));
-        }
+        check_version(key, bytes)?;
         let manifest: Self = serde_json::from_slice(bytes)
             .map_err(|error| corrupt(format!("it is not a manifest: {error}")))?;
         if manifest.key() != key {
@@ -167,7 +197,37 @@ impl Manifest {
                 return Err(format!("`{}` is the key of two shards", shard.key));
             }
         }
-        reshard::check_whole(&self.shards).map_err(|error| error.to_string())
+        self.validate_former()?;
+        reshard::check_whole(&self.objects()).map_err(|error| error.to_string())
+    }
+
+    /// Former shards are older, of this job, and described alike by all who refer to them.
+    fn validate_former(&self) -> Result<(), String> {
+        let mut known: BTreeMap<&str, &ShardEntry> = BTreeMap::new();
+        for former in self.shards.iter().flat_map(|shard| &shard.former) {
+            let wrong = |problem| Err(format!("former shard `{}`: {problem}", former.key));
+            match keys::parse_object(&self.job, &former.key) {
+                Some((step, ..)) if step < self.step => {}
+                Some((step, ..)) => {
+                    return wrong(format!("it is of step {}, not before {}", step.0, self.step.0));
+                }
+                None => return wrong(format!("it is no shard of a checkpoint of `{}`", self.job)),
+            }
+            let used = former.used.as_deref().unwrap_or_default();
+            let is_within = |index: &u32| (*index as usize) < former.tensors.len();
+            if !used.is_sorted_by(|a, b| a < b) || !used.iter().all(is_within) {
+                return wrong(format!("{used:?} are not tensors of it in ascending order"));
+            }
+            if former.used.is_none() || !former.former.is_empty() {
+                return wrong("what is used of it is not said, or it refers further".into());
+            }
+            former.validate_content().or_else(wrong)?;
+            let other = known.entry(&former.key).or_insert(former);
+            if !other.is_same_object(former) {
+                return wrong("two ranks describe it differently".into());
+            }
+        }
+        Ok(())
     }
 }
 
@@ -177,7 +237,36 @@ struct Version {
     version: u32,
 }
 
+/// Whether these bytes are a manifest's; an error when they are, of a version that is not known.
+pub(crate) fn check_version(key: &str, bytes: &[u8]) -> Result<bool, StoreError> {
+    let Ok(Version { version }) = serde_json::from_slice(bytes) else { return Ok(false) };
+    if (MANIFEST_VERSION_MIN..=MANIFEST_VERSION).contains(&version) {
+        return Ok(true);
+    }
+    let problem = format!(
+        "it has version {version}, expected at most {MANIFEST_VERSION}: it was written by another \
+         release of Cohort, use that one"
+    );
+    Err(StoreError::Corrupt { key: key.to_owned(), problem })
+}
+
 impl ShardEntry {
+    /// The tensors that count, with their index in `tensors`.
+    pub(crate) fn used_tensors(&self) -> impl Iterator<Item = (usize, &TensorEntry)> {
+        let is_used = |index: usize| match &self.used {
+            Some(used) => used.binary_search(&(index as u32)).is_ok(),
+            None => true,
+        };
+        self.tensors.iter().enumerate().filter(move |(index, _)| is_used(*index))
+    }
+
+    /// Whether both are the same bytes in the store, whatever is used of them.
+    fn is_same_object(&self, other: &Self) -> bool {
+        let bare =
+            |entry: &Self| Self { used: None, former: Vec::new(), rank: Rank(0), ..entry.clone() };
+        bare(self) == bare(other)
+    }
+
     /// The bytes before the first tensor, as the entries imply them.
     pub(crate) fn header(&self) -> Result<Vec<u8>, String> {
         let entries = self.tensors.clone();
@@ -193,6 +282,13 @@ impl ShardEntry {
         if file.is_none_or(|file| file.is_empty() || file.contains('/')) {
             return Err(format!("it does not lie in `{folder}`"));
         }
+        if self.used.is_some() {
+            return Err("it is not used as a whole, but no former one".into());
+        }
+        self.validate_content()
+    }
+
+    fn validate_content(&self) -> Result<(), String> {
         if self.bytes > SHARD_BYTES_MAX || self.stored_bytes > stored_bytes_max(self.bytes) {
             let (raw, stored) = (self.bytes, self.stored_bytes);
             return Err(format!("{raw} bytes, {stored} stored: more than can be"));
@@ -200,9 +296,9 @@ impl ShardEntry {
         if self.compression == Compression::None && self.bytes != self.stored_bytes {
             return Err(format!("{} bytes, {} stored uncompressed", self.bytes, self.stored_bytes));
         }
-        let is_hex = self.blake3.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-        if self.blake3.len() != 64 || !is_hex {
-            return Err("its checksum is not 64 hexadecimal digits".into());
+        let hashes = self.tensors.iter().filter_map(|tensor| tensor.blake3.as_ref());
+        if !hashes.chain([&self.blake3]).all(|hash| is_hash(hash)) {
+            return Err("a checksum of it is not 64 hexadecimal digits".into());
         }
         let header = self.header()?.len() as u64;
         let tensors = self.tensors.last().map_or(header, |last| last.offset + last.bytes);
@@ -212,6 +308,10 @@ impl ShardEntry {
         }
         Ok(())
     }
+}
+
+fn is_hash(hash: &str) -> bool {
+    hash.len() == 64 && hash.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
 /// Longest compressed form of so many bytes: zstd's own bound (`ZSTD_compressBound`), rounded up.

@@ -3,20 +3,87 @@
 
 use bytes::Bytes;
 use futures::future::join_all;
+use serde::{Deserialize, Serialize};
 
 use crate::error::StoreError;
 use crate::local;
 use crate::nonce::nonce;
-use crate::store::Store;
+use crate::store::{Store, with_retries};
 
 /// Races run; a store that lets two win seldom is caught more often.
 const ROUNDS: usize = 3;
 /// Writers per race.
 const CONTENDERS: usize = 12;
 
+/// Says, in the clear, under which key a store is encrypted.
+const MARK: &str = "encryption.json";
+/// Longest mark.
+const MARK_BYTES_MAX: u64 = 4096;
+
+/// The content of [`MARK`].
+#[derive(Serialize, Deserialize)]
+struct Mark {
+    version: u32,
+    key_id: String,
+}
+
 impl Store {
+    /// Whether this store is encrypted under the key at hand, or not at all and there is none. To be
+    /// asked before anything is written: no host may write what the others cannot read.
+    pub async fn check_key(&self) -> Result<(), StoreError> {
+        let wrong = |problem: String| Err(self.attempt("read", MARK).encryption(problem));
+        match (self.mark().await?, self.key_id()) {
+            (None, None) => Ok(()),
+            (Some(found), None) => {
+                wrong(format!("the store is encrypted under key `{found}`, no key is configured"))
+            }
+            (Some(found), Some(own)) if found == own => Ok(()),
+            (Some(found), Some(own)) => wrong(format!(
+                "the store is encrypted under key `{found}`, the configured key is `{own}`"
+            )),
+            (None, Some(own)) => {
+                if self.list_any("jobs").await? {
+                    return wrong(
+                        "a key is configured, and the store holds jobs that are not encrypted: \
+                         choose an empty folder or prefix for an encrypted store"
+                            .into(),
+                    );
+                }
+                self.make_mark(own).await
+            }
+        }
+    }
+
+    async fn mark(&self) -> Result<Option<String>, StoreError> {
+        let bytes = match with_retries(|| self.get_bounded(MARK, MARK_BYTES_MAX)).await {
+            Err(StoreError::NotFound { .. }) => return Ok(None),
+            bytes => bytes?,
+        };
+        let mark: Mark = serde_json::from_slice(&bytes).map_err(|error| StoreError::Corrupt {
+            key: MARK.to_owned(),
+            problem: format!("it does not say how the store is encrypted: {error}"),
+        })?;
+        Ok(Some(mark.key_id))
+    }
+
+    async fn make_mark(&self, key_id: &str) -> Result<(), StoreError> {
+        let mark = Mark { version: 1, key_id: key_id.to_owned() };
+        let bytes = serde_json::to_vec(&mark)
+            .map_err(|error| StoreError::Host { path: MARK.into(), problem: error.to_string() })?;
+        // Whoever is first under the same key writes the same bytes.
+        let bytes = Bytes::from(bytes);
+        if with_retries(|| self.put_if_absent(MARK, bytes.clone())).await? {
+            return Ok(());
+        }
+        let found = self.mark().await?.unwrap_or_default();
+        let problem = format!(
+            "the store was encrypted under key `{found}` just now, the configured key is `{key_id}`"
+        );
+        Err(self.attempt("read", MARK).encryption(problem))
+    }
+
     /// Reads, writes, races and deletes under `probe/`, and refuses a store that does any of it
-    /// wrong; refused credentials and a missing bucket each give one clear error. Also removes
+    /// wrong, or is encrypted under another key; refused credentials and a missing bucket each give one clear error. Also removes
     /// what killed writers left in a folder.
     pub async fn probe(&self) -> Result<(), StoreError> {
         if let Some(folder) = self.folder() {
@@ -36,7 +103,7 @@ impl Store {
             };
             raced.and(cleaned)?;
         }
-        Ok(())
+        self.check_key().await
     }
 
     fn is_verdict(&self, error: &StoreError) -> bool {

@@ -89,10 +89,11 @@ impl From<StoreError> for ReadError {
     }
 }
 
-/// Fills the targets, whose lengths have been checked. With `all`, shards are read from end to end.
+/// Fills the targets, whose lengths have been checked. With `all`, shards are read from end to end,
+/// except former ones of which little is used.
 pub(crate) async fn read(
     store: &Store,
-    manifest: &Arc<Manifest>,
+    manifest: &Manifest,
     targets: &mut [PieceTarget<'_>],
     options: &ReadOptions,
     all: bool,
@@ -104,7 +105,8 @@ pub(crate) async fn read(
         slice: target.slice.clone(),
     };
     let wants: Vec<Want> = targets.iter().map(want).collect();
-    let shards = &manifest.shards;
+    let shards: Arc<[ShardEntry]> = manifest.objects().into();
+    let shards = &shards;
     let sources = reshard::sources(shards, &wants, options.reader).map_err(ReadError::Reshard)?;
     let Plan { whole, checks, batches, needed } = fetch::plan(shards, sources, options, all);
     let mut stats = ReadStats { needed, ..ReadStats::default() };
@@ -130,10 +132,10 @@ pub(crate) async fn read(
         stats.requests += batch.ranges.len() as u64;
     }
     let fetches = batches.into_iter().map(|batch| {
-        let (store, manifest) = (store.clone(), manifest.clone());
+        let (store, shards) = (store.clone(), shards.clone());
         let checks = checks.get(&batch.shard).cloned().unwrap_or_default();
         let task = async move {
-            let entry = &manifest.shards[batch.shard];
+            let entry = &shards[batch.shard];
             let fetched = Fetched::fetch(&store, entry, batch).await?;
             fetched.check(entry, &checks)?;
             Ok(fetched)

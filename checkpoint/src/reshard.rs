@@ -94,7 +94,7 @@ type Pieces<'a> = BTreeMap<&'a str, BTreeMap<Slice, Vec<(usize, usize)>>>;
 fn pieces(shards: &[ShardEntry]) -> Pieces<'_> {
     let mut pieces = Pieces::new();
     for (shard, entry) in shards.iter().enumerate() {
-        for (tensor, piece) in entry.tensors.iter().enumerate() {
+        for (tensor, piece) in entry.used_tensors() {
             let places = pieces.entry(piece.name.as_str()).or_default();
             places.entry(piece.place()).or_default().push((shard, tensor));
         }
@@ -221,6 +221,8 @@ mod tests {
             stored_bytes: 0,
             blake3: String::new(),
             compression: Compression::None,
+            used: None,
+            former: Vec::new(),
             tensors: vec![TensorEntry::new("w", Dtype::F32, &[8, 2], slice)],
         }
     }

@@ -8,30 +8,31 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use api::config::StoreSection;
 use api::events::CheckpointFact;
 use api::job::Compression;
 use api::{Generation, Name, Rank, Step};
 use bytes::Bytes;
-use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use sha2::{Digest, Sha256};
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::oneshot;
 
 use crate::error::StoreError;
 use crate::format::{self, FormatError, TensorPiece, TensorSlice};
-use crate::manifest::{self, MANIFEST_VERSION, Manifest, ManifestInfo, ShardEntry};
+use crate::former::Former;
+use crate::manifest::{Manifest, ManifestInfo, ShardEntry};
 use crate::nonce::nonce;
 use crate::staging::{ARENAS_MAX, Staged};
 use crate::store::Store;
 use crate::upload::write_object;
+use crate::write::{write_manifest, write_shard};
 use crate::{keys, local};
 
 /// Commits that may be under way; one more makes the caller wait. Each is small, and training stages
 /// no faster than its two arenas come back.
 const COMMITS_MAX: usize = 16;
-/// Shards looked up at once before a manifest is written.
-const LOOKUPS_AT_ONCE: usize = 16;
 
 /// Why a checkpoint or model was not saved.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -114,6 +115,9 @@ pub struct SaverOptions {
     pub world_size: u32,
     /// Compression of shards.
     pub compression: Compression,
+    /// Tensors whose content is that of the checkpoint before are referred to, not written again.
+    /// Then every step that is staged must be committed, in order.
+    pub incremental: bool,
 }
 
 /// Saves one rank's checkpoints. Its methods block and must not be called from async code; when it
@@ -123,6 +127,10 @@ pub struct Saver {
     store: Store,
     writer: Arc<str>,
     last_staged: Option<Step>,
+    /// What the shard before holds, from whoever writes it; none when all is always written.
+    former: Option<oneshot::Receiver<Former>>,
+    /// Keys of the shards that the checkpoint before holds or refers to, from whoever commits it.
+    known: Option<oneshot::Receiver<BTreeSet<String>>>,
     shared: Arc<Shared>,
     /// Present until dropped.
     runtime: Option<Runtime>,
@@ -199,6 +207,7 @@ impl Saver {
             .enable_all()
             .build()
             .map_err(|error| SaveError::Background(error.to_string()))?;
+        runtime.block_on(store.check_key())?;
         let state = State {
             arenas: vec![Vec::new(); ARENAS_MAX],
             staging: BTreeSet::new(),
@@ -207,19 +216,36 @@ impl Saver {
             committed: BTreeMap::new(),
             errors: VecDeque::new(),
         };
+        let incremental = options.incremental;
         Ok(Self {
             options: Arc::new(options),
             store,
             writer: nonce().into(),
             last_staged: None,
+            former: incremental.then(|| ready(Former::default())),
+            known: incremental.then(|| ready(BTreeSet::new())),
             shared: Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() }),
             runtime: Some(runtime),
         })
     }
 
+    /// The job goes on from this checkpoint, which is recorded: what it holds need not be written
+    /// again. To be told before anything is staged; means nothing unless saving is incremental.
+    pub fn base_on(&mut self, manifest: &Manifest) {
+        if self.options.incremental && self.last_staged.is_none() {
+            self.former = Some(ready(Former::of(&manifest.shards)));
+            self.known = Some(ready(keys_of(manifest)));
+        }
+    }
+
     /// Copies this rank's tensors and returns; its shard is written behind. Waits only when both
-    /// arenas are still being uploaded. `step` must be larger than the last one staged.
-    pub fn stage(&mut self, step: Step, tensors: &[TensorSlice<'_>]) -> Result<(), SaveError> {
+    /// arenas are still being uploaded, so that a store that is too slow never costs more memory than
+    /// two copies; returns for how long. `step` must be larger than the last one staged.
+    pub fn stage(
+        &mut self,
+        step: Step,
+        tensors: &[TensorSlice<'_>],
+    ) -> Result<Duration, SaveError> {
         let shapes = format::shapes(tensors)?;
         self.stage_pieces(step, &format::whole(tensors, &shapes))
     }
@@ -231,12 +257,14 @@ impl Saver {
         &mut self,
         step: Step,
         pieces: &[TensorPiece<'_>],
-    ) -> Result<(), SaveError> {
+    ) -> Result<Duration, SaveError> {
         self.shared.next_error()?;
         if let Some(last) = self.last_staged.filter(|last| step <= *last) {
             return Err(SaveError::StepOrder { step: step.0, last: last.0 });
         }
+        let begun = Instant::now();
         let arena = self.shared.wait(|state| state.arenas.pop())?;
+        let waited = begun.elapsed();
         // A compressed shard cannot be read in part.
         let with_checks = self.options.compression == Compression::None;
         let mut staged = match Staged::copy(pieces, arena, with_checks) {
@@ -253,19 +281,32 @@ impl Saver {
         let guard = Guard { shared: self.shared.clone(), work: Some(Work::Stage(step)) };
         let (store, options, writer) =
             (self.store.clone(), self.options.clone(), self.writer.clone());
+        let former = pass_on(&mut self.former);
         self.spawn(async move {
-            let written = write_shard(&store, &options, &writer, step, &mut staged).await;
+            // Nothing comes from a task that was broken off: then all is written.
+            let (former, next) = match former {
+                Some((former, next)) => (Some(former.await.unwrap_or_default()), Some(next)),
+                None => (None, None),
+            };
+            let written =
+                write_shard(&store, &options, &writer, step, &mut staged, former.as_ref()).await;
+            if let (Some(former), Some(next)) = (former, next) {
+                let held =
+                    written.as_ref().ok().map(|entry| Former::of(std::slice::from_ref(entry)));
+                // Nobody is there to receive it when the saver is dropped.
+                let _ = next.send(held.unwrap_or(former));
+            }
             let arena = staged.into_arena();
             guard.done(move |state| {
                 state.arenas.push(arena);
                 state.staging.remove(&step);
                 match written {
                     Ok(entry) => drop(state.shards.insert(step, entry)),
-                    Err(error) => state.errors.push_back(error.into()),
+                    Err(error) => state.errors.push_back(error),
                 }
             });
         });
-        Ok(())
+        Ok(waited)
     }
 
     /// Shards written since the last call, by step.
@@ -295,11 +336,21 @@ impl Saver {
         drop(state);
         let guard = Guard { shared: self.shared.clone(), work: Some(Work::Commit(step)) };
         let store = self.store.clone();
+        let known = pass_on(&mut self.known);
         self.spawn(async move {
-            let fact = match manifest {
-                Ok(manifest) => write_manifest(&store, &manifest).await,
-                Err(problem) => Err(SaveError::Shards { step: step.0, problem }),
+            let (known, next) = match known {
+                Some((known, next)) => (known.await.unwrap_or_default(), Some(next)),
+                None => (BTreeSet::new(), None),
             };
+            let (fact, known) = match manifest {
+                Ok(manifest) => match write_manifest(&store, &manifest, &known).await {
+                    Ok(fact) => (Ok(fact), keys_of(&manifest)),
+                    Err(error) => (Err(error), known),
+                },
+                Err(problem) => (Err(SaveError::Shards { step: step.0, problem }), known),
+            };
+            // Nobody is there to receive it when the saver is dropped.
+            drop(next.map(|next| next.send(known)));
             guard.done(move |state| {
                 state.committing.remove(&step);
                 match fact {
@@ -319,7 +370,7 @@ impl Saver {
         shards.sort_by_key(|shard| shard.rank);
         let finite = |(name, value): (String, f64)| value.is_finite().then_some((name, value));
         let manifest = Manifest {
-            version: MANIFEST_VERSION,
+            version: Manifest::version_of(&shards),
             job: self.options.job.clone(),
             step,
             generation: self.options.generation,
@@ -444,64 +495,28 @@ impl Drop for Guard {
     }
 }
 
-async fn write_shard(
-    store: &Store,
-    options: &SaverOptions,
-    writer: &str,
-    step: Step,
-    staged: &mut Staged,
-) -> Result<ShardEntry, StoreError> {
-    let mut key = keys::shard(&options.job, step, options.generation, options.rank, writer);
-    if options.compression == Compression::Zstd {
-        key.push_str(".zst");
-    }
-    let checksums = tokio::task::block_in_place(|| staged.checksums());
-    let pieces = staged.pieces(checksums);
-    let stored = write_object(store, &key, &pieces, options.compression).await?;
-    drop(pieces);
-    Ok(ShardEntry {
-        rank: options.rank,
-        key,
-        bytes: staged.bytes(),
-        stored_bytes: stored.bytes,
-        blake3: stored.blake3,
-        compression: options.compression,
-        tensors: staged.tensors.clone(),
-    })
+/// Every shard that a checkpoint cannot do without.
+fn keys_of(manifest: &Manifest) -> BTreeSet<String> {
+    manifest.objects().into_iter().map(|shard| shard.key).collect()
 }
 
-/// Looks that every shard is there, then writes the manifest if there is none.
-async fn write_manifest(store: &Store, manifest: &Manifest) -> Result<CheckpointFact, SaveError> {
-    let step = manifest.step.0;
-    let lookups: Vec<_> =
-        manifest.shards.iter().map(|shard| look_up(store, step, shard).boxed()).collect();
-    stream::iter(lookups).buffer_unordered(LOOKUPS_AT_ONCE).try_collect::<()>().await?;
-    let bytes = manifest.to_bytes().map_err(|problem| SaveError::Shards { step, problem })?;
-    let manifest_digest = manifest::digest(&bytes);
-    let manifest_key = manifest.key();
-    let bytes = Bytes::from(bytes);
-    let created = store.patiently(|| store.put_if_absent(&manifest_key, bytes.clone())).await?;
-    if !created {
-        return Err(SaveError::Superseded(manifest_key));
-    }
-    Ok(CheckpointFact {
-        step: manifest.step,
-        generation: manifest.generation,
-        manifest_key,
-        manifest_digest,
-        bytes: manifest.stored_bytes(),
-    })
+/// Something handed on from one task to the next, for the first of them.
+fn ready<T>(value: T) -> oneshot::Receiver<T> {
+    let (sender, receiver) = oneshot::channel();
+    // The receiver is here.
+    let _ = sender.send(value);
+    receiver
 }
 
-async fn look_up(store: &Store, step: u64, shard: &ShardEntry) -> Result<(), SaveError> {
-    let problem = match store.patiently(|| store.size(&shard.key)).await {
-        Ok(bytes) if bytes == shard.stored_bytes => return Ok(()),
-        Ok(bytes) => format!("has {bytes} bytes, expected {}", shard.stored_bytes),
-        Err(StoreError::NotFound { .. }) => "is not in the store".to_owned(),
-        Err(error) => return Err(SaveError::Store(error)),
-    };
-    let (rank, key) = (shard.rank, shard.key.clone());
-    Err(SaveError::ShardMissing { step, rank, key, problem })
+/// What the task before hands on, and where to hand on to the one after; tasks so linked come one
+/// after another.
+fn pass_on<T>(
+    link: &mut Option<oneshot::Receiver<T>>,
+) -> Option<(oneshot::Receiver<T>, oneshot::Sender<T>)> {
+    let before = link.take()?;
+    let (sender, receiver) = oneshot::channel();
+    *link = Some(receiver);
+    Some((before, sender))
 }
 
 /// Lower-case hexadecimal.

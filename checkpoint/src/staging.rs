@@ -2,11 +2,13 @@
 //!
 //! Copying is all that the step loop pays for. Arenas come back when their upload is done.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
 
 use crate::format::{self, Checks, FormatError, TensorEntry, TensorPiece};
+use crate::manifest;
 use crate::tiles::{self, TileSums};
 
 /// One being uploaded while the next is filled; a third would only hide a store that is too slow.
@@ -18,8 +20,10 @@ pub(crate) struct Staged {
     pub header: Bytes,
     /// The tensors' bytes, in the file's order.
     pub arena: Arc<Vec<u8>>,
-    /// What lies where.
+    /// What lies where in the file.
     pub tensors: Vec<TensorEntry>,
+    /// Where each of them lies in the arena.
+    spans: Vec<Range<usize>>,
 }
 
 /// Lets the arena's memory be sent without another copy.
@@ -48,21 +52,40 @@ impl Staged {
         let (header, entries) = format::layout(entries)?;
         arena.clear();
         arena.reserve_exact(entries.iter().map(|entry| entry.bytes as usize).sum());
+        let mut spans = Vec::with_capacity(order.len());
         for index in order {
+            let start = arena.len();
             arena.extend_from_slice(pieces[index].data);
+            spans.push(start..arena.len());
         }
-        Ok(Self { header: header.into(), arena: Arc::new(arena), tensors: entries })
+        Ok(Self { header: header.into(), arena: Arc::new(arena), tensors: entries, spans })
+    }
+
+    /// Notes the hash of every tensor's bytes in its entry.
+    pub fn hash(&mut self) {
+        for (entry, span) in self.tensors.iter_mut().zip(&self.spans) {
+            entry.blake3 = Some(manifest::digest(&self.arena[span.clone()]));
+        }
+    }
+
+    /// Leaves tensors out of the file; those that stay keep their place in memory.
+    pub fn retain(&mut self, stays: impl Fn(usize) -> bool) -> Result<(), FormatError> {
+        let all =
+            std::mem::take(&mut self.tensors).into_iter().zip(std::mem::take(&mut self.spans));
+        let left = all.enumerate().filter(|(index, _)| stays(*index)).map(|(_, both)| both);
+        let (entries, spans): (Vec<TensorEntry>, Vec<Range<usize>>) = left.unzip();
+        let (header, entries) = format::layout(entries)?;
+        (self.header, self.tensors, self.spans) = (header.into(), entries, spans);
+        Ok(())
     }
 
     /// Computes what is stored to check parts of the tensors by, and notes its own checksums in the
     /// entries.
     pub fn checksums(&mut self) -> Bytes {
-        let header = self.header.len() as u64;
         let mut all = Vec::new();
-        for entry in &mut self.tensors {
+        for (entry, span) in self.tensors.iter_mut().zip(&self.spans) {
             let length = entry.place().length;
-            let start = (entry.offset - header) as usize;
-            let data = &self.arena[start..start + entry.bytes as usize];
+            let data = &self.arena[span.clone()];
             for checks in &mut entry.checks {
                 let mut sums = TileSums::new(&length, &checks.tile, entry.dtype.bytes());
                 sums.update(data);
@@ -76,15 +99,23 @@ impl Staged {
 
     /// The file, without copying the arena; `checksums` are its end.
     pub fn pieces(&self, checksums: Bytes) -> Vec<Bytes> {
-        let data = Bytes::from_owner(Shared(self.arena.clone()));
-        let pieces = [self.header.clone(), data, checksums];
-        pieces.into_iter().filter(|piece| !piece.is_empty()).collect()
+        let arena = Bytes::from_owner(Shared(self.arena.clone()));
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        for span in self.spans.iter().filter(|span| !span.is_empty()) {
+            match runs.last_mut() {
+                Some(run) if run.end == span.start => run.end = span.end,
+                _ => runs.push(span.clone()),
+            }
+        }
+        let data = runs.into_iter().map(|run| arena.slice(run));
+        let pieces = std::iter::once(self.header.clone()).chain(data).chain([checksums]);
+        pieces.filter(|piece| !piece.is_empty()).collect()
     }
 
     /// Length of the file.
     pub fn bytes(&self) -> u64 {
-        let checks: u64 = self.tensors.iter().map(TensorEntry::check_bytes).sum();
-        (self.header.len() + self.arena.len()) as u64 + checks
+        let bytes = |entry: &TensorEntry| entry.bytes + entry.check_bytes();
+        self.header.len() as u64 + self.tensors.iter().map(bytes).sum::<u64>()
     }
 
     /// The memory, for the next copy; new if something still holds it.
@@ -124,5 +155,30 @@ mod tests {
         assert_eq!(theirs.tensor("b").expect("there").data(), bytemuck::cast_slice::<_, u8>(&data));
         assert_eq!(theirs.len(), 3, "two tensors and the checksums");
         assert_eq!(second.arena.as_ptr(), address, "memory was not reused");
+    }
+
+    #[test]
+    fn what_is_left_out_is_not_in_the_file_and_the_rest_is() {
+        let data: Vec<f32> = (0..24).map(|i| i as f32).collect();
+        let names = ["a", "b", "c", "d"];
+        let tensor = |name| TensorSlice { name, shape: &[24], data: &data };
+        let tensors = names.map(tensor);
+        let shapes = format::shapes(&tensors).expect("agree");
+        for mask in 0..16 {
+            let stays = |index: usize| mask & (1 << index) != 0;
+            let pieces = format::whole(&tensors, &shapes);
+            let mut staged = Staged::copy(&pieces, Vec::new(), true).expect("copies");
+            staged.hash();
+            staged.retain(stays).expect("fits");
+            let checksums = staged.checksums();
+            let file = staged.pieces(checksums).concat();
+            assert_eq!(file.len() as u64, staged.bytes(), "mask {mask}");
+            let theirs = SafeTensors::deserialize(&file).expect("a safetensors file");
+            for (index, name) in names.iter().enumerate() {
+                let found = theirs.tensor(name).ok().map(|tensor| tensor.data().to_vec());
+                let expected = bytemuck::cast_slice::<_, u8>(&data).to_vec();
+                assert_eq!(found, stays(index).then_some(expected), "mask {mask}, `{name}`");
+            }
+        }
     }
 }

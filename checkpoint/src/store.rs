@@ -20,6 +20,9 @@ use object_store::{
 };
 
 use crate::error::{Attempt, Place, StoreError};
+use crate::sealed_store::SealedStore;
+use crate::sealing::MAGIC;
+use crate::store_key::StoreKey;
 use crate::{local, s3};
 
 /// Largest object that [`Store::get`] reads into memory; what is larger is read by ranges.
@@ -47,6 +50,8 @@ pub struct Store {
     place: Arc<Place>,
     /// How long what is written behind training is tried again.
     patience: Duration,
+    /// What tells the key apart under which checkpoints and models are encrypted, if they are.
+    key_id: Option<Arc<str>>,
 }
 
 impl fmt::Debug for Store {
@@ -66,14 +71,23 @@ pub struct ObjectInfo {
 }
 
 impl Store {
-    /// Opens `file:///absolute/folder` (made when absent) or `s3://bucket/prefix`. Talks to no
-    /// server yet: [`probe`](Self::probe) does.
+    /// Opens `file:///absolute/folder` (made when absent) or `s3://bucket/prefix`, with the key if one
+    /// is configured. Talks to no server yet: [`probe`](Self::probe) does.
     pub fn open(section: &StoreSection, uri: &str) -> Result<Self, StoreError> {
+        let store = Self::open_plain(section, uri)?;
+        Ok(match StoreKey::load(&section.encryption)? {
+            Some(key) => store.encrypted(&key),
+            None => store,
+        })
+    }
+
+    fn open_plain(section: &StoreSection, uri: &str) -> Result<Self, StoreError> {
         let bad = |problem: &str| StoreError::Uri { uri: uri.to_owned(), problem: problem.into() };
         if let Some(path) = uri.strip_prefix("file://") {
             let (inner, folder) = local::open(uri, FsPath::new(path))?;
             let place = Arc::new(Place::Folder(folder));
-            return Ok(Self { inner, prefix: Path::default(), place, patience: PATIENCE });
+            let (prefix, patience) = (Path::default(), PATIENCE);
+            return Ok(Self { inner, prefix, place, patience, key_id: None });
         }
         let Some(rest) = uri.strip_prefix("s3://") else {
             return Err(bad("expected `file:///folder` or `s3://bucket/prefix`"));
@@ -84,14 +98,25 @@ impl Store {
         }
         let prefix = Path::parse(prefix).map_err(|error| bad(&error.to_string()))?;
         let (inner, place) = s3::open(&section.s3, bucket)?;
-        Ok(Self { inner, prefix, place: Arc::new(place), patience: PATIENCE })
+        Ok(Self { inner, prefix, place: Arc::new(place), patience: PATIENCE, key_id: None })
     }
 
     /// Wraps a store that the caller made, such as one that fails on purpose; `name` appears in
     /// errors. What fails is tried again a few times only.
     pub fn with_inner(inner: Arc<dyn ObjectStore>, name: &str) -> Self {
         let place = Arc::new(Place::Other(name.to_owned()));
-        Self { inner, prefix: Path::default(), place, patience: Duration::ZERO }
+        Self { inner, prefix: Path::default(), place, patience: Duration::ZERO, key_id: None }
+    }
+
+    /// The same store with checkpoints and models encrypted under `key`, on their way in and out.
+    pub fn encrypted(self, key: &StoreKey) -> Self {
+        let sealed = SealedStore::new(self.inner, self.prefix.clone(), key.0.clone());
+        Self { inner: Arc::new(sealed), key_id: Some(key.id().into()), ..self }
+    }
+
+    /// What tells its key from others, if it is encrypted.
+    pub fn key_id(&self) -> Option<&str> {
+        self.key_id.as_deref()
     }
 
     /// Which store this is, for messages.
@@ -191,6 +216,15 @@ impl Store {
             let problem = format!("{} of {bytes} bytes came", content.len());
             return Err(attempt.unavailable(problem, false));
         }
+        self.opened(key, content)
+    }
+
+    /// Tells encrypted bytes, which nobody decrypted, from damaged ones.
+    fn opened(&self, key: &str, content: Bytes) -> Result<Bytes, StoreError> {
+        if content.starts_with(&MAGIC) {
+            let problem = "it is encrypted, and no key is configured".to_owned();
+            return Err(self.attempt("read", key).encryption(problem));
+        }
         Ok(content)
     }
 
@@ -212,7 +246,10 @@ impl Store {
             let problem = format!("it ends at byte {end}, expected at least {}", range.end);
             return Err(StoreError::Corrupt { key: key.to_owned(), problem });
         }
-        Ok(found)
+        match range.start {
+            0 => self.opened(key, found),
+            _ => Ok(found),
+        }
     }
 
     /// Reads some bytes of an object that must have `bytes` bytes in all: one that was cut off or
@@ -293,6 +330,14 @@ impl Store {
         Ok(found)
     }
 
+    /// Whether anything lies below a folder.
+    pub(crate) async fn list_any(&self, prefix: &str) -> Result<bool, StoreError> {
+        let path = self.path(prefix)?;
+        let first = self.inner.list(Some(&path)).try_next().await;
+        let first = first.map_err(|error| self.attempt("list", prefix).failed(error))?;
+        Ok(first.is_some())
+    }
+
     /// Deletes an object; one that is not there is no error.
     pub async fn delete(&self, key: &str) -> Result<(), StoreError> {
         let attempt = self.attempt("delete", key);
@@ -302,15 +347,22 @@ impl Store {
         }
     }
 
-    /// Deletes every object below a folder, and the folder itself where that is a thing.
-    pub(crate) async fn delete_below(&self, prefix: &str) -> Result<(), StoreError> {
-        for object in self.list(prefix).await? {
+    /// Deletes every object below a folder that does not stay, and the folder itself where that is
+    /// a thing and nothing stays. Tells whether something went.
+    pub(crate) async fn delete_below(
+        &self,
+        prefix: &str,
+        stays: impl Fn(&str) -> bool,
+    ) -> Result<bool, StoreError> {
+        let found = self.list(prefix).await?;
+        let (stay, go): (Vec<_>, Vec<_>) = found.iter().partition(|object| stays(&object.key));
+        for object in &go {
             self.delete(&object.key).await?;
         }
         if let Some(folder) = self.folder() {
             local::remove_leftovers(&folder.join(prefix));
         }
-        Ok(())
+        Ok(!go.is_empty() || stay.is_empty())
     }
 
     pub(crate) fn attempt<'a>(&'a self, operation: &'static str, key: &'a str) -> Attempt<'a> {

@@ -10,6 +10,7 @@ use tokio::runtime::Handle;
 use crate::decode::{Discard, read_shard};
 use crate::error::StoreError;
 use crate::manifest::{self, MANIFEST_BYTES_MAX, Manifest};
+use crate::references::References;
 use crate::store::Store;
 use crate::{keys, local};
 
@@ -20,7 +21,7 @@ pub struct VerifyReport {
     pub ok: bool,
     /// What is wrong, one sentence each.
     pub problems: Vec<String>,
-    /// Shards that the manifest names.
+    /// Shards that the manifest names, former ones too.
     pub shards: u64,
     /// Tensors in them.
     pub tensors: u64,
@@ -61,8 +62,8 @@ pub async fn find_complete(
             }
         };
         let lacking = manifest
-            .shards
-            .iter()
+            .objects()
+            .into_iter()
             .find(|shard| sizes.get(shard.key.as_str()) != Some(&shard.stored_bytes));
         if let Some(shard) = lacking {
             tracing::warn!(key = object.key, shard = shard.key, "a checkpoint lacks a shard");
@@ -74,6 +75,7 @@ pub async fn find_complete(
             manifest_key: object.key.clone(),
             manifest_digest: manifest::digest(&bytes),
             bytes: manifest.stored_bytes(),
+            metrics: manifest.metrics.clone(),
         });
     }
     facts.sort_by_key(|fact| (fact.step, fact.generation));
@@ -160,10 +162,11 @@ async fn verify_here(
             return Ok(report);
         }
     };
-    report.shards = manifest.shards.len() as u64;
+    let shards = manifest.objects();
+    report.shards = shards.len() as u64;
     report.tensors = manifest.tensors().count() as u64;
-    report.bytes = manifest.stored_bytes();
-    for shard in &manifest.shards {
+    report.bytes = shards.iter().map(|shard| shard.stored_bytes).sum();
+    for shard in &shards {
         match read_shard(store, shard, &mut Discard).await {
             Ok(()) => {}
             Err(error @ (StoreError::Corrupt { .. } | StoreError::NotFound { .. })) => {
@@ -177,9 +180,14 @@ async fn verify_here(
 }
 
 /// Deletes a checkpoint: its manifest first, so that nobody begins to read what is going away, then
-/// all else in its folder. One that is gone already, wholly or in part, is no error. Nobody may be
-/// writing it any more, or its manifest could outlive its shards.
-pub async fn delete_checkpoint(store: &Store, manifest_key: &str) -> Result<(), StoreError> {
+/// all else in its folder but what `kept` refers to. Tells whether anything was there to delete. One
+/// that is gone already, wholly or in part, is no error. Nobody may be writing it any more, or its
+/// manifest could outlive its shards; of several, the newest goes first for the same reason.
+pub async fn delete_checkpoint(
+    store: &Store,
+    manifest_key: &str,
+    kept: &References,
+) -> Result<bool, StoreError> {
     let Some(folder) = keys::folder_of(manifest_key) else {
         return Err(StoreError::Key {
             key: manifest_key.to_owned(),
@@ -187,7 +195,7 @@ pub async fn delete_checkpoint(store: &Store, manifest_key: &str) -> Result<(), 
         });
     };
     store.delete(manifest_key).await?;
-    store.delete_below(folder).await
+    store.delete_below(folder, |key| kept.contains(key)).await
 }
 
 /// Runs work that computes as much as it waits off the threads that answer requests.

@@ -60,6 +60,8 @@ fn total(pieces: &[Bytes]) -> u64 {
 }
 
 fn part_bytes(total: u64) -> u64 {
+    // What encryption adds, a 4096th, must not make one part too many.
+    let total = total.saturating_add(total >> 10);
     total.div_ceil(PARTS_MAX).next_multiple_of(1 << 20).max(PART_BYTES)
 }
 
@@ -73,8 +75,9 @@ async fn write_plain(store: &Store, key: &str, pieces: &[Bytes]) -> Result<Store
         hasher.finalize().to_hex().to_string()
     });
     let bytes = total(pieces);
-    // A folder takes any size in one call without copying it.
-    if bytes <= SINGLE_PUT_BYTES_MAX || store.folder().is_some() {
+    // A folder takes any size in one call without copying it, unless it is encrypted on the way.
+    let is_folder = store.folder().is_some() && store.key_id().is_none();
+    if bytes <= SINGLE_PUT_BYTES_MAX || is_folder {
         store.put_payload(key, pieces.iter().cloned().collect()).await?;
     } else {
         let mut parts = Parts::begin(store, key).await?;

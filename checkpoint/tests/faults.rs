@@ -314,8 +314,11 @@ fn a_deletion_that_breaks_off_leaves_no_manifest_without_its_shards() {
             let honest = Store::with_inner(inner.clone(), "the store beneath");
             let fact = save(&honest, &state, 1, 3, Compression::None).expect("saved");
             let (faulty, calls) = Faulty::store(&inner, fault, at);
-            let deleted =
-                runtime().block_on(checkpoint::delete_checkpoint(&faulty, &fact.manifest_key));
+            let deleted = runtime().block_on(checkpoint::delete_checkpoint(
+                &faulty,
+                &fact.manifest_key,
+                &checkpoint::References::default(),
+            ));
             let found = runtime().block_on(checkpoint::list_checkpoints(&honest, &job()));
             let found = found.expect("lists");
             let whole = runtime().block_on(checkpoint::find_complete(&honest, &job(), None));
@@ -326,7 +329,8 @@ fn a_deletion_that_breaks_off_leaves_no_manifest_without_its_shards() {
             // What is left shows, and can be deleted.
             assert!(deleted.is_err() || found.is_empty(), "{fault:?} at {at}: {found:?}");
             for found in found {
-                let deleted = checkpoint::delete_checkpoint(&honest, &found.manifest_key);
+                let none = checkpoint::References::default();
+                let deleted = checkpoint::delete_checkpoint(&honest, &found.manifest_key, &none);
                 runtime().block_on(deleted).expect("deletes");
             }
             assert_eq!(runtime().block_on(honest.list("")), Ok(vec![]), "{fault:?} at {at}");

@@ -216,7 +216,7 @@ fn a_manifest_that_is_not_the_recorded_one_is_refused() {
     let text = edit(&|m| m.job = "other".parse().expect("a name"));
     assert!(text.contains("jobs/other/"), "{text}");
     let text = edit(&|m| m.version = 99);
-    assert!(text.contains("version 99, expected at most 2"), "{text}");
+    assert!(text.contains("version 99, expected at most 3"), "{text}");
     let text = edit(&|m| drop(m.shards.pop()));
     assert!(text.contains("1 shards for a world size of 2"), "{text}");
     let text = edit(&|m| m.shards.reverse());
@@ -350,7 +350,13 @@ fn whatever_lies_among_checkpoints_shows_and_can_be_deleted() {
     let all = [found(3, &first, true), found(5, &second, true), found(7, &broken_off, false)];
     assert_eq!(list(), all);
 
-    let delete = |key: &str| runtime().block_on(checkpoint::delete_checkpoint(&store, key));
+    let delete = |key: &str| {
+        runtime().block_on(checkpoint::delete_checkpoint(
+            &store,
+            key,
+            &checkpoint::References::default(),
+        ))
+    };
     assert!(matches!(delete("not/a/manifest"), Err(StoreError::Key { .. })));
     for key in [&second, &broken_off, &broken_off] {
         delete(key).expect("deleted");

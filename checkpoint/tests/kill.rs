@@ -41,7 +41,8 @@ fn writer() {
         saver.commit(Step(step), vec![shard], info());
         if step > 2 {
             let old = saver.wait_committed(Step(step - 2)).expect("committed");
-            let deleted = checkpoint::delete_checkpoint(&store, &old.manifest_key);
+            let none = checkpoint::References::default();
+            let deleted = checkpoint::delete_checkpoint(&store, &old.manifest_key, &none);
             runtime.block_on(deleted).expect("deleted");
         }
     }
@@ -107,7 +108,13 @@ fn a_killed_writer_leaves_only_whole_checkpoints() {
         let found = checkpoint::list_checkpoints(&store, &job()).await.expect("lists");
         let broken: Vec<_> = found.iter().filter(|found| !found.is_complete).collect();
         for found in &broken {
-            checkpoint::delete_checkpoint(&store, &found.manifest_key).await.expect("deletes");
+            checkpoint::delete_checkpoint(
+                &store,
+                &found.manifest_key,
+                &checkpoint::References::default(),
+            )
+            .await
+            .expect("deletes");
         }
         let left = checkpoint::list_checkpoints(&store, &job()).await.expect("lists");
         assert!(left.iter().all(|left| left.is_complete), "{left:?}");

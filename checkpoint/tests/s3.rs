@@ -31,6 +31,7 @@ fn section(endpoint: &str) -> StoreSection {
             session_token: None,
             allow_http: true,
         },
+        encryption: Default::default(),
     }
 }
 
@@ -88,7 +89,13 @@ fn checkpoints_round_trip_through_a_real_server() {
         exports.dedup();
         assert_eq!(exports.len(), 1, "exports differ");
 
-        checkpoint::delete_checkpoint(&store, &facts[0].manifest_key).await.expect("deletes");
+        checkpoint::delete_checkpoint(
+            &store,
+            &facts[0].manifest_key,
+            &checkpoint::References::default(),
+        )
+        .await
+        .expect("deletes");
         assert_eq!(checkpoint::find_complete(&store, &job(), None).await, Ok(facts[1..].to_vec()));
         let gone = checkpoint::verify(&store, &facts[0].manifest_key, None).await;
         assert!(gone.expect_err("gone").is_not_found());

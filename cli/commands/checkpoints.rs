@@ -1,7 +1,7 @@
-//! `cluster checkpoints` and `cluster checkpoint verify|diff|export`.
+//! `cluster checkpoints` and `cluster checkpoint verify|diff|export|gc`.
 
 use api::records::CheckpointRecord;
-use api::{ExitClass, Name, Step};
+use api::{ExitClass, Generation, Name, Step};
 use checkpoint::{Difference, Store};
 
 use crate::args::{CheckpointCommand, Global};
@@ -36,6 +36,7 @@ pub async fn list(global: &Global, job: &str) -> Result<()> {
 pub async fn run(global: &Global, command: CheckpointCommand) -> Result<()> {
     match command {
         CheckpointCommand::Verify { job, step } => verify(global, &job, step).await,
+        CheckpointCommand::Gc { job, delete } => gc(global, &job, delete).await,
         CheckpointCommand::Diff { job, from, to } => diff(global, &job, from, to).await,
         CheckpointCommand::Export { job, output, step } => {
             let (records, store) = open(global, &job).await?;
@@ -94,6 +95,52 @@ async fn verify(global: &Global, job: &str, step: Option<u64>) -> Result<()> {
             format!("{damaged} checkpoint(s) of `{job}` are damaged"),
         )
         .with_hint("an older one may be whole: `cluster checkpoint export JOB --step N`"));
+    }
+    Ok(())
+}
+
+/// What no manifest names, and, asked to, its deletion: only of a job that is over. While one runs,
+/// its ranks may be writing the manifest that names it, and deleting is the leader's.
+async fn gc(global: &Global, job: &str, delete: bool) -> Result<()> {
+    let name: Name = job.parse()?;
+    let (access, section) = Access::find(global)?;
+    let status = access.connect().await?.job(&name).await?.1.status;
+    if delete && !status.phase.is_terminal() {
+        let text = format!(
+            "job `{job}` is {}: while a job goes on only the leader deletes of its checkpoints",
+            status.phase
+        );
+        return Err(CliError::new(ExitClass::Conflict, text).with_hint(
+            "the leader sweeps by itself after checkpoints and when the job is over; without \
+             --delete this command shows what there is",
+        ));
+    }
+    let store = Store::open(&section, &access.store_uri)?;
+    // What the current generation has begun is no orphan while it goes on.
+    let ended = match status.phase.is_terminal() {
+        true => status.generation,
+        false => Generation(status.generation.0.saturating_sub(1)),
+    };
+    let orphans = checkpoint::find_orphans(&store, &name, ended).await?;
+    let bytes: u64 = orphans.iter().map(|orphan| orphan.bytes).sum();
+    if delete {
+        checkpoint::delete_orphans(&store, &orphans).await?;
+    }
+    if global.json {
+        for orphan in &orphans {
+            output::json(&serde_json::json!({
+                "key": orphan.key, "bytes": orphan.bytes, "deleted": delete
+            }));
+        }
+        return Ok(());
+    }
+    let row =
+        |orphan: &checkpoint::ObjectInfo| vec![orphan.key.clone(), output::bytes(orphan.bytes)];
+    let rows = orphans.iter().map(row).collect();
+    output::table(&["object", "size"], rows, "every object is named by a manifest");
+    if !orphans.is_empty() {
+        let what = if delete { "deleted" } else { "--delete would delete" };
+        output::line(&format!("{what} {} objects, {}", orphans.len(), output::bytes(bytes)));
     }
     Ok(())
 }

@@ -66,6 +66,7 @@ mod tests {
             rank: Rank(0),
             world_size: 1,
             compression: Compression::None,
+            incremental: false,
         };
         let mut saver = Saver::start(options).expect("starts");
         for step in steps.iter().copied().map(Step) {

@@ -2,9 +2,9 @@
 //! or that killed ranks left, and the flight logs of generations long past.
 //!
 //! Sweeps run beside the leader, one per job at a time, and outlive its term: what may go is judged
-//! by [`Retention`] over the newest records, anew for every checkpoint, and a judgement that has
-//! aged is as good. One that fails or is lost is made up by the job's next, which looks at the
-//! whole folder again.
+//! by [`Retention`] over the newest records, and a judgement that has aged is as good. Of what may
+//! go, the shards that a checkpoint which stays refers to are left. A sweep that fails or is lost is
+//! made up by the job's next, which looks at the whole folder again.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +12,9 @@ use std::time::Duration;
 
 use api::records::{JobRecord, KIND_JOB};
 use api::{Generation, Name};
-use checkpoint::{Store, StoreError, delete_checkpoint, list_checkpoints};
+use checkpoint::{
+    References, Store, StoreError, StoredCheckpoint, delete_checkpoint, list_checkpoints,
+};
 use coordinator_core::{RecordError, Records, Retention};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -35,6 +37,9 @@ const DELETE_WAIT: Duration = Duration::from_secs(120);
 /// been lost with it. Jobs that go on are swept at one of their next checkpoints.
 const REPEATED_MAX: usize = 16;
 
+/// Jobs whose references are kept in memory; beyond, manifests are read again.
+const REFERENCES_MAX: usize = 256;
+
 /// Gives the newest records.
 type ReadRecords = Box<dyn Fn() -> Arc<Records> + Send + Sync>;
 
@@ -52,7 +57,8 @@ enum SweepError {
 impl SweepError {
     fn is_retryable(&self) -> bool {
         match self {
-            Self::Store(error) => error.is_retryable(),
+            // A manifest that was listed and is gone: another leader's sweep goes on.
+            Self::Store(error) => error.is_retryable() || error.is_not_found(),
             Self::Timeout(_) => true,
             Self::Record(_) => false,
         }
@@ -75,6 +81,8 @@ pub(crate) struct Sweeper(Arc<Shared>);
 struct Shared {
     store: Store,
     records: ReadRecords,
+    /// What the checkpoints that stay refer to, so that no manifest is read twice.
+    references: Mutex<BTreeMap<Name, References>>,
     /// Jobs with a sweep under way or waiting; as many tasks, each of a job.
     jobs: Mutex<BTreeMap<Name, Asked>>,
     slots: Semaphore,
@@ -93,6 +101,7 @@ impl Sweeper {
         Self(Arc::new(Shared {
             store,
             records: Box::new(records),
+            references: Mutex::default(),
             jobs: Mutex::default(),
             slots: Semaphore::new(SWEEPS_AT_ONCE),
             tasks: TaskTracker::new(),
@@ -199,25 +208,62 @@ impl Shared {
     }
 
     async fn sweep(&self, job: &Name, ended: Option<Generation>) -> Result<(), SweepError> {
+        // Records before the store: what is recorded by then is in the listing, and what is written
+        // later refers to nothing but what a checkpoint that stays by these records holds.
+        let retention = Retention::of(&(self.records)(), job)?;
+        let found = in_time(LIST_WAIT, list_checkpoints(&self.store, job)).await?;
+        let may_go = |found: &StoredCheckpoint| {
+            let StoredCheckpoint { step, generation, is_complete, .. } = *found;
+            retention.as_ref().is_some_and(|r| r.may_go(step, generation, is_complete, ended))
+        };
+        let (go, stay): (Vec<_>, Vec<_>) = found.into_iter().partition(may_go);
+        let refused = match go.is_empty() {
+            true => None,
+            false => self.delete(job, go, &stay).await?,
+        };
+        // They are few and small: one deadline for all of them.
+        in_time(DELETE_WAIT, drop_old_flights(&self.store, job)).await?;
+        refused.map_or(Ok(()), Err)
+    }
+
+    /// Deletes checkpoints but what others refer to; returns why one of them had to stay.
+    async fn delete(
+        &self,
+        job: &Name,
+        go: Vec<StoredCheckpoint>,
+        stay: &[StoredCheckpoint],
+    ) -> Result<Option<SweepError>, SweepError> {
         let (mut deleted, mut refused) = (0, None);
-        for found in in_time(LIST_WAIT, list_checkpoints(&self.store, job)).await? {
-            let Some(retention) = Retention::of(&(self.records)(), job)? else { break };
-            if !retention.may_go(found.step, found.generation, found.is_complete, ended) {
-                continue;
-            }
-            match in_time(DELETE_WAIT, delete_checkpoint(&self.store, &found.manifest_key)).await {
-                Ok(()) => deleted += 1,
+        let mut references = self.references().remove(job).unwrap_or_default();
+        let stay = stay.iter().filter(|stays| stays.is_complete);
+        let stay: Vec<&str> = stay.map(|stays| stays.manifest_key.as_str()).collect();
+        in_time(LIST_WAIT, references.read(&self.store, &stay)).await?;
+        // The newest first: a manifest goes before what it refers to.
+        for found in go.into_iter().rev() {
+            let key = found.manifest_key.as_str();
+            match in_time(DELETE_WAIT, delete_checkpoint(&self.store, key, &references)).await {
+                Ok(was_there) => deleted += usize::from(was_there),
                 Err(error) if error.is_retryable() => return Err(error),
-                // This one stays; it must not keep the others.
-                Err(error) => drop(refused.get_or_insert(error)),
+                // This one stays, and what it refers to; it must not keep the others.
+                Err(error) => {
+                    refused.get_or_insert(error);
+                    in_time(LIST_WAIT, references.add(&self.store, key)).await?;
+                }
             }
         }
         if deleted > 0 {
             info!(%job, deleted, "deleted checkpoints that nobody needs");
         }
-        // They are few and small: one deadline for all of them.
-        in_time(DELETE_WAIT, drop_old_flights(&self.store, job)).await?;
-        refused.map_or(Ok(()), Err)
+        let mut known = self.references();
+        if known.len() >= REFERENCES_MAX {
+            known.clear();
+        }
+        known.insert(job.clone(), references);
+        Ok(refused)
+    }
+
+    fn references(&self) -> MutexGuard<'_, BTreeMap<Name, References>> {
+        self.references.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

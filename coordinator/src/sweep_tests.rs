@@ -60,7 +60,14 @@ fn records(
     let fact = |(step, generation): (u64, u64)| {
         let (step, generation) = (Step(step), Generation(generation));
         let manifest_key = keys::manifest(job, step, generation);
-        CheckpointFact { step, generation, manifest_key, manifest_digest: "ab".into(), bytes: 1 }
+        CheckpointFact {
+            step,
+            generation,
+            manifest_key,
+            manifest_digest: "ab".into(),
+            bytes: 1,
+            ..CheckpointFact::default()
+        }
     };
     let text = format!("name = \"{job}\"\nalgorithm = \"transformer\"\n[stop]\nmax_steps = 9\n");
     let spec = JobSpec::parse(&text, "job.toml", Path::new("/"), &[]).expect("a job");
@@ -146,6 +153,59 @@ async fn only_what_nobody_needs_is_deleted() {
         let expected: Vec<(u64, u64)> = stays.map(|(step, by, _, _)| (step, by)).collect();
         assert_eq!(left(folder.path(), &job()), expected, "situation {letter}");
     }
+}
+
+/// Makes a checkpoint whose manifest refers to the shards that `place` makes for other checkpoints.
+fn place_referring(root: &Path, step: u64, former: &[u64]) {
+    place(root, &job(), step, 3, true);
+    let shard = |step: &u64| keys::shard(&job(), Step(*step), Generation(3), Rank(0), "ab");
+    let former: Vec<_> =
+        former.iter().map(|step| serde_json::json!({ "key": shard(step) })).collect();
+    let manifest = serde_json::json!({ "version": 3, "shards": [{ "former": former }] });
+    let path = root.join(keys::manifest(&job(), Step(step), Generation(3)));
+    std::fs::write(path, manifest.to_string()).expect("written");
+}
+
+/// The shards that are left, by step.
+fn shards(root: &Path) -> Vec<u64> {
+    let has_shard = |(step, generation): &(u64, u64)| {
+        let key = keys::shard(&job(), Step(*step), Generation(*generation), Rank(0), "ab");
+        root.join(key).exists()
+    };
+    left(root, &job()).iter().filter(|folder| has_shard(folder)).map(|(step, _)| *step).collect()
+}
+
+#[tokio::test]
+async fn a_shard_stays_as_long_as_a_checkpoint_that_stays_refers_to_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let root = folder.path();
+    // 10 ← 20 ← 40, and 40 is not recorded yet; 15 ← 30, and 30 goes.
+    for (step, former) in [(10, &[][..]), (15, &[]), (20, &[10]), (30, &[15]), (40, &[10, 20])] {
+        place_referring(root, step, former);
+    }
+    let running = |recorded: &[(u64, u64)]| records(&job(), Phase::Running, 3, true, recorded);
+    // As if the steps between had been recorded and dropped; keep is 3.
+    sweep(root, running(&[(31, 3), (32, 3), (33, 3)]), None).await;
+    assert_eq!(shards(root), [10, 20, 40]);
+    // What is not there to be deleted again is no error, and 10 is waited for.
+    sweep(root, running(&[(32, 3), (33, 3), (40, 3)]), None).await;
+    assert_eq!(shards(root), [10, 20, 40]);
+    place_referring(root, 50, &[]);
+    sweep(root, running(&[(41, 3), (42, 3), (50, 3)]), None).await;
+    assert_eq!(left(root, &job()), [(50, 3)]);
+}
+
+#[tokio::test]
+async fn while_a_manifest_that_stays_cannot_be_read_nothing_is_deleted() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let root = folder.path();
+    place_referring(root, 10, &[]);
+    place_referring(root, 40, &[10]);
+    let newer = root.join(keys::manifest(&job(), Step(40), Generation(3)));
+    std::fs::write(newer, r#"{"version": 4, "somewhere": "else"}"#).expect("written");
+    let recorded = [(38, 3), (39, 3), (40, 3)];
+    sweep(root, records(&job(), Phase::Running, 3, true, &recorded), None).await;
+    assert_eq!(shards(root), [10, 40]);
 }
 
 #[tokio::test]

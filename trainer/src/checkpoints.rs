@@ -6,16 +6,23 @@
 //! for another's upload, and the coordinator is not needed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use api::events::CheckpointFact;
+use api::job::WhenBehind;
 use api::{JobSpec, Rank, Step};
-use checkpoint::{ManifestInfo, Saver, SaverOptions, ShardEntry, TensorSlice, share_tensors};
+use checkpoint::{
+    Manifest, ManifestInfo, Saver, SaverOptions, ShardEntry, TensorSlice, share_tensors,
+};
 use collective::Communicator;
 
 use crate::error::TrainError;
 use crate::parameters::Table;
 use crate::place::Place;
 use crate::state::TrainState;
+
+/// A wait for the store of which people are told; shorter ones show in the step times.
+const WAIT_WORTH_TELLING: Duration = Duration::from_secs(1);
 
 /// Saves a job's state as its policy says.
 pub struct Checkpoints {
@@ -24,6 +31,7 @@ pub struct Checkpoints {
     rank: Rank,
     world_size: u32,
     info: ManifestInfo,
+    when_behind: WhenBehind,
     pending: Option<Pending>,
     /// The newest step that is saved or being saved.
     newest: Option<Step>,
@@ -38,12 +46,13 @@ struct Pending {
 }
 
 impl Checkpoints {
-    /// Starts this rank's saver.
+    /// Starts this rank's saver; `base` is the checkpoint that the job was restored from.
     pub fn start(
         spec: &JobSpec,
         place: &Place,
         section: api::config::StoreSection,
         info: ManifestInfo,
+        base: Option<&Manifest>,
     ) -> Result<Self, TrainError> {
         let options = SaverOptions {
             uri: section.uri.clone(),
@@ -53,20 +62,33 @@ impl Checkpoints {
             rank: place.rank,
             world_size: place.world_size,
             compression: spec.checkpoint.compression,
+            incremental: spec.checkpoint.incremental,
         };
+        let mut saver = Saver::start(options)?;
+        if let Some(base) = base {
+            saver.base_on(base);
+        }
         Ok(Self {
-            saver: Some(Saver::start(options)?),
+            saver: Some(saver),
             rank: place.rank,
             world_size: place.world_size,
             info,
+            when_behind: spec.checkpoint.when_behind,
             pending: None,
             newest: place.restore.as_ref().map(|fact| fact.step),
             committing: BTreeSet::new(),
         })
     }
 
+    /// Whether a checkpoint that is due now is left out, as the job says, since the one before is
+    /// still being written. The same on every rank, which all count the same shards.
+    pub fn skips(&self) -> bool {
+        self.when_behind == WhenBehind::Skip && self.pending.is_some()
+    }
+
     /// Copies the state into memory; writing goes on behind training. A checkpoint still pending is
-    /// completed first, so at most one is. A step that is saved already is not saved again.
+    /// completed first, so at most one is: this rank waits for its shard, and says so when that takes
+    /// long. A step that is saved already is not saved again.
     pub fn stage(
         &mut self,
         communicator: &mut dyn Communicator,
@@ -78,7 +100,21 @@ impl Checkpoints {
         if self.newest == Some(step) {
             return Ok(());
         }
+        let begun = Instant::now();
+        let former = self.pending.as_ref().map(|pending| pending.step);
         self.complete(communicator)?;
+        if let Some(former) = former
+            && begun.elapsed() >= WAIT_WORTH_TELLING
+            && self.rank == Rank(0)
+        {
+            println!(
+                "step {}: waited {:.1} s until the checkpoint at step {} was written: the store is \
+                 slower than checkpoint.every_steps asks for",
+                step.0,
+                begun.elapsed().as_secs_f64(),
+                former.0
+            );
+        }
         self.newest = Some(step);
         self.info.metrics = metrics;
         let tensors = state.tensors(table);
@@ -91,6 +127,13 @@ impl Checkpoints {
         self.saver()?.stage(step, &slices)?;
         self.pending = Some(Pending { step, own: None });
         Ok(())
+    }
+
+    /// A validation of this step has ended: a checkpoint of it that is not committed yet records it.
+    pub fn evaluated(&mut self, step: Step, metrics: &BTreeMap<String, f64>) {
+        if self.pending.as_ref().is_some_and(|pending| pending.step == step) {
+            self.info.metrics.clone_from(metrics);
+        }
     }
 
     /// 1 when this rank's shard of the pending checkpoint is written.

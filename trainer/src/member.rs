@@ -13,7 +13,7 @@ use api::control::{Control, ControlError, Orders};
 use api::data_plane::DataPlane;
 use api::session::{FLIGHT_LAST, RankOrder, RankReport};
 use api::{JobSpec, Rank, Step};
-use checkpoint::{ManifestInfo, Restore};
+use checkpoint::{Manifest, ManifestInfo, Restore};
 use collective::{
     CollectiveError, Communicator, FlightRecorder, GroupOptions, Listener, ProcessGroup, TcpOptions,
 };
@@ -162,7 +162,7 @@ impl Member {
         self.enter(place);
         let mut communicator = self.join(held, place)?;
         let formed = began.elapsed();
-        let origin = self.settle_state(held, &mut communicator, place)?;
+        let (origin, base) = self.settle_state(held, &mut communicator, place)?;
         if matches!(origin, Origin::Members { .. }) && place.rank == Rank(0) {
             println!(
                 "regrouped at step {} with {} ranks: met in {:.0} ms, state agreed in {:.0} ms",
@@ -174,8 +174,8 @@ impl Member {
         }
         let mut info = self.info.clone();
         info.metrics.clear();
-        let checkpoints = Checkpoints::start(&held.spec, place, self.store.clone(), info)
-            .map_err(Interrupted::Failed)?;
+        let store = self.store.clone();
+        let checkpoints = Checkpoints::start(&held.spec, place, store, info, base.as_ref())?;
         self.control.report(&RankReport::Running { step: held.step() })?;
         let bound = Bound::new(held, place, Box::new(communicator), checkpoints)?;
         let trainer = trainer.insert(Trainer::new(bound, self.control.clone(), &self.recorder));
@@ -251,13 +251,14 @@ impl Member {
         Ok(communicator)
     }
 
-    /// Brings every member to the newest state that one of them, or else the store, holds.
+    /// Brings every member to the newest state that one of them, or else the store, holds. With the
+    /// manifest of the checkpoint that it came from, if it did.
     fn settle_state(
         &mut self,
         held: &mut Held,
         communicator: &mut ProcessGroup,
         place: &Place,
-    ) -> Result<Origin, Interrupted> {
+    ) -> Result<(Origin, Option<Manifest>), Interrupted> {
         self.recorder.set_tag("agreeing on the state");
         let offer: Offer = held.state.as_ref().map(|state| state.step);
         let mine = serde_json::to_vec(&(offer, &held.progress)).map_err(unreadable)?;
@@ -273,6 +274,7 @@ impl Member {
         }
         let recorded = place.restore.as_ref().map(|fact| fact.step);
         let origin = origin(&offers, recorded);
+        let mut base = None;
         match &origin {
             Origin::Members { step, holders, receivers } => {
                 held.progress = newest;
@@ -287,7 +289,9 @@ impl Member {
             Origin::Checkpoint(step) => {
                 self.recorder.set_tag(format_args!("restoring step {}", step.0));
                 held.progress = Progress::default();
-                held.state = Some(self.restored(held, place)?);
+                let (state, manifest) = self.restored(held, place)?;
+                held.state = Some(state);
+                base = manifest;
             }
             Origin::Beginning => {
                 held.progress = Progress::default();
@@ -296,17 +300,21 @@ impl Member {
                 held.state = Some(state);
             }
         }
-        Ok(origin)
+        Ok((origin, base))
     }
 
     /// The state of the checkpoint that the leader named; one of other data or settings is refused.
-    fn restored(&self, held: &Held, place: &Place) -> Result<TrainState, TrainError> {
+    fn restored(
+        &self,
+        held: &Held,
+        place: &Place,
+    ) -> Result<(TrainState, Option<Manifest>), TrainError> {
         let mut state = held.blank_state();
-        let Some(fact) = &place.restore else { return Ok(state) };
+        let Some(fact) = &place.restore else { return Ok((state, None)) };
         let mut restore = Restore::open(&self.store, &self.store.uri, fact)?;
         check(&held.spec, restore.manifest(), &self.info, fact.step)?;
         state.restore(&held.table, &mut restore)?;
-        Ok(state)
+        Ok((state, Some(restore.manifest().clone())))
     }
 
     /// The newest order for a generation after that of `place`, if one waits.

@@ -352,6 +352,12 @@ impl Trainer {
         if every == 0 || !step.0.is_multiple_of(every) || step.0 == held.last_step {
             return Ok(0.0);
         }
+        if self.bound.checkpoints.skips() {
+            if self.is_first() {
+                println!("step {}: no checkpoint, the one before is still being written", step.0);
+            }
+            return Ok(0.0);
+        }
         let begin = Instant::now();
         self.stage(held)?;
         Ok(begin.elapsed().as_secs_f64())
@@ -360,7 +366,11 @@ impl Trainer {
     fn stage(&mut self, held: &Held) -> Result<(), TrainError> {
         let Some(state) = &held.state else { return Err(stateless()) };
         self.recorder.set_tag(format_args!("checkpoint at step {}", state.step.0));
-        let metrics = held.progress.metrics.clone();
+        let mut metrics = held.progress.metrics.clone();
+        if held.progress.evaluated != Some(state.step) {
+            // What an earlier step was worth says nothing about this one.
+            metrics.retain(|name, _| !name.starts_with("validation:"));
+        }
         let bound = &mut self.bound;
         let mut turn = bound.queue.turn();
         bound.checkpoints.stage(&mut *turn, state.step, &held.table, state, metrics)
@@ -459,6 +469,7 @@ impl Trainer {
             metrics.insert(format!("validation:{name}"), sum / count);
         }
         held.progress.metrics.extend(metrics);
+        self.bound.checkpoints.evaluated(step, &held.progress.metrics);
         if self.is_first() {
             let metrics = held.progress.metrics.clone();
             let listed: Vec<String> =

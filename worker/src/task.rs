@@ -202,6 +202,11 @@ pub(crate) struct Task {
 /// The credentials that a rank needs, out of the worker's environment where the file has none.
 pub(crate) fn store_for_ranks(mut store: StoreSection, uri: String) -> StoreSection {
     store.uri = uri;
+    // A rank may run in another folder.
+    let key_file = &mut store.encryption.key_file;
+    if let Ok(absolute) = std::path::absolute(&*key_file) {
+        *key_file = absolute;
+    }
     let from_environment = |name: &str| std::env::var(name).ok().map(api::Secret::new);
     let s3 = &mut store.s3;
     if s3.access_key_id.is_empty() {

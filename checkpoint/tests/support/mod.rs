@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test binary uses a part")]
 
 pub mod counting;
+pub mod failing;
 
 use std::collections::BTreeMap;
 
@@ -80,6 +81,7 @@ pub fn options(rank: u32, world_size: u32, compression: Compression) -> SaverOpt
         rank: Rank(rank),
         world_size,
         compression,
+        incremental: false,
     }
 }
 

@@ -8,9 +8,28 @@
 use std::collections::BTreeSet;
 
 use api::ids::{Generation, Name, Step};
+use api::job::{BestMode, KeepBest};
 use api::records::{CheckpointRecord, JobRecord, KIND_CHECKPOINT, KIND_JOB};
 
 use crate::records::{RecordError, Records};
+
+/// The steps of the best checkpoints, given each one's value of the policy's metric. Of equals the
+/// older: what is best stays so until something better comes.
+pub(crate) fn best(
+    policy: &KeepBest,
+    values: impl IntoIterator<Item = (Step, f64)>,
+) -> BTreeSet<Step> {
+    let mut values: Vec<(Step, f64)> =
+        values.into_iter().filter(|(_, value)| value.is_finite()).collect();
+    values.sort_by(|(step, value), (other_step, other)| {
+        let order = match policy.mode {
+            BestMode::Min => value.total_cmp(other),
+            BestMode::Max => other.total_cmp(value),
+        };
+        order.then(step.cmp(other_step))
+    });
+    values.into_iter().take(policy.count.get() as usize).map(|(step, _)| step).collect()
+}
 
 /// What one job needs of its checkpoints.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,5 +94,29 @@ impl Retention {
         let is_left_over = ended.is_some_and(|ended| generation <= ended)
             && (!is_complete || is_before(self.recorded.last()));
         generation <= self.cleared || is_dropped || is_left_over
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use super::*;
+
+    #[test]
+    fn the_best_are_the_least_or_the_largest_and_of_equals_the_older() {
+        let values = [(10, 3.0), (20, 1.0), (30, f64::NAN), (40, 1.0), (50, 2.0), (60, 3.0)];
+        let steps = |mode, count| {
+            let count = NonZeroU32::new(count).expect("not zero");
+            let policy = KeepBest { metric: "validation:loss".into(), mode, count };
+            let found = best(&policy, values.map(|(step, value)| (Step(step), value)));
+            found.into_iter().map(|step| step.0).collect::<Vec<u64>>()
+        };
+        assert_eq!(steps(BestMode::Min, 1), [20]);
+        assert_eq!(steps(BestMode::Min, 2), [20, 40]);
+        assert_eq!(steps(BestMode::Min, 3), [20, 40, 50]);
+        assert_eq!(steps(BestMode::Max, 1), [10]);
+        assert_eq!(steps(BestMode::Max, 3), [10, 50, 60]);
+        assert_eq!(steps(BestMode::Max, 99), [10, 20, 40, 50, 60]);
     }
 }

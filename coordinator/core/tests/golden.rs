@@ -5,7 +5,7 @@
 //! difference before you commit it. Commands:
 //!
 //! ```text
-//! submit NAME [ranks=2] [min=1 max=4] [wait=5s] [spares=1] [replace] [keep=1] [keep_every=200] [max_failures=0] [max_time=60s] [relaxed] [request=ID]
+//! submit NAME [ranks=2] [min=1 max=4] [wait=5s] [spares=1] [replace] [keep=1] [keep_every=200] [keep_best=1] [max_failures=0] [max_time=60s] [relaxed] [request=ID]
 //! stop NAME | stop-endpoint NAME | resume NAME
 //! deploy NAME model=MODEL [listen=127.0.0.1:0] [request=ID]
 //! hello WORKER [slots=2] [host=H] [incarnation=1] [cluster=ID] [TASK[@PORT][~GENERATION][+peers][+state][+waits] …]
@@ -15,7 +15,7 @@
 //! listening TASK [on=WORKER] [fingerprint=F]    running TASK [STEP]    step TASK 7
 //! busy TASK    broken TASK [STEP] [blames=r1]    paused TASK STEP    ready TASK (a spare)
 //! [of=g1] with any report: the generation it was made in; else the newest its process is part of
-//! checkpoint TASK 100 [generation=1] [digest=D] finished TASK 200    stopped TASK 150 [time]
+//! checkpoint TASK 100 [generation=1] [digest=D] [loss=0.5] finished TASK 200    stopped TASK 150 [time]
 //! failed TASK [blames=r1] [fatal] MESSAGE …
 //! exit TASK completed|killed|signal=9|code=1|not-started [fatal] [MESSAGE …]
 //! adopted NAME g1 [200 300 …]    diagnosed NAME g1 [suspect=r1] TEXT …
@@ -35,7 +35,7 @@ use std::path::Path;
 
 use api::events::{CheckpointFact, JobEvent, ModelFact, Slowest, StepMetrics, StepTime};
 use api::ids::{Generation, Name, Secret, Step as TrainStep, TaskId};
-use api::job::{Determinism, Elastic, JobSpec, Ranks};
+use api::job::{BestMode, Determinism, Elastic, JobSpec, KeepBest, Ranks};
 use api::records::{
     CheckpointRecord, EndpointRecord, EndpointSpec, JobRecord, KIND_CHECKPOINT, KIND_ENDPOINT,
     KIND_JOB, Placement,
@@ -385,7 +385,12 @@ impl Stage {
                 let generation = words.number("generation").map_or(generation, Generation);
                 let digest = words.pairs.get("digest").copied().unwrap_or("aa");
                 let job = task.workload.to_string();
-                RankReport::Checkpoint(fact(&job, generation, number(words.at(2)), digest))
+                let mut fact = fact(&job, generation, number(words.at(2)), digest);
+                if let Some(loss) = words.pairs.get("loss") {
+                    let loss = loss.parse().expect("a number");
+                    fact.metrics.insert("validation:loss".into(), loss);
+                }
+                RankReport::Checkpoint(fact)
             }
             "finished" => RankReport::Finished(ModelFact {
                 key: format!("models/{}/{}", task.workload, task.generation),
@@ -593,6 +598,11 @@ fn spec(words: &Words<'_>) -> JobSpec {
     if let Some(steps) = words.number("keep_every") {
         spec.checkpoint.keep_every_steps = steps;
     }
+    if let Some(count) = nonzero("keep_best") {
+        let metric = "validation:loss".to_owned();
+        spec.evaluate.every_steps = spec.checkpoint.every_steps;
+        spec.checkpoint.keep_best = Some(KeepBest { metric, mode: BestMode::Min, count });
+    }
     if let Some(failures) = words.number("max_failures") {
         spec.recovery.max_failures = failures as u32;
     }
@@ -612,6 +622,7 @@ fn fact(job: &str, generation: Generation, step: u64, digest: &str) -> Checkpoin
         manifest_key: format!("{job}/{step:012}-{generation}.json"),
         manifest_digest: digest.to_owned(),
         bytes: 64,
+        metrics: BTreeMap::new(),
     }
 }
 

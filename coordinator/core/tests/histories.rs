@@ -318,9 +318,16 @@ impl History {
             0 => most.to_string(),
             _ => format!("{{ min = {}, max = {most} }}", 1 + self.below(most)),
         };
+        let best = match self.below(3) {
+            0 => {
+                "keep_best = { metric = \"validation:loss\", mode = \"min\", count = 2 }\n\
+                 [evaluate]\nevery_steps = 1\n"
+            }
+            _ => "",
+        };
         let text = format!(
             "name = \"{name}\"\nalgorithm = \"transformer\"\n[stop]\nmax_steps = 30\n\
-             [resources]\nranks = {ranks}\n[checkpoint]\nevery_steps = 1\nkeep = {}\nkeep_every_steps = {}\n\
+             [resources]\nranks = {ranks}\n[checkpoint]\nevery_steps = 1\nkeep = {}\nkeep_every_steps = {}\n{best}\
              [recovery]\nmax_failures = {}\nspares = {}\nwait_for_replacement = \"{}s\"\n",
             1 + self.below(2),
             self.below(4),
@@ -942,5 +949,6 @@ fn fact(job: &Name, generation: Generation, step: u64) -> CheckpointFact {
         manifest_key: format!("{job}/{step}-{generation}"),
         manifest_digest: "aa".into(),
         bytes: 1,
+        metrics: BTreeMap::from([("validation:loss".into(), (step * 7 % 5) as f64)]),
     }
 }

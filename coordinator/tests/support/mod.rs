@@ -403,6 +403,7 @@ pub fn checkpoint(task: &TaskId, step: u64) -> CheckpointFact {
         manifest_key: checkpoint::keys::manifest(&task.workload, Step(step), task.generation),
         manifest_digest: "ab".repeat(32),
         bytes: 1 << 20,
+        ..CheckpointFact::default()
     }
 }
 

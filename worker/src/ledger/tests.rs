@@ -182,6 +182,7 @@ fn a_full_queue_forgets_superseded_checkpoints_first() {
             manifest_key: String::new(),
             manifest_digest: String::new(),
             bytes: 0,
+            ..Default::default()
         };
         let report = RankReport::Checkpoint(fact);
         ledger.report(&task(0), RankLine { generation: Generation(1), report });

@@ -3,6 +3,7 @@
 //!
 //! Workers repeat what was not acknowledged, so every fact may come twice.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use api::events::{CheckpointFact, JobEvent, ModelFact};
@@ -29,7 +30,7 @@ use crate::transaction::RecordKey;
 const KEY_BYTES_MAX: usize = 1_024;
 /// Checkpoints adopted at once, the newest, however many the policy keeps: they are one transaction.
 const ADOPTED_MAX: usize = 64;
-/// Metrics in a model's record; an algorithm reports a handful.
+/// Metrics in a record of a model or checkpoint; an algorithm reports a handful.
 const METRICS_MAX: usize = 256;
 
 /// A task of a gang that says something.
@@ -274,11 +275,15 @@ impl Leader {
         let Some((version, job)) = self.job_of(task) else { return };
         let name = job.spec.name.clone();
         let step = fact.step;
+        let fact = CheckpointFact { metrics: finite(fact.metrics), ..fact };
         if let Err(found) = check_checkpoint(job.status.generation, who.rank, &fact) {
             return draft
                 .because(Reason::Remark(format!("refused a checkpoint of {task}: {found}")));
         }
-        if job.status.checkpoint.as_ref() == Some(&fact) {
+        let marks = |fact: &CheckpointFact| {
+            (fact.step, fact.generation, fact.manifest_key.clone(), fact.manifest_digest.clone())
+        };
+        if job.status.checkpoint.as_ref().map(marks) == Some(marks(&fact)) {
             draft.because(Reason::Remark(format!("step {} of {task} is recorded", step.0)));
             return self.deliver_to_gang(draft, &job, &RankOrder::Committed { step });
         }
@@ -295,9 +300,9 @@ impl Leader {
             status.failures = 0;
         });
         record_checkpoint(draft, &name, &fact, now);
+        let surplus = surplus_checkpoints(records, &job, std::slice::from_ref(&fact));
         draft.publish(&name, JobEvent::Checkpoint(fact));
         self.deliver_to_gang(draft, &job, &RankOrder::Committed { step });
-        let surplus = surplus_checkpoints(records, &job, [step]);
         if !surplus.is_empty() {
             surplus.into_iter().for_each(|key| draft.delete(key));
             sweep_store(draft, &name);
@@ -313,7 +318,7 @@ impl Leader {
                 format!("refused a model of {task}: expected one of rank 0 with a short key");
             return draft.because(Reason::Remark(text));
         }
-        let fact = finite(fact);
+        let fact = ModelFact { metrics: finite(fact.metrics), ..fact };
         if job.status.model.as_ref() == Some(&fact) {
             return draft.because(Reason::Remark(format!("the model of {task} is recorded")));
         }
@@ -366,7 +371,7 @@ impl Leader {
         facts.dedup_by_key(|fact| fact.step);
         let kept = ADOPTED_MAX.min(job.spec.checkpoint.keep.get() as usize);
         let facts = facts.split_off(facts.len().saturating_sub(kept));
-        let surplus = surplus_checkpoints(records, &job, facts.iter().map(|fact| fact.step));
+        let surplus = surplus_checkpoints(records, &job, &facts);
         self.change_job(draft, version, &job, |status| {
             status.gang.clear();
             if let Some(newest) = facts.last() {
@@ -438,10 +443,10 @@ fn record_checkpoint(draft: &mut Draft, job: &Name, fact: &CheckpointFact, now: 
 }
 
 /// Without values that JSON cannot hold, which would make the record unreadable.
-fn finite(mut fact: ModelFact) -> ModelFact {
-    fact.metrics.retain(|_, value| value.is_finite());
-    while fact.metrics.len() > METRICS_MAX {
-        fact.metrics.pop_last();
+fn finite(mut metrics: BTreeMap<String, f64>) -> BTreeMap<String, f64> {
+    metrics.retain(|_, value| value.is_finite());
+    while metrics.len() > METRICS_MAX {
+        metrics.pop_last();
     }
-    fact
+    metrics
 }

@@ -7,7 +7,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use api::events::CheckpointFact;
 use api::ids::{Generation, Name, Step};
+use api::job::CheckpointPolicy;
 use api::records::{CheckpointRecord, JobRecord, KIND_CHECKPOINT};
 
 use super::Leader;
@@ -15,6 +17,7 @@ use super::decision::Effect;
 use super::draft::Draft;
 use super::index::Workload;
 use crate::records::Records;
+use crate::retention::best;
 use crate::transaction::RecordKey;
 
 /// Jobs whose last ranks are waited for, the newest. One that is forgotten leaves a broken-off
@@ -72,25 +75,54 @@ impl Leader {
     }
 }
 
-/// Records beyond the newest `checkpoint.keep`, counting those at `written` that are about to be
-/// recorded. Never those, nor what `checkpoint.keep_every_steps` keeps for good.
+/// Records beyond the newest `checkpoint.keep`, counting those of `written` that are about to be
+/// recorded. Never those, nor what `checkpoint.keep_every_steps` keeps for good, nor the best.
 pub(super) fn surplus_checkpoints(
     records: &Records,
     job: &JobRecord,
-    written: impl IntoIterator<Item = Step>,
+    written: &[CheckpointFact],
 ) -> Vec<RecordKey> {
     let policy = &job.spec.checkpoint;
-    let id = |step| CheckpointRecord::id(&job.spec.name, step);
-    let is_kept = |key: &&RecordKey| {
-        CheckpointRecord::step_of(&key.id).is_some_and(|step| policy.is_kept_for_good(step))
-    };
-    let written: BTreeSet<String> = written.into_iter().map(id).collect();
+    let written_ids: BTreeSet<String> =
+        written.iter().map(|fact| CheckpointRecord::id(&job.spec.name, fact.step)).collect();
     let former: Vec<&RecordKey> = records
         .list(KIND_CHECKPOINT, &format!("{}/", job.spec.name))
         .map(|(key, _)| key)
-        .filter(|key| !written.contains(&key.id))
+        .filter(|key| !written_ids.contains(&key.id))
         .collect();
-    let kept = (policy.keep.get() as usize).saturating_sub(written.len());
+    let kept = (policy.keep.get() as usize).saturating_sub(written_ids.len());
     let surplus = former.len().saturating_sub(kept);
+    if surplus == 0 {
+        return Vec::new();
+    }
+    let best = best_steps(records, policy, &former, written);
+    let is_kept = |key: &&RecordKey| {
+        let step = CheckpointRecord::step_of(&key.id);
+        step.is_some_and(|step| policy.is_kept_for_good(step) || best.contains(&step))
+    };
     former.into_iter().take(surplus).filter(|key| !is_kept(key)).cloned().collect()
+}
+
+/// The best of what is recorded and what is about to be. One whose record cannot be read counts as
+/// best: what it is worth is not known.
+fn best_steps(
+    records: &Records,
+    policy: &CheckpointPolicy,
+    former: &[&RecordKey],
+    written: &[CheckpointFact],
+) -> BTreeSet<Step> {
+    let Some(policy) = &policy.keep_best else { return BTreeSet::new() };
+    let value = |fact: &CheckpointFact| Some((fact.step, *fact.metrics.get(&policy.metric)?));
+    let mut values: Vec<(Step, f64)> = written.iter().filter_map(value).collect();
+    let mut unreadable = BTreeSet::new();
+    for key in former {
+        match records.read::<CheckpointRecord>(KIND_CHECKPOINT, &key.id) {
+            Ok(Some((_, record))) => values.extend(value(&record.fact)),
+            Ok(None) => {}
+            Err(_) => unreadable.extend(CheckpointRecord::step_of(&key.id)),
+        }
+    }
+    let mut best = best(policy, values);
+    best.extend(unreadable);
+    best
 }

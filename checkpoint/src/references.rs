@@ -1,0 +1,146 @@
+//! Which shards may not go with the checkpoint that they were written for, since another refers to
+//! them; and which objects no checkpoint needs at all.
+//!
+//! What decides is the manifests in the store. Whoever deletes first reads those of every checkpoint
+//! that stays; one that cannot be read keeps everything, except when it is no manifest at all, from
+//! which nobody could restore.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use api::{Generation, Name};
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
+use serde::Deserialize;
+
+use crate::error::StoreError;
+use crate::keys;
+use crate::manifest::{self, MANIFEST_BYTES_MAX, Manifest};
+use crate::store::{ObjectInfo, Store, with_retries};
+
+/// Manifests read at once.
+const READS_AT_ONCE: usize = 8;
+
+/// What manifests refer to. Manifests never change, so each is read once.
+#[derive(Clone, Debug, Default)]
+pub struct References(BTreeMap<String, BTreeSet<String>>);
+
+impl References {
+    /// Knows afterwards what exactly these manifests refer to.
+    ///
+    /// # Errors
+    /// When one of them cannot be read, or is newer than this release: then nothing may be deleted.
+    pub async fn read(&mut self, store: &Store, manifests: &[&str]) -> Result<(), StoreError> {
+        self.0.retain(|key, _| manifests.contains(&key.as_str()));
+        let unknown = manifests.iter().filter(|key| !self.0.contains_key(**key));
+        let reads: Vec<_> = unknown
+            .map(|key| {
+                let read = read_references(store, key);
+                async move { Ok::<_, StoreError>(((*key).to_owned(), read.await?)) }.boxed()
+            })
+            .collect();
+        let found: Vec<_> = stream::iter(reads).buffered(READS_AT_ONCE).try_collect().await?;
+        self.0.extend(found);
+        Ok(())
+    }
+
+    /// The same for one more.
+    ///
+    /// # Errors
+    /// As for [`read`](Self::read).
+    pub async fn add(&mut self, store: &Store, manifest_key: &str) -> Result<(), StoreError> {
+        let found = read_references(store, manifest_key).await?;
+        self.0.insert(manifest_key.to_owned(), found);
+        Ok(())
+    }
+
+    /// Whether one of them refers to this object.
+    pub fn contains(&self, key: &str) -> bool {
+        self.0.values().any(|keys| keys.contains(key))
+    }
+}
+
+/// Of a manifest, what is needed here; whether all else is right is its reader's to find out.
+#[derive(Deserialize)]
+struct Outline {
+    #[serde(default)]
+    shards: Vec<OutlineShard>,
+}
+
+#[derive(Deserialize)]
+struct OutlineShard {
+    #[serde(default)]
+    former: Vec<OutlineFormer>,
+}
+
+#[derive(Deserialize)]
+struct OutlineFormer {
+    key: String,
+}
+
+async fn read_references(store: &Store, key: &str) -> Result<BTreeSet<String>, StoreError> {
+    let bytes = match with_retries(|| store.get_bounded(key, MANIFEST_BYTES_MAX)).await {
+        Err(error @ StoreError::TooLarge { .. }) => {
+            tracing::warn!(%error, "what is no manifest refers to nothing");
+            return Ok(BTreeSet::new());
+        }
+        bytes => bytes?,
+    };
+    match manifest::check_version(key, &bytes) {
+        Ok(true) => {}
+        Ok(false) => {
+            tracing::warn!(key, "what is no manifest refers to nothing");
+            return Ok(BTreeSet::new());
+        }
+        Err(error) => return Err(error),
+    }
+    let outline: Outline = serde_json::from_slice(&bytes).map_err(|error| StoreError::Corrupt {
+        key: key.to_owned(),
+        problem: format!("what it refers to cannot be read: {error}"),
+    })?;
+    let former = outline.shards.into_iter().flat_map(|shard| shard.former);
+    Ok(former.map(|former| former.key).collect())
+}
+
+/// Objects among a job's checkpoints that no manifest in the store names: what killed writers and
+/// broken-off deletions left. Those of generations after `ended` are left out: somebody may be
+/// writing their manifest.
+///
+/// # Errors
+/// When a manifest cannot be read: then it is not known what it names.
+pub async fn find_orphans(
+    store: &Store,
+    job: &Name,
+    ended: Generation,
+) -> Result<Vec<ObjectInfo>, StoreError> {
+    let objects = store.list(&keys::checkpoints(job)).await?;
+    let is_manifest = |object: &&ObjectInfo| keys::parse_manifest(&object.key).is_some();
+    let reads: Vec<_> = objects
+        .iter()
+        .filter(is_manifest)
+        .map(|object| {
+            let key = object.key.as_str();
+            let read = with_retries(move || store.get_bounded(key, MANIFEST_BYTES_MAX));
+            async move { Manifest::parse(key, &read.await?) }.boxed()
+        })
+        .collect();
+    let manifests: Vec<Manifest> =
+        stream::iter(reads).buffered(READS_AT_ONCE).try_collect().await?;
+    let named: BTreeSet<String> =
+        manifests.iter().flat_map(Manifest::objects).map(|shard| shard.key).collect();
+    let is_orphan = |object: &ObjectInfo| {
+        let place = keys::parse_object(job, &object.key);
+        place.is_some_and(|(_, generation, file)| generation <= ended && file != keys::MANIFEST)
+            && !named.contains(&object.key)
+    };
+    Ok(objects.into_iter().filter(is_orphan).collect())
+}
+
+/// Deletes objects that [`find_orphans`] found. One that is gone already is no error.
+///
+/// # Errors
+/// When the store refuses one; the others stay then.
+pub async fn delete_orphans(store: &Store, orphans: &[ObjectInfo]) -> Result<(), StoreError> {
+    for orphan in orphans {
+        store.delete(&orphan.key).await?;
+    }
+    Ok(())
+}
