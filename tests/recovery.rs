@@ -110,6 +110,31 @@ fn two_that_die_at_once_and_one_that_dies_while_the_others_recover() {
 }
 
 #[test]
+fn a_rank_that_is_stopped_is_found_named_and_replaced() {
+    let (expected, _) = undisturbed(TRANSFORMER);
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut running = start(TRANSFORMER, folder.path(), &["resources.ranks=2"]);
+    running.wait_for_step(5);
+    let before = processes(&running, 2);
+    kill(before[1], Signal::SIGSTOP).expect("it runs");
+    let status = running.wait_for("the next generation", |event| is_running(event, 2));
+    let cause = status["first_cause"]["cause"]["reason"].as_str().unwrap_or_default();
+    let named = format!("its process {} was stopped by a signal", before[1]);
+    assert!(cause.contains(&named), "{status}");
+    assert_eq!(status["regroups"], 1, "{status}");
+    let finished = running.finish().expect_code(0);
+    assert_eq!(weights_digest(&finished), expected);
+    // Where the time went, and why.
+    let last = finished.last_json();
+    let goodput = &last["goodput"];
+    assert!(goodput["steps"].as_u64() >= Some(100), "{goodput}");
+    assert!(goodput["useful_ms"].as_u64() > Some(0) && goodput["lost_ms"].as_u64() > Some(0));
+    let history = last["history"].as_array().expect("a list");
+    let why = |moment: &Value| moment["text"].as_str().is_some_and(|text| text.contains(&named));
+    assert!(history.iter().any(why), "{history:#?}");
+}
+
+#[test]
 fn an_elastic_gang_shrinks_at_once_and_grows_again() {
     let (expected, _) = undisturbed(TRANSFORMER);
     let folder = tempfile::tempdir().expect("a folder");
