@@ -35,7 +35,7 @@ def command(binary, job, sets, folder, steps, ranks):
 
 def digest(lines):
     last = json.loads(lines[-1])
-    return last["model"]["sha256"]
+    return last["sha256"]
 
 
 def ranks_of(parent):

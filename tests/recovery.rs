@@ -42,7 +42,7 @@ fn undisturbed(job: (&str, &[&str])) -> (String, Value) {
     let folder = tempfile::tempdir().expect("a folder");
     let finished = start(job, folder.path(), &["resources.ranks=1"]).finish().expect_code(0);
     let last = finished.last_json();
-    (weights_digest(&finished), last["model"]["metrics"].clone())
+    (weights_digest(&finished), last["metrics"].clone())
 }
 
 fn is_running(event: &Value, generation: u64) -> bool {
@@ -85,7 +85,7 @@ fn survivors_keep_their_process_and_the_result_its_bits() {
         let finished = running.finish().expect_code(0);
         let last = finished.last_json();
         assert_eq!(weights_digest(&finished), expected, "{}", job.0);
-        assert_eq!(last["model"]["metrics"], metrics, "metrics are part of what is handed on");
+        assert_eq!(last["metrics"], metrics, "metrics are part of what is handed on");
     }
 }
 

@@ -43,6 +43,7 @@ struct Shared {
     generation: AtomicU64,
     stop: AtomicBool,
     pause: AtomicBool,
+    interrupted: AtomicBool,
     abort: Mutex<Option<AbortHook>>,
     flight: Mutex<Option<FlightHook>>,
 }
@@ -110,8 +111,14 @@ impl Control {
     /// What is reported from now on is of this generation. The first one is that of the assignment.
     pub fn enter(&self, generation: Generation) {
         self.shared.generation.store(generation.0, Ordering::Relaxed);
-        // That order was for the group of before.
+        // These orders were for the group of before.
         self.shared.pause.store(false, Ordering::Relaxed);
+        self.shared.interrupted.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether the group of now is broken off by order: what is computed for it is of no use.
+    pub fn is_interrupted(&self) -> bool {
+        self.shared.interrupted.load(Ordering::Relaxed)
     }
 
     /// Whether the ranks are to leave their group between two steps.
@@ -189,6 +196,7 @@ fn handle(order: RankOrder, control: &Control, sender: &Sender<RankOrder>) {
             shared.stop.store(true, Ordering::Relaxed);
         }
         RankOrder::Abort { reason } => {
+            shared.interrupted.store(true, Ordering::Relaxed);
             if let Some(hook) = &*shared.abort.lock().unwrap_or_else(PoisonError::into_inner) {
                 hook(&reason);
             }
@@ -204,6 +212,7 @@ fn handle(order: RankOrder, control: &Control, sender: &Sender<RankOrder>) {
             // Queued first: whoever is woken looks for it. Under the lock: the one that takes it
             // sets the hook of the next group, which must not be the one that is called.
             let hook = shared.abort.lock().unwrap_or_else(PoisonError::into_inner);
+            shared.interrupted.store(true, Ordering::Relaxed);
             let _ = sender.send(RankOrder::Regroup(regroup));
             if let Some(hook) = &*hook {
                 hook(&reason);

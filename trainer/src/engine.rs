@@ -63,10 +63,13 @@ pub trait GradientSink {
     fn place(&mut self, block: usize) -> (&mut [f32], usize);
     /// The block's gradients have been added; blocks come last to first.
     fn done(&mut self, block: usize);
+    /// Whether the step is of no use any more; asked between blocks, so that a rank whose group
+    /// broke does not first finish what it computes.
+    fn is_abandoned(&self) -> bool;
 }
 
 /// Forward and backward of one microbatch; its gradients of the *sum* loss are added to `sink`,
-/// block by block, the last block first.
+/// block by block, the last block first. None when the sink says that the step is abandoned.
 pub fn forward_backward(
     model: &Model,
     table: &Table,
@@ -74,7 +77,7 @@ pub fn forward_backward(
     batch: Microbatch,
     mode: Mode,
     sink: &mut dyn GradientSink,
-) -> MicrobatchSums {
+) -> Option<MicrobatchSums> {
     let mut tape: Vec<(Option<Tensor<2>>, Tensor<2>)> = Vec::with_capacity(model.blocks.len());
     let mut input = batch.input;
     for (index, (block, params)) in model.blocks.iter().zip(&leaves.blocks).enumerate() {
@@ -83,6 +86,9 @@ pub fn forward_backward(
             BlockInput::Features(x) if index > 0 => Some(x.clone()),
             _ => None,
         };
+        if sink.is_abandoned() {
+            return None;
+        }
         let output = block.forward(params, input, mode);
         input = BlockInput::Features(output.clone().inner().autodiff().require_grad());
         tape.push((leaf, output));
@@ -90,13 +96,16 @@ pub fn forward_backward(
     drop(input);
 
     let Some((leaf, output)) = tape.pop() else {
-        return MicrobatchSums { loss: 0.0, count: 0, sums: Vec::new() };
+        return Some(MicrobatchSums { loss: 0.0, count: 0, sums: Vec::new() });
     };
     let loss = (model.loss)(output, &batch.targets, true);
     let value = scalar(loss.sum.clone().inner());
     let mut seeded = (leaf, loss.sum);
     let mut whole = model.blocks.len();
     for index in (0..model.blocks.len()).rev() {
+        if sink.is_abandoned() {
+            return None;
+        }
         let (leaf, root) = seeded;
         let mut gradients = root.backward();
         let entries = &table.entries[table.blocks[index].clone()];
@@ -114,7 +123,7 @@ pub fn forward_backward(
     }
     // Blocks that the loss does not reach have gradients of zero; they are whole all the same.
     (0..whole).rev().for_each(|index| sink.done(index));
-    MicrobatchSums { loss: value, count: loss.count, sums: loss.sums }
+    Some(MicrobatchSums { loss: value, count: loss.count, sums: loss.sums })
 }
 
 /// Adds a gradient tensor to its place in the flat buffer.

@@ -56,7 +56,7 @@ pub struct Member {
 /// Why a member did not come to its end in this generation.
 enum Interrupted {
     /// A newer generation begins.
-    By(Place),
+    By(Box<Place>),
     /// The group broke; what the state is worth is not touched by it.
     Broken(CollectiveError),
     /// This process cannot go on.
@@ -109,7 +109,7 @@ impl Member {
                     self.next_place(Some(&next))?
                 }
                 Ok(end) => return Ok(end),
-                Err(Interrupted::By(place)) => place,
+                Err(Interrupted::By(place)) => *place,
                 Err(Interrupted::Failed(error)) => return Err(error),
                 Err(Interrupted::Broken(error)) => self.broken(&held, &next, &error)?,
             };
@@ -198,7 +198,7 @@ impl Member {
         self.control.on_abort(move |reason| abort.abort(reason));
         // An order that came before there was anything to abort.
         if let Some(next) = self.newer_place(place) {
-            return Err(Interrupted::By(next));
+            return Err(Interrupted::By(Box::new(next)));
         }
         let fingerprint = self.fingerprint.clone();
         self.control.report(&RankReport::Listening { address: listener.address(), fingerprint })?;
@@ -208,7 +208,8 @@ impl Member {
                     break addresses;
                 }
                 RankOrder::Regroup(order) if order.generation > place.generation => {
-                    return Err(Interrupted::By((*order).into()));
+                    let next: Place = (*order).into();
+                    return Err(Interrupted::By(Box::new(next)));
                 }
                 // Of a generation that is over.
                 _ => {}
@@ -363,7 +364,7 @@ fn share(
 /// Whether a checkpoint is one of this job as it is now.
 fn check(
     spec: &JobSpec,
-    found: &checkpoint::Manifest,
+    found: &Manifest,
     info: &ManifestInfo,
     step: Step,
 ) -> Result<(), TrainError> {

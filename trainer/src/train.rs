@@ -257,10 +257,12 @@ impl Trainer {
                     buckets: &mut bound.buckets,
                     lanes: &bound.lanes,
                     queue: &bound.queue,
+                    control: &self.control,
                     lane,
                     last: microbatch == last,
                 };
-                let found = forward_backward(model, table, &leaves, batch, mode, &mut sink);
+                let found = forward_backward(model, table, &leaves, batch, mode, &mut sink)
+                    .ok_or_else(interrupted)?;
                 add_sums(&mut sums, &found, samples, tokens);
             }
             stats.push(lane, sums);
@@ -451,6 +453,10 @@ impl Trainer {
                 let first = microbatch * size;
                 let indices: Vec<u64> = (first..data.len().min(first + size)).collect();
                 let batch = data.microbatch(&indices, None, device)?;
+                if self.control.is_interrupted() {
+                    held.progress.evaluated = None;
+                    return Err(interrupted());
+                }
                 let (samples, tokens) = (batch.samples, batch.tokens);
                 let found = evaluate(&problem.model, &leaves, batch);
                 add_sums(&mut sums, &found, samples, tokens);
@@ -546,6 +552,12 @@ fn fetch(
     problem.train.microbatch(&indices, Some(key), &device.clone().autodiff())
 }
 
+/// The group is broken off while this rank computes.
+fn interrupted() -> TrainError {
+    let reason = "the step was abandoned: its group is broken off".to_owned();
+    collective::CollectiveError::Aborted { reason }.into()
+}
+
 /// The rank with the largest of the times, over their median.
 fn slowest(times: &[i64]) -> Option<Slowest> {
     let mut sorted = times.to_vec();
@@ -565,12 +577,17 @@ struct LaneSink<'a> {
     buckets: &'a mut Buckets,
     lanes: &'a Lanes,
     queue: &'a Queue,
+    control: &'a Control,
     lane: u32,
     /// The lane's last microbatch: its blocks are whole when it has passed them.
     last: bool,
 }
 
 impl GradientSink for LaneSink<'_> {
+    fn is_abandoned(&self) -> bool {
+        self.control.is_interrupted()
+    }
+
     fn place(&mut self, block: usize) -> (&mut [f32], usize) {
         self.buckets.place(block)
     }

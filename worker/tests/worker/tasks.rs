@@ -63,7 +63,7 @@ read -r order
             }
             WorkerMessage::Task { event, .. } => {
                 let report = TaskEvent::Report {
-                    generation: Generation(1),
+                    generation: rank.generation,
                     report: RankReport::Listening {
                         address: "127.0.0.1:7001".parse().expect("an address"),
                         fingerprint: "f".into(),
