@@ -60,14 +60,14 @@ enum Interrupted {
     /// The group broke; what the state is worth is not touched by it.
     Broken(CollectiveError),
     /// This process cannot go on.
-    Failed(TrainError),
+    Failed(Box<TrainError>),
 }
 
 impl From<TrainError> for Interrupted {
     fn from(error: TrainError) -> Self {
         match error {
             TrainError::Collective(error) => Self::Broken(error),
-            error => Self::Failed(error),
+            error => Self::Failed(Box::new(error)),
         }
     }
 }
@@ -80,7 +80,7 @@ impl From<CollectiveError> for Interrupted {
 
 impl From<ControlError> for Interrupted {
     fn from(error: ControlError) -> Self {
-        Self::Failed(error.into())
+        Self::Failed(Box::new(error.into()))
     }
 }
 
@@ -110,7 +110,7 @@ impl Member {
                 }
                 Ok(end) => return Ok(end),
                 Err(Interrupted::By(place)) => *place,
-                Err(Interrupted::Failed(error)) => return Err(error),
+                Err(Interrupted::Failed(error)) => return Err(*error),
                 Err(Interrupted::Broken(error)) => self.broken(&held, &next, &error)?,
             };
             let how = if is_paused { "paused" } else { "broken off" };

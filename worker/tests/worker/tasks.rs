@@ -2,7 +2,6 @@
 
 use std::fs;
 
-use api::Generation;
 use api::session::{
     ExitCause, LOG_LINE_BYTES_MAX, LeaveScope, LogLine, LogStream, RankOrder, RankReport,
 };
