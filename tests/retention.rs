@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use api::config::StoreSection;
+use api::config::{EncryptionSection, StoreSection};
 use api::{Name, Step};
 use checkpoint::{Store, StoredCheckpoint};
 use common::{Running, small_job, submit_local};
@@ -36,6 +36,31 @@ fn every_k_th_checkpoint_is_kept_for_good() {
 }
 
 #[test]
+fn the_best_stay_and_all_of_it_can_be_encrypted_and_incremental() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("run");
+    let key_file = folder.path().join("key");
+    std::fs::write(&key_file, "5a".repeat(32)).expect("written");
+    let config = folder.path().join("cluster.toml");
+    let text = format!("[store.encryption]\nkey_file = \"{}\"\n", key_file.display());
+    std::fs::write(&config, text).expect("written");
+    let best = "checkpoint.keep_best={ metric = \"train:loss\", mode = \"max\" }";
+    let sets = [&SETS[..], &[best, "checkpoint.incremental=true"]].concat();
+    let mut command = submit_local(&small_job(folder.path(), ""), &dir, &sets);
+    let mut running = Running::start(command.arg("--config").arg(&config));
+    running.wait_for_step(53);
+    // What comes next is restored from an encrypted checkpoint.
+    let ranks = running.ranks();
+    kill(ranks[1].1, Signal::SIGKILL).expect("killed");
+    let last = running.finish().expect_code(0).last_json();
+    assert_eq!((&last["state"], &last["restarts"]), (&"succeeded".into(), &1.into()), "{last}");
+    let encryption = EncryptionSection { key_file, ..EncryptionSection::default() };
+    let section = StoreSection { encryption, ..StoreSection::default() };
+    // Of all losses that of the first checkpoint is the largest.
+    check_left_in(&section, &dir, &[(5, 1), (195, 2), (200, 2)]);
+}
+
+#[test]
 fn a_killed_rank_leaves_nothing_behind() {
     let folder = tempfile::tempdir().expect("a folder");
     let dir = folder.path().join("run");
@@ -60,10 +85,14 @@ fn a_killed_rank_leaves_nothing_behind() {
 /// Steps and generations of the checkpoints that are left; each must verify, and no other folder
 /// may lie among them.
 fn check_left(dir: &Path, expected: &[(u64, u64)]) {
+    check_left_in(&StoreSection::default(), dir, expected);
+}
+
+fn check_left_in(section: &StoreSection, dir: &Path, expected: &[(u64, u64)]) {
     let job: Name = "small".parse().expect("a name");
     let root = dir.join("store");
     let uri = format!("file://{}", std::fs::canonicalize(&root).expect("a store").display());
-    let store = Store::open(&StoreSection::default(), &uri).expect("opens");
+    let store = Store::open(section, &uri).expect("opens");
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let found = runtime.block_on(checkpoint::list_checkpoints(&store, &job)).expect("lists");
     let which = |found: &StoredCheckpoint| (found.step.0, found.generation.0);

@@ -57,6 +57,7 @@ pub use references::{References, delete_orphans, find_orphans};
 pub use reshard::ReshardError;
 pub use restore::{Restore, RestoreError, TensorTarget};
 pub use saver::{SaveError, Saver, SaverOptions};
+pub use sealing::is_encrypted;
 pub use slice::{Runs, Slice};
 pub use store::{ObjectInfo, Store};
 pub use store_key::StoreKey;

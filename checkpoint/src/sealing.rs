@@ -37,6 +37,11 @@ pub(crate) const MAGIC: [u8; 8] = *b"COHORT\xe5\x01";
 /// Bytes of the store's key.
 pub(crate) const KEY_BYTES: usize = 32;
 
+/// Whether a file begins like an encrypted object.
+pub fn is_encrypted(bytes: &[u8]) -> bool {
+    bytes.starts_with(&MAGIC)
+}
+
 const SALT: std::ops::Range<usize> = 16..48;
 const PREFIX: std::ops::Range<usize> = 48..55;
 

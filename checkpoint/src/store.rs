@@ -21,7 +21,7 @@ use object_store::{
 
 use crate::error::{Attempt, Place, StoreError};
 use crate::sealed_store::SealedStore;
-use crate::sealing::MAGIC;
+use crate::sealing::is_encrypted;
 use crate::store_key::StoreKey;
 use crate::{local, s3};
 
@@ -221,7 +221,7 @@ impl Store {
 
     /// Tells encrypted bytes, which nobody decrypted, from damaged ones.
     fn opened(&self, key: &str, content: Bytes) -> Result<Bytes, StoreError> {
-        if content.starts_with(&MAGIC) {
+        if is_encrypted(&content) {
             let problem = "it is encrypted, and no key is configured".to_owned();
             return Err(self.attempt("read", key).encryption(problem));
         }

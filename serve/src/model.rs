@@ -55,6 +55,13 @@ pub async fn load_from_store(store: &Store, key: &str) -> Result<LoadedModel, Se
 fn build(descriptor: &[u8], weights: &[u8]) -> Result<LoadedModel, ServeError> {
     let malformed =
         |message: String| ServeError::Malformed { file: DESCRIPTOR_FILE.into(), message };
+    if checkpoint::is_encrypted(descriptor) {
+        return Err(malformed(
+            "it is encrypted, as all models of a store with [store.encryption] are: name the \
+             registered model, not its files"
+                .into(),
+        ));
+    }
     if descriptor.len() > DESCRIPTOR_BYTES_MAX {
         return Err(malformed(format!("{} bytes, too large", descriptor.len())));
     }
