@@ -5,7 +5,6 @@
 //! state and, for a new process, starting and receiving it. The step that is redone is told apart.
 //! The start of that step is when its report arrives less the time that it says it took.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use api::config::ClusterConfig;
@@ -188,7 +187,8 @@ impl View {
     /// One fault, and the wait for the first step after it.
     async fn disturb(&mut self, victim: usize, fault: BenchFault) -> Result<Sample> {
         let before = rank_processes(std::process::id());
-        let pids: BTreeMap<u32, Pid> = before.iter().copied().collect();
+        // Not by rank: a survivor and a newcomer may have been started as the same one.
+        let pids: Vec<Pid> = before.iter().map(|(_, pid)| *pid).collect();
         let Some(pid) = before.get(victim % before.len().max(1)).map(|(_, pid)| *pid) else {
             return Err(CliError::internal("the job has no rank processes"));
         };
@@ -220,7 +220,7 @@ impl View {
                         stall,
                         redone_step: metrics.time.total,
                         steps_lost: (reported + 1).saturating_sub(metrics.step.0),
-                        survivors: pids.values().filter(|pid| stayed(pid)).count(),
+                        survivors: pids.iter().filter(|pid| stayed(pid)).count(),
                     });
                 }
                 _ => {}
