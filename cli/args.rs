@@ -7,6 +7,10 @@ use std::path::PathBuf;
 use api::units::Span;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+mod chaos;
+
+pub use chaos::{ChaosCommand, ChaosReplay, ChaosRun, ChaosSample, Costs, Scale};
+
 /// Train across processes and machines, survive interruptions, serve what was trained.
 #[derive(Debug, Parser)]
 #[command(name = "cluster", version, propagate_version = true, max_term_width = 100)]
@@ -94,6 +98,9 @@ pub enum Command {
     /// Measure this machine.
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Strike a cluster with faults, or replay how spot nodes come and go.
+    #[command(subcommand)]
+    Chaos(ChaosCommand),
     /// One rank of a job; started by a worker.
     #[command(hide = true)]
     Rank,

@@ -8,6 +8,8 @@ use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use serde::Serialize;
 
+use crate::error::CliError;
+
 /// Exit code when the reader of standard output is gone: that of a process ended by SIGPIPE.
 const EXIT_CLOSED_PIPE: i32 = 141;
 
@@ -29,6 +31,13 @@ pub fn line(text: &str) {
     }
     eprintln!("error: cannot write the result: {error}");
     std::process::exit(i32::from(api::ExitClass::Internal.code()));
+}
+
+/// Prints one line, and leaves it to the caller what becomes of a failure: for those who have to put
+/// something right before they end.
+pub fn try_line(text: &str) -> crate::error::Result<()> {
+    let failed = |e| CliError::internal(format!("cannot write the result: {e}"));
+    writeln!(std::io::stdout(), "{text}").map_err(failed)
 }
 
 /// Prints rows under a header; just `empty` when there are none.

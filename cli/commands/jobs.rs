@@ -112,7 +112,7 @@ pub async fn show(global: &Global, name: &str) -> Result<()> {
 }
 
 /// Where every rank-second went, as far as the record says.
-fn show_goodput(book: &Goodput) {
+pub fn show_goodput(book: &Goodput) {
     let Some(fraction) = book.fraction() else { return };
     output::line("");
     output::line(&format!(

@@ -3,6 +3,7 @@
 mod algorithms;
 pub mod bench;
 mod certs;
+mod chaos;
 mod checkpoints;
 mod data;
 mod flight;
@@ -46,6 +47,7 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Coordinator => roles::coordinator(global).await,
         Command::Worker(args) => roles::worker(global, &args).await,
         Command::Bench(command) => bench::run(global, command).await,
+        Command::Chaos(command) => chaos::run(global, command).await,
         // Started before the runtime, see `main`.
         Command::Rank | Command::Replica | Command::BenchRank => Ok(()),
     }

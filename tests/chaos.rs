@@ -1,0 +1,181 @@
+//! Faults on purpose, through the shipped binary: what they do to a cluster, that they are undone,
+//! and what is refused.
+
+mod common;
+
+use std::path::Path;
+
+use common::{Running, cluster, repository, run, small_job, up};
+use serde_json::Value;
+
+/// The small job on one or two ranks, long enough to be disturbed.
+fn submit(folder: &Path, dir: &Path, steps: u64) {
+    let job = small_job(folder, "");
+    let mut command = cluster();
+    command.arg("submit").arg(job).arg("--dir").arg(dir);
+    let steps = format!("stop.max_steps={steps}");
+    for set in ["resources.ranks={ min = 1, max = 2 }", "recovery.max_failures=100", steps.as_str()]
+    {
+        command.args(["--set", set]);
+    }
+    run(&mut command).expect_code(0);
+}
+
+fn documents(text: &str) -> Vec<Value> {
+    text.lines().map(|line| serde_json::from_str(line).expect(line)).collect()
+}
+
+#[test]
+fn a_job_that_is_struck_again_and_again_succeeds() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("cluster");
+    let _cluster = up(&dir, &[]);
+    submit(folder.path(), &dir, 800);
+    let mut follow = cluster();
+    follow.args(["follow", "small", "--json", "--dir"]).arg(&dir);
+    let mut follow = Running::start(&mut follow);
+    follow.wait_for_step(3);
+    let mut strikes = cluster();
+    strikes.args(["chaos", "run", "--seed", "1", "--faults", "kill,freeze", "--json"]);
+    strikes.args(["--duration", "10s", "--every", "1s", "--dir"]).arg(&dir);
+    let ended = run(&mut strikes).expect_code(0);
+    let documents = documents(&ended.stdout);
+    assert_eq!(documents[0]["event"], "plan");
+    let faults: Vec<&Value> = documents.iter().filter(|d| d["event"] == "fault").collect();
+    let last = documents.last().expect("the end");
+    assert_eq!(last["event"], "end", "{ended:?}");
+    assert_eq!(
+        last["struck"].as_u64().zip(last["missed"].as_u64()).map(|(s, m)| s + m),
+        Some(faults.len() as u64),
+        "{ended:?}"
+    );
+    assert!(last["struck"].as_u64() >= Some(1), "{ended:?}");
+    assert!(last["restarts"].as_u64() >= Some(1), "{ended:?}");
+    assert!(last["goodput"].as_f64() > Some(0.0), "{ended:?}");
+    // As planned: the same seed, the same faults in the same order.
+    let planned = documents[0]["strikes"].as_array().expect("a plan");
+    for (fault, planned) in faults.iter().zip(planned) {
+        assert_eq!(&fault["strike"], planned, "{ended:?}");
+    }
+    follow.finish().expect_code(0);
+    let mut show = cluster();
+    show.args(["job", "small", "--json", "--dir"]).arg(&dir);
+    let job = run(&mut show).expect_code(0).last_json();
+    assert_eq!(job["status"]["phase"], "succeeded", "{job}");
+}
+
+#[test]
+fn what_is_stopped_for_good_goes_on_when_the_run_is_broken_off() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("cluster");
+    let running = up(&dir, &[]);
+    // Without an end of its own: the run is broken off while the job goes on.
+    submit(folder.path(), &dir, 1_000_000);
+    let mut follow = cluster();
+    follow.args(["follow", "small", "--json", "--dir"]).arg(&dir);
+    Running::start(&mut follow).wait_for_step(3);
+    let mut strikes = cluster();
+    strikes.args(["chaos", "run", "--faults", "stop,slow", "--json", "--every", "100ms"]);
+    strikes.args(["--duration", "1h", "--dir"]).arg(&dir);
+    let mut strikes = Running::start(&mut strikes);
+    strikes.wait_for("a fault", |event| event["event"] == "fault" && !event["pid"].is_null());
+    strikes.signal(nix::sys::signal::Signal::SIGINT);
+    assert_eq!(strikes.finish().code, 130);
+    for (rank, pid) in running.ranks() {
+        common::eventually(&format!("rank {rank} goes on"), || {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let state = stat.rsplit(')').next().unwrap_or_default().trim_start().chars().next();
+            (state != Some('T')).then_some(())
+        });
+    }
+}
+
+#[test]
+fn what_cannot_be_done_here_is_refused_and_nothing_is_done() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("cluster");
+    let _cluster = up(&dir, &[]);
+    let chaos = |arguments: &[&str]| {
+        let mut command = cluster();
+        command.args(["chaos", "run", "--dir"]).arg(&dir).args(arguments);
+        run(&mut command)
+    };
+    let nothing = chaos(&[]).expect_code(3);
+    assert!(nothing.stderr.contains("no job runs: nothing to strike"), "{nothing:?}");
+    submit(folder.path(), &dir, 1_000_000);
+    for (arguments, expected) in [
+        (&["--faults", "kill,cut"][..], "--faults cut: no worker here has a network namespace"),
+        (&["--faults", "kill-coordinator"], "all roles of this cluster are one process"),
+        (&["--faults", "throttle-store"], "the object store is not a server on this host"),
+        (&["--faults", "fill-disk"], "--fill names no folder"),
+        (&["--faults", "fill-disk", "--fill", "/no/such"], "`/no/such` is no folder"),
+        (&["--roles", "worker"], "no worker of this cluster is a process of its own here"),
+        (&["--every", "1ms"], "--every 1ms: expected at least 10ms"),
+        (&["--faults", "explode"], "`explode` is no fault: expected kill, stop, freeze"),
+        (&["--duration", "soon"], "`soon` is not a duration"),
+    ] {
+        let refused = chaos(arguments).expect_code(2);
+        assert!(refused.stderr.contains(expected), "{arguments:?}: {}", refused.stderr);
+    }
+    let missing = chaos(&["--job", "other"]).expect_code(3);
+    assert!(missing.stderr.contains("other"), "{missing:?}");
+    let dry = chaos(&["--dry-run", "--duration", "1h", "--every", "10m", "--seed", "3"]);
+    let again = chaos(&["--dry-run", "--duration", "1h", "--every", "10m", "--seed", "3"]);
+    assert_eq!(dry.expect_code(0).stdout, again.expect_code(0).stdout);
+}
+
+#[test]
+fn a_trace_is_worked_out_and_samples_are_written() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut sample = cluster();
+    sample.args(["chaos", "sample", "--output"]).arg(folder.path());
+    run(&mut sample).expect_code(0);
+    for name in ["sky-16.json", "parcae-hh.txt", "parcae-hl.txt", "parcae-lh.txt", "parcae-ll.txt"]
+    {
+        let made = std::fs::read(folder.path().join(name)).expect(name);
+        let kept = std::fs::read(repository("examples/traces").join(name)).expect(name);
+        assert!(made == kept, "{name} is not what the example is");
+    }
+    let mut simulate = cluster();
+    simulate.args(["chaos", "replay", "--simulate"]).arg(folder.path().join("parcae-hh.txt"));
+    let table = run(&mut simulate).expect_code(0).stdout;
+    for policy in ["restart all, checkpoint every 30 min", "migrate in 20 s", "cohort, noticed"] {
+        assert!(table.contains(policy), "{table}");
+    }
+    let mut simulate = cluster();
+    simulate.args(["chaos", "replay", "--simulate", "--json", "--shrink", "1s"]);
+    simulate.arg(folder.path().join("sky-16.json"));
+    let document = run(&mut simulate).expect_code(0).last_json();
+    let goodput: Vec<f64> = document["policies"]
+        .as_array()
+        .expect("rows")
+        .iter()
+        .map(|row| row["goodput"].as_f64().expect("a number"))
+        .collect();
+    assert_eq!(goodput.len(), 6, "{document}");
+    assert!(goodput.is_sorted(), "{goodput:?}");
+    let bad = folder.path().join("bad.txt");
+    std::fs::write(&bad, "[0, \"add\", {}]").expect("written");
+    let refused = run(cluster().args(["chaos", "replay"]).arg(&bad)).expect_code(2);
+    assert!(refused.stderr.contains("bad.txt`: line 1: column 13: missing field"), "{refused:?}");
+}
+
+#[test]
+fn nodes_come_and_go_under_a_job_at_true_scale() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let trace = folder.path().join("trace.json");
+    let text = "{\"metadata\": {\"gap_seconds\": 6}, \"data\": [2, 1, 2]}";
+    std::fs::write(&trace, text).expect("written");
+    let mut replay = cluster();
+    replay.args(["chaos", "replay", "--json"]).arg(&trace);
+    let ended = run(&mut replay).expect_code(0);
+    let documents = documents(&ended.stdout);
+    let counts: Vec<u64> = documents.iter().filter_map(|d| d["nodes"].as_u64()).collect();
+    assert_eq!(counts, [2, 1, 2], "{ended:?}");
+    let last = documents.last().expect("the end");
+    assert_eq!(last["phase"], "stopped", "{ended:?}");
+    let nodes = last["node_seconds"].as_f64().expect("a number");
+    assert!((29.0..60.0).contains(&nodes), "5 × 6 node-seconds: {last}");
+    let goodput = last["goodput_of_nodes"].as_f64().expect("a number");
+    assert!(goodput > 0.0 && goodput <= 1.0, "{last}");
+}
