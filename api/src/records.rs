@@ -151,6 +151,9 @@ pub struct JobStatus {
     pub restarts: u64,
     /// How many of these went on from what the members of the former one held in memory.
     pub regroups: u64,
+    /// Spares that were started beside the current generation: no two may share a name, whoever
+    /// leads.
+    pub spares_started: u32,
     /// The furthest step at which a generation began to run.
     pub furthest: Step,
     /// The last step that was reported when the record was written.

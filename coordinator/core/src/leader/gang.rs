@@ -130,8 +130,6 @@ pub(super) struct Gang {
     pub(super) spares: Vec<Spare>,
     /// Why its ranks were asked to leave their group between two steps, when they were.
     pub(super) pausing: Option<String>,
-    /// How many spares of this generation were started, so that no two have one name.
-    pub(super) spares_started: u32,
     /// When a spare ended before it could be of use: none is started for a while.
     pub(super) spare_ended: Option<Millis>,
     /// When its steps were reported, and who was slow in them.
@@ -157,7 +155,6 @@ impl Gang {
             stopped: None,
             spares: Vec::new(),
             pausing: None,
-            spares_started: 0,
             spare_ended: None,
             pace: Pace::default(),
             replacing: None,
@@ -178,6 +175,11 @@ impl Gang {
     /// Ranks that have ended or are about to: no members of the next generation.
     pub(super) fn gone(&self) -> impl Iterator<Item = Rank> {
         self.ends.iter().filter(|end| !end.stays()).map(|end| end.rank)
+    }
+
+    /// Ranks that living ones blame for their broken group.
+    pub(super) fn all_blamed(&self) -> Vec<Rank> {
+        self.ends.iter().filter(|end| end.stays()).filter_map(End::blames).collect()
     }
 
     /// The rank that the others blame most for a broken group of which all live.

@@ -210,7 +210,11 @@ impl Leader {
         let size = if at_hand >= min {
             if at_hand < former.min(max) && since < wait {
                 let text = format!("{at_hand} of {former} ranks are left, waiting for a spare");
-                self.tend_spares(draft, now, job, former.min(max) - members.len());
+                let lacks = former.min(max) - members.len();
+                self.tend_spares(draft, now, version, job, lacks);
+                if draft.has_writes() {
+                    return Regrouped::Yes;
+                }
                 self.wait_for_more(draft, version, job, text);
                 return Regrouped::Yes;
             }
@@ -292,6 +296,7 @@ impl Leader {
         stop_clock(status, now);
         status.restarts += 1;
         status.regroups += 1;
+        status.spares_started = 0;
         status.generation = generation;
         status.phase = Phase::Starting;
         status.reason = format!("{what}: {tail}");
@@ -402,7 +407,10 @@ impl Leader {
         };
         let at_hand = (members.len() + ready).min(wanted);
         let lacks = wanted.saturating_sub(members.len());
-        self.tend_spares(draft, now, job, lacks);
+        self.tend_spares(draft, now, version, job, lacks);
+        if draft.has_writes() {
+            return true;
+        }
         let is_pausing = self.gangs.get(&name).is_some_and(|gang| gang.pausing.is_some());
         let text = match leaver {
             _ if is_pausing => String::new(),

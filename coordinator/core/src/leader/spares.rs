@@ -1,7 +1,8 @@
 //! Spares: processes beside a running gang that have read the data and built the model, so that a
 //! lost rank's place is taken at once and a gang grows without waiting for a start.
 //!
-//! Volatile: a new leader finds them in nobody's record, lets them be killed and starts its own.
+//! Volatile but for their number: a new leader finds them in nobody's record, lets them be killed and
+//! starts its own.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -26,11 +27,13 @@ const RETRY_WAIT_MS: u64 = 10_000;
 
 impl Leader {
     /// Starts as many spares as the gang lacks ranks, and those that the job wants beside it, as far
-    /// as there are free slots that nobody waits for. Ends those that are too many.
+    /// as there are free slots that nobody waits for. Ends those that are too many. Once it has
+    /// written something, nothing more is to be decided about the job.
     pub(super) fn tend_spares(
         &mut self,
         draft: &mut Draft,
         now: Millis,
+        version: u64,
         job: &Arc<JobRecord>,
         lacks: usize,
     ) {
@@ -68,13 +71,21 @@ impl Leader {
                 .collect();
             let local_rank = lowest_free(&taken);
             // Above every rank of a gang, so that the two never share a name.
-            let rank = Rank(job.spec.resources.ranks.max() + gang.spares_started);
-            gang.spares_started += 1;
+            let number = job.status.spares_started.saturating_add(starts.len() as u32);
+            let rank = Rank(job.spec.resources.ranks.max().saturating_add(number));
             let generation = job.status.generation;
             let task = TaskId { workload: name.clone(), generation, rank };
             gang.spares.push(Spare { task, worker: worker.clone(), local_rank, is_ready: false });
             starts.push((worker, local_rank, rank));
         }
+        if starts.is_empty() {
+            return;
+        }
+        // Recorded: a name that a former leader gave may still be heard of.
+        let count = starts.len() as u32;
+        self.change_job(draft, version, job, |status| {
+            status.spares_started = status.spares_started.saturating_add(count);
+        });
         for (worker, local_rank, rank) in starts {
             self.start_spare(draft, job, worker, local_rank, rank);
         }

@@ -149,6 +149,7 @@ impl Leader {
         status.reason = format!("starting {from}: {places}");
         status.gang = gang;
         status.completed.clear();
+        status.spares_started = 0;
         // Whatever was computed beyond is computed again.
         status.furthest = status.checkpoint.as_ref().map(|fact| fact.step).unwrap_or_default();
         let record = Arc::new(record);
@@ -225,6 +226,21 @@ impl Leader {
         }
         if is_starting && let Some((rank, worker)) = slowest(&self.workers, &workload, &standing) {
             gang.give_up_if_overdue(rank, worker, now);
+        }
+        // A worker whose session is gone while the other ranks have lost its ranks, too, is not just
+        // out of the leader's sight: its lease is not waited for.
+        for blamed in gang.all_blamed() {
+            let place = job.status.gang.iter().find(|place| place.rank == blamed);
+            let is_cut = |place: &&Placement| {
+                self.workers.get(&place.worker).is_some_and(|worker| worker.session.is_none())
+            };
+            let Some(worker) = place.filter(is_cut).map(|place| place.worker.clone()) else {
+                continue;
+            };
+            for place in job.status.gang.iter().filter(|place| place.worker == worker) {
+                let reason = "its session and its ranks' connections broke".to_owned();
+                gang.exited(place.rank, &worker, ExitCause::WorkerLost { reason }, now);
+            }
         }
         let lease = self.options.lease_ms;
         match gang.verdict(|rank| standing.present.contains_key(&rank), now, lease) {
