@@ -1,6 +1,6 @@
 """The peer of `cluster bench recovery`: the same GPT in PyTorch DDP over gloo, under torchrun.
 
-Every rank appends "rank step seconds-since-the-epoch pid" to --log when a step's first forward pass
+Every rank appends "rank step seconds-since-the-epoch pid" to --begun when a step's first forward pass
 begins. Rank 0 saves model and optimiser every --every steps; a restarted gang loads them and goes on.
 """
 
@@ -20,8 +20,8 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", required=True)
     parser.add_argument("--batch", type=int, required=True, help="samples per process and step")
-    parser.add_argument("--log", required=True)
-    parser.add_argument("--state", required=True)
+    parser.add_argument("--begun", required=True)
+    parser.add_argument("--saved", required=True)
     parser.add_argument("--every", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -31,8 +31,8 @@ def main():
     net = Gpt(6, 384, 6, 128, 256)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.001)
     step = 0
-    if os.path.exists(args.state):
-        saved = torch.load(args.state)
+    if os.path.exists(args.saved):
+        saved = torch.load(args.saved)
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
@@ -40,7 +40,7 @@ def main():
     text = np.frombuffer(open(args.data, "rb").read(), dtype=np.uint8).astype(np.int64)
     windows = (len(text) - 1) // 128
     order = np.random.default_rng(1).permutation(windows)
-    with open(args.log, "a", buffering=1) as log:
+    with open(args.begun, "a", buffering=1) as log:
         while True:
             at = (step * world + rank) * args.batch
             chosen = order[np.arange(at, at + args.batch) % windows]
@@ -55,8 +55,8 @@ def main():
             step += 1
             if step % args.every == 0 and rank == 0:
                 state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-                torch.save(state, args.state + ".new")
-                os.replace(args.state + ".new", args.state)
+                torch.save(state, args.saved + ".new")
+                os.replace(args.saved + ".new", args.saved)
 
 
 if __name__ == "__main__":

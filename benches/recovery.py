@@ -3,7 +3,7 @@
 Usage: benches/recovery.py CLUSTER_BINARY PYTORCH_VENV [--rounds N] [--faults N] [--ranks N]
 From `kill -9` of one rank to the start of the first microbatch (forward pass) after it, the same
 definition for both; the redone step's own time is not part of it. torchrun runs at its best setting
-(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1) and loads a state that rank 0 saved to a local file.
+(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, --standalone) and loads a state that rank 0 saved to a local file.
 """
 
 import argparse
@@ -43,9 +43,9 @@ def peer(venv, text, ranks, batch, faults, seed):
     random.seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         log, state = os.path.join(folder, "log"), os.path.join(folder, "state")
-        command = [os.path.join(venv, "bin", "torchrun"), f"--nproc-per-node={ranks}", "--max-restarts=1000",
-                   "--master-port=0", os.path.join(HERE, "peer_recovery.py"), "--data", text,
-                   "--batch", str(batch), "--log", log, "--state", state]
+        command = [os.path.join(venv, "bin", "torchrun"), f"--nproc-per-node={ranks}", "--max-restarts=1000", "--standalone",
+                   os.path.join(HERE, "peer_recovery.py"), "--data", text,
+                   "--batch", str(batch), "--begun", log, "--saved", state]
         environment = dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1")
         run = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True)
