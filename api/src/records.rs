@@ -154,6 +154,9 @@ pub struct JobStatus {
     /// Spares that were started beside the current generation: no two may share a name, whoever
     /// leads.
     pub spares_started: u32,
+    /// Most spares that were started beside one generation: their tasks are numbered above the
+    /// ranks, and so are their logs.
+    pub spares_most: u32,
     /// The furthest step at which a generation began to run.
     pub furthest: Step,
     /// The last step that was reported when the record was written.

@@ -38,7 +38,8 @@ impl Workload {
             return Some(Self {
                 name: name.clone(),
                 generation: job.status.generation,
-                ranks: job.spec.resources.ranks.max(),
+                // Processes that began as spares have logs of their own.
+                ranks: job.spec.resources.ranks.max().saturating_add(job.status.spares_most),
                 ended: job.status.phase.is_terminal(),
             });
         }

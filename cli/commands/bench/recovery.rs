@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use api::config::ClusterConfig;
 use api::events::{JobEvent, StepMetrics};
 use api::records::{JobStatus, Phase};
+use chaos::Random;
 use coordinator::EventStream;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -99,9 +100,10 @@ pub async fn run(global: &Global, args: BenchRecovery) -> Result<()> {
         client.submit(&spec).await?;
         let mut view = View { events: client.watch(&spec.name).await?, status: None, step: None };
         let mut samples = Vec::new();
+        let mut random = Random::new(seed);
         for number in 0..faults {
             view.steady().await?;
-            let victim = choose(seed, number as u64, ranks);
+            let victim = random.below(u64::from(ranks)) as usize;
             samples.push(view.disturb(victim, fault).await?);
             if !global.json {
                 let sample = &samples[number];
@@ -132,14 +134,6 @@ pub async fn run(global: &Global, args: BenchRecovery) -> Result<()> {
         )));
     }
     Ok(())
-}
-
-/// A rank out of the seed and the fault's number (SplitMix64).
-fn choose(seed: u64, number: u64, ranks: u32) -> usize {
-    let mut z = seed.wrapping_add((number + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    ((z ^ (z >> 31)) % u64::from(ranks)) as usize
 }
 
 /// The job as its events show it.

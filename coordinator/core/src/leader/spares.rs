@@ -85,6 +85,7 @@ impl Leader {
         let count = starts.len() as u32;
         self.change_job(draft, version, job, |status| {
             status.spares_started = status.spares_started.saturating_add(count);
+            status.spares_most = status.spares_most.max(status.spares_started);
         });
         for (worker, local_rank, rank) in starts {
             self.start_spare(draft, job, worker, local_rank, rank);
