@@ -77,8 +77,11 @@ fn the_error_of_a_call_comes_from_its_handle_and_from_all_later_ones() {
 
 #[test]
 fn a_call_that_panics_fails_itself_later_calls_and_the_peers() {
-    let texts = in_parallel(2, |rank, listener, peers| {
+    // A rank that panics must not fail one that is still forming.
+    let formed = Arc::new(Barrier::new(2));
+    let texts = in_parallel(2, move |rank, listener, peers| {
         let group = listener.connect(options(rank, 2), &peers).unwrap();
+        formed.wait();
         let queue = Queue::start(Box::new(group)).unwrap();
         if rank == 0 {
             let work = queue.submit::<()>(|_| panic!("on purpose"));
