@@ -3,7 +3,8 @@
 Usage: benches/kills.py CLUSTER_BINARY [--kills 100] [--seed 1] [--only transformer,classifier]
 Runs each job once undisturbed on one rank, then elastic on 1 to 8 ranks while ranks are killed at random
 moments, and compares the SHA-256 of the weights. Checkpoints are off: what a rank needs comes from the
-others. Prints kills, generations, how many ranks there were, and both digests; fails if they differ.
+others. Prints kills, generations, how many ranks there were, both digests, and the sample ledger: in how many
+epochs the model was fed every sample exactly once. Fails if anything differs.
 """
 
 import argparse
@@ -113,10 +114,16 @@ def main():
             found = digest(lines) if code == 0 else f"exit code {code}: {lines[-1] if lines else ''}"
             status = json.loads(lines[-1]) if code == 0 else {}
             restarts = status.get("restarts", 0) - status.get("regroups", 0)
+            samples = status.get("samples") or {}
+            epochs, count = samples.get("epochs_verified", -1), samples.get("count", -1)
+            ledger = f"{epochs} epochs with every sample exactly once, {count} samples of the next"
+            alone_samples = json.loads(alone.stdout.strip().split("\n")[-1])["samples"]
+            failed |= samples != alone_samples
             verdict = "the same" if found == expected else "DIFFERENT"
             failed |= found != expected
             print(f"{name}: {steps} steps, {kills} kills in {time.time() - begun:.0f} s, {generation} generations "
-                  f"({restarts} of them from the beginning), ranks {sorted(sizes)}: {verdict}\n  {expected}\n  {found}",
+                  f"({restarts} of them from the beginning), ranks {sorted(sizes)}: {verdict}\n  {expected}\n  {found}\n"
+                  f"  {ledger}{'' if samples == alone_samples else ', DIFFERENT'}",
                   flush=True)
     sys.exit(1 if failed else 0)
 

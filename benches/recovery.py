@@ -101,7 +101,7 @@ def main():
             report = ours(args.binary, job, args.ranks, args.batch, args.faults, number + 1)
             stalls = [sample["stall"] for sample in report["samples"]]
             mine += stalls
-            redone += [sample["redone_step"] for sample in report["samples"]]
+            redone += [sample["next_step"] for sample in report["samples"]]
             steps_lost = max(steps_lost, report["steps_lost_max"])
             if report["survivors_lost"]:
                 notes.append(f"{report['survivors_lost']} survivors were lost")

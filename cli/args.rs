@@ -384,8 +384,10 @@ pub struct WorkerArgs {
 pub enum BenchCommand {
     /// Steps and tokens or samples per second of a job file, on this machine, without checkpoints.
     Train(BenchTrain),
-    /// How long a job stands still when one of its ranks dies, on this machine.
+    /// How long a job stands still when one of its ranks dies, leaves or comes, on this machine.
     Recovery(BenchRecovery),
+    /// What checkpoints cost a job's steps, and how fast they are written and read, on this machine.
+    Checkpoint(BenchCheckpoint),
     /// Time, bandwidth and limits of the collectives, among processes on this machine.
     Collective(BenchCollective),
 }
@@ -417,10 +419,11 @@ pub struct BenchRecovery {
     /// Which rank each fault hits follows from it.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
-    /// What happens to the rank's process.
+    /// What happens to a rank.
     #[arg(long, value_enum, default_value_t = BenchFault::Kill)]
     pub fault: BenchFault,
-    /// Fail when the stall is above 1 s in the median or above 3 s at worst.
+    /// Fail when the stall is above 1 s in the median or above 3 s at worst (a drain: 1 s at worst),
+    /// more than one step is lost (a drain: any), or a survivor's process is replaced.
     #[arg(long)]
     pub check: bool,
     /// Override a key of the job file. May be repeated.
@@ -428,13 +431,42 @@ pub struct BenchRecovery {
     pub overrides: Vec<String>,
 }
 
-/// What happens to a rank's process in `cluster bench recovery`.
+/// What happens to a rank in `cluster bench recovery`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BenchFault {
     /// SIGKILL: the process is gone.
     Kill,
     /// SIGSTOP: the process is there and does nothing.
     Stop,
+    /// Its worker is drained, as by a spot notice, and then taken back: a rank leaves, a rank joins.
+    Drain,
+}
+
+/// `cluster bench checkpoint`.
+#[derive(Debug, Args)]
+pub struct BenchCheckpoint {
+    /// A job file: what checkpoints cost its steps is measured too.
+    pub job: Option<PathBuf>,
+    /// Size of the state that is written and read without a job.
+    #[arg(long, default_value = "430MB")]
+    pub state: api::units::ByteSize,
+    /// Times that everything is measured, the ways that are compared by turns.
+    #[arg(long, default_value_t = 5)]
+    pub rounds: usize,
+    /// Steps between two checkpoints of the job.
+    #[arg(long, default_value_t = 10)]
+    pub every: u64,
+    /// Steps of the job in each round, with checkpoints and again without.
+    #[arg(long, default_value_t = 30)]
+    pub steps: u64,
+    /// Fail when a checkpoint stops the steps for more than 50 ms in the median or makes the job more
+    /// than 3 % slower, when writing is slower than 80 % of a plain write, or reading takes more than
+    /// 1.2 times as long as a plain read.
+    #[arg(long)]
+    pub check: bool,
+    /// Override a key of the job file. May be repeated.
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    pub overrides: Vec<String>,
 }
 
 /// `cluster bench collective`.

@@ -6,7 +6,7 @@ mod common;
 use common::{Running, cluster, eventually, repository, run, submit_local, weights_digest};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// A short transformer and a short classifier that checkpoint at their end only: what a rank needs
 /// after a fault can only come from the others.
@@ -38,11 +38,13 @@ fn start((job, sets): (&str, &[&str]), folder: &std::path::Path, extra: &[&str])
     Running::start(&mut submit_local(&repository(job), folder, &sets))
 }
 
+/// What the weights are made of, and what was told of them: metrics and the sample ledger.
 fn undisturbed(job: (&str, &[&str])) -> (String, Value) {
     let folder = tempfile::tempdir().expect("a folder");
     let finished = start(job, folder.path(), &["resources.ranks=1"]).finish().expect_code(0);
     let last = finished.last_json();
-    (weights_digest(&finished), last["metrics"].clone())
+    assert!(last["samples"]["epochs_verified"].is_u64(), "{last}");
+    (weights_digest(&finished), json!([last["metrics"], last["samples"]]))
 }
 
 fn is_running(event: &Value, generation: u64) -> bool {
@@ -85,7 +87,8 @@ fn survivors_keep_their_process_and_the_result_its_bits() {
         let finished = running.finish().expect_code(0);
         let last = finished.last_json();
         assert_eq!(weights_digest(&finished), expected, "{}", job.0);
-        assert_eq!(last["metrics"], metrics, "metrics are part of what is handed on");
+        let told = json!([last["metrics"], last["samples"]]);
+        assert_eq!(told, metrics, "metrics and the sample ledger are handed on");
     }
 }
 

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{Generation, Rank, Step};
 use crate::records::JobStatus;
+use crate::samples::SampleTally;
 
 /// Where one step's wall time went, in seconds. The parts add up to `total`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -102,6 +103,9 @@ pub struct ModelFact {
     pub step: Step,
     /// The last evaluation and training loss.
     pub metrics: BTreeMap<String, f64>,
+    /// Which samples it was trained on, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub samples: Option<SampleTally>,
 }
 
 /// What followers of a job see.

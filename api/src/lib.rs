@@ -18,6 +18,7 @@ pub mod flight;
 pub mod ids;
 pub mod job;
 pub mod records;
+pub mod samples;
 pub mod schema;
 pub mod session;
 pub mod units;

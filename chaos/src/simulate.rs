@@ -4,8 +4,8 @@
 //! there; a loss throws away the step under way or, where ranks start again from a checkpoint, the
 //! work since that one, and so does the loss of all nodes whatever the policy. A change during a
 //! stall begins the stall anew. Work at the end of the window counts if a checkpoint or a survivor's
-//! memory holds it. Left out: that a changed batch or fewer nodes may train worse, that nodes differ,
-//! and the price of writing checkpoints.
+//! memory holds it. Left out: that a changed batch or fewer nodes may train worse, and that nodes
+//! differ.
 
 use std::time::Duration;
 
@@ -112,6 +112,9 @@ impl Job<'_> {
             self.open.push(Work { seconds, nodes: self.nodes });
             left -= seconds;
             if left > 0.0 {
+                let saving = self.policy.save.as_secs_f64().min(left);
+                self.outcome.stalled += saving * nodes;
+                left -= saving;
                 self.commit();
             }
         }

@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use api::job::Compression;
+use api::samples::SampleTally;
 use api::{Generation, Name, Rank, Step};
 use serde::{Deserialize, Serialize};
 
@@ -68,6 +69,8 @@ pub struct ManifestInfo {
     pub lanes: u32,
     /// Metrics at this step; those that are not finite are left out (JSON has none).
     pub metrics: BTreeMap<String, f64>,
+    /// Which samples the state was trained on, where it is known.
+    pub samples: Option<SampleTally>,
 }
 
 /// A checkpoint's table of contents.
@@ -94,6 +97,9 @@ pub struct Manifest {
     /// Metrics at this step.
     #[serde(default)]
     pub metrics: BTreeMap<String, f64>,
+    /// Which samples the state was trained on; older checkpoints do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub samples: Option<SampleTally>,
     /// Unique to the writer: tells a retried own write from somebody else's.
     pub writer: String,
     /// One per rank, in rank order.

@@ -24,7 +24,7 @@ use crate::format::{self, FormatError, TensorPiece, TensorSlice};
 use crate::former::Former;
 use crate::manifest::{Manifest, ManifestInfo, ShardEntry};
 use crate::nonce::nonce;
-use crate::staging::{ARENAS_MAX, Staged};
+use crate::staging::{self, ARENAS_MAX, Staged};
 use crate::store::Store;
 use crate::upload::write_object;
 use crate::write::{write_manifest, write_shard};
@@ -238,6 +238,19 @@ impl Saver {
         }
     }
 
+    /// Provides memory for `bytes` of tensors behind the caller, so that the first copy is as cheap as
+    /// all later ones. Means nothing but time.
+    pub fn reserve(&self, bytes: usize) {
+        let Some(arena) = self.shared.lock().arenas.pop() else { return };
+        let shared = self.shared.clone();
+        if let Some(runtime) = &self.runtime {
+            runtime.spawn_blocking(move || {
+                let arena = if arena.capacity() < bytes { staging::provided(bytes) } else { arena };
+                shared.update(|state| state.arenas.push(arena));
+            });
+        }
+    }
+
     /// Copies this rank's tensors and returns; its shard is written behind. Waits only when both
     /// arenas are still being uploaded, so that a store that is too slow never costs more memory than
     /// two copies; returns for how long. `step` must be larger than the last one staged.
@@ -380,6 +393,7 @@ impl Saver {
             data_digest: info.data_digest,
             spec_digest: info.spec_digest,
             metrics: info.metrics.into_iter().filter_map(finite).collect(),
+            samples: info.samples,
             writer: self.writer.to_string(),
             shards,
         };

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use rayon::prelude::*;
 
 use crate::format::{self, Checks, FormatError, TensorEntry, TensorPiece};
 use crate::manifest;
@@ -13,6 +14,17 @@ use crate::tiles::{self, TileSums};
 
 /// One being uploaded while the next is filled; a third would only hide a store that is too slow.
 pub(crate) const ARENAS_MAX: usize = 2;
+/// What one thread copies at once: small beside a tensor, so that all threads of the rank have work.
+const BLOCK_BYTES: usize = 1 << 20;
+/// Pages are never smaller.
+const PAGE_BYTES: usize = 4096;
+
+/// Memory of `bytes` that the kernel has provided already: a first copy into it costs no page faults.
+pub(crate) fn provided(bytes: usize) -> Vec<u8> {
+    let mut arena = vec![0; bytes];
+    arena.iter_mut().step_by(PAGE_BYTES).for_each(|byte| *byte = 1);
+    arena
+}
 
 /// A copy of tensors, as the bytes of a safetensors file.
 pub(crate) struct Staged {
@@ -50,14 +62,24 @@ impl Staged {
             entry.checks = ways.into_iter().map(|tile| Checks { tile, crc32c: 0 }).collect();
         }
         let (header, entries) = format::layout(entries)?;
-        arena.clear();
-        arena.reserve_exact(entries.iter().map(|entry| entry.bytes as usize).sum());
-        let mut spans = Vec::with_capacity(order.len());
-        for index in order {
-            let start = arena.len();
-            arena.extend_from_slice(pieces[index].data);
-            spans.push(start..arena.len());
+        let total = entries.iter().map(|entry| entry.bytes as usize).sum();
+        if arena.capacity() < total {
+            // Untouched zero pages: cheaper than filling what is overwritten at once.
+            arena = vec![0; total];
         }
+        arena.resize(total, 0);
+        let mut spans = Vec::with_capacity(order.len());
+        let mut blocks = Vec::new();
+        let (mut start, mut rest) = (0, arena.as_mut_slice());
+        for index in order {
+            let data = pieces[index].data;
+            let (target, tail) = rest.split_at_mut(data.len());
+            rest = tail;
+            blocks.extend(target.chunks_mut(BLOCK_BYTES).zip(data.chunks(BLOCK_BYTES)));
+            spans.push(start..start + data.len());
+            start += data.len();
+        }
+        blocks.into_par_iter().for_each(|(target, data)| target.copy_from_slice(data));
         Ok(Self { header: header.into(), arena: Arc::new(arena), tensors: entries, spans })
     }
 

@@ -102,6 +102,13 @@ pub async fn show(global: &Global, name: &str) -> Result<()> {
         for (metric, value) in &model.metrics {
             facts.push((metric, format!("{value:.4}")));
         }
+        if let Some(samples) = &model.samples {
+            let text = format!(
+                "{} whole epochs, each sample exactly once, and {} samples of the next",
+                samples.epochs_verified, samples.count
+            );
+            facts.push(("trained on", text));
+        }
     }
     for (key, value) in facts {
         output::line(&format!("{key:<20} {value}"));

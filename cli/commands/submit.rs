@@ -245,6 +245,7 @@ fn conclude(global: &Global, name: &Name, status: &JobStatus, store_uri: &str) -
             "sha256": model.as_ref().map(|(fact, _)| &fact.sha256),
             "steps": model.as_ref().map(|(fact, _)| fact.step),
             "metrics": model.as_ref().map(|(fact, _)| &fact.metrics),
+            "samples": model.as_ref().map(|(fact, _)| fact.samples),
             "first_cause": status.first_cause,
         }));
     } else if let Some((fact, path)) = &model {

@@ -79,6 +79,7 @@ mod tests {
                 spec_digest: String::new(),
                 lanes: 8,
                 metrics: Default::default(),
+                samples: None,
             };
             saver.commit(step, vec![shard], info);
             saver.wait_committed(step).expect("committed");

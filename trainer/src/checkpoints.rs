@@ -6,10 +6,12 @@
 //! for another's upload, and the coordinator is not needed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use api::events::CheckpointFact;
 use api::job::WhenBehind;
+use api::samples::SampleTally;
 use api::{JobSpec, Rank, Step};
 use checkpoint::{
     Manifest, ManifestInfo, Saver, SaverOptions, ShardEntry, TensorSlice, share_tensors,
@@ -19,10 +21,18 @@ use collective::Communicator;
 use crate::error::TrainError;
 use crate::parameters::Table;
 use crate::place::Place;
-use crate::state::TrainState;
+use crate::state::{StateTensor, TrainState};
 
 /// A wait for the store of which people are told; shorter ones show in the step times.
 const WAIT_WORTH_TELLING: Duration = Duration::from_secs(1);
+
+/// What a checkpoint says beside the state.
+pub struct Told {
+    /// Metrics at its step.
+    pub metrics: BTreeMap<String, f64>,
+    /// Which samples it was trained on.
+    pub samples: SampleTally,
+}
 
 /// Saves a job's state as its policy says.
 pub struct Checkpoints {
@@ -80,6 +90,21 @@ impl Checkpoints {
         })
     }
 
+    /// Provides the memory of the first copy while the first steps are computed.
+    pub fn reserve(&mut self, table: &Table, state: &TrainState) -> Result<(), TrainError> {
+        let tensors = state.tensors(table);
+        let own = tensors[self.share(&tensors)].iter();
+        let bytes = own.map(|tensor| size_of_val(tensor.data)).sum();
+        self.saver()?.reserve(bytes);
+        Ok(())
+    }
+
+    /// The tensors that this rank writes.
+    fn share(&self, tensors: &[StateTensor<'_>]) -> Range<usize> {
+        let lengths: Vec<usize> = tensors.iter().map(|t| t.data.len()).collect();
+        share_tensors(&lengths, self.world_size)[self.rank.0 as usize].clone()
+    }
+
     /// Whether a checkpoint that is due now is left out, as the job says, since the one before is
     /// still being written. The same on every rank, which all count the same shards.
     pub fn skips(&self) -> bool {
@@ -95,7 +120,7 @@ impl Checkpoints {
         step: Step,
         table: &Table,
         state: &TrainState,
-        metrics: BTreeMap<String, f64>,
+        told: Told,
     ) -> Result<(), TrainError> {
         if self.newest == Some(step) {
             return Ok(());
@@ -116,11 +141,9 @@ impl Checkpoints {
             );
         }
         self.newest = Some(step);
-        self.info.metrics = metrics;
+        (self.info.metrics, self.info.samples) = (told.metrics, Some(told.samples));
         let tensors = state.tensors(table);
-        let lengths: Vec<usize> = tensors.iter().map(|t| t.data.len()).collect();
-        let share = share_tensors(&lengths, self.world_size)[self.rank.0 as usize].clone();
-        let slices: Vec<TensorSlice<'_>> = tensors[share]
+        let slices: Vec<TensorSlice<'_>> = tensors[self.share(&tensors)]
             .iter()
             .map(|t| TensorSlice { name: &t.name, shape: t.shape, data: t.data })
             .collect();

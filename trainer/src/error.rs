@@ -25,6 +25,9 @@ pub enum TrainError {
         /// Steps in a row before it that were skipped for the same reason.
         skipped: u32,
     },
+    /// A pass over the data did not see every sample exactly once.
+    #[error("the sample ledger does not add up: {0}")]
+    SampleLedger(String),
     /// A peer died, left, or disagreed.
     #[error(transparent)]
     Collective(#[from] collective::CollectiveError),
@@ -47,7 +50,9 @@ impl TrainError {
     /// Whether starting again can help.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Job(_) | Self::DataPlane(_) | Self::Diverged { .. } => false,
+            Self::Job(_) | Self::DataPlane(_) | Self::Diverged { .. } | Self::SampleLedger(_) => {
+                false
+            }
             Self::Collective(_) | Self::Save(_) | Self::Control(_) => true,
             Self::Restore(error) => error.is_retryable(),
         }

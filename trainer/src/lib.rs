@@ -22,6 +22,7 @@ mod parameters;
 mod place;
 mod rank;
 mod recovery;
+mod samples;
 mod schedule;
 mod state;
 mod train;

@@ -24,6 +24,7 @@ use crate::data_plane::transport;
 use crate::error::TrainError;
 use crate::place::Place;
 use crate::recovery::{Offer, Origin, origin, parts};
+use crate::samples;
 use crate::state::TrainState;
 use crate::train::{Bound, End, Held, Progress, Trainer};
 
@@ -175,7 +176,12 @@ impl Member {
         let mut info = self.info.clone();
         info.metrics.clear();
         let store = self.store.clone();
-        let checkpoints = Checkpoints::start(&held.spec, place, store, info, base.as_ref())?;
+        let mut checkpoints = Checkpoints::start(&held.spec, place, store, info, base.as_ref())?;
+        if held.spec.checkpoint.every_steps > 0
+            && let Some(state) = &held.state
+        {
+            checkpoints.reserve(&held.table, state)?;
+        }
         self.control.report(&RankReport::Running { step: held.step() })?;
         let bound = Bound::new(held, place, Box::new(communicator), checkpoints)?;
         let trainer = trainer.insert(Trainer::new(bound, self.control.clone(), &self.recorder));
@@ -289,8 +295,14 @@ impl Member {
             }
             Origin::Checkpoint(step) => {
                 self.recorder.set_tag(format_args!("restoring step {}", step.0));
-                held.progress = Progress::default();
                 let (state, manifest) = self.restored(held, place)?;
+                let drawn = step.0 * u64::from(held.spec.batch.global.get());
+                let kept = manifest.as_ref().and_then(|manifest| manifest.samples);
+                held.progress = Progress {
+                    samples: kept
+                        .unwrap_or_else(|| samples::beginning_at(drawn, held.problem.train.len())),
+                    ..Default::default()
+                };
                 held.state = Some(state);
                 base = manifest;
             }

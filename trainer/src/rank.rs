@@ -104,6 +104,7 @@ fn run(
         spec_digest: spec_digest(spec)?,
         lanes: spec.batch.lanes.get(),
         metrics: Default::default(),
+        samples: None,
     };
     let held = Held {
         spec: spec.clone(),

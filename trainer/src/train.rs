@@ -8,17 +8,18 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use algorithms::{DataError, Mode, Problem, StepKey};
+use algorithms::{Mode, Problem, StepKey};
 use api::control::Control;
 use api::events::{Evaluation, ModelFact, Slowest, StepMetrics, StepTime};
 use api::job::Divergence;
+use api::samples::SampleTally;
 use api::session::{RankReport, StopCause};
 use api::{JobSpec, Rank, Step};
 use burn::tensor::Device;
 use collective::{Communicator, FlightRecorder, LaneFold, Queue, ReduceOp};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoints::Checkpoints;
+use crate::checkpoints::{Checkpoints, Told};
 use crate::engine::{GradientSink, Leaves, MicrobatchSums, evaluate, forward_backward};
 use crate::error::TrainError;
 use crate::norm::squared_norm;
@@ -27,6 +28,7 @@ use crate::order::SampleOrder;
 use crate::parallel::{Buckets, Lanes};
 use crate::parameters::Table;
 use crate::place::Place;
+use crate::samples::StepSamples;
 use crate::state::TrainState;
 
 /// Metric sums that every model has: loss, counted elements, samples, tokens.
@@ -72,6 +74,9 @@ pub struct Progress {
     pub skipped: u32,
     /// The last step at which validation ran.
     pub evaluated: Option<Step>,
+    /// Which samples the state was trained on.
+    #[serde(default)]
+    pub samples: SampleTally,
 }
 
 impl Held {
@@ -238,18 +243,25 @@ impl Trainer {
         let Held { spec, problem, table, optimizer, device, last_step, state, progress } = held;
         let Some(state) = state else { return Err(stateless()) };
         let mut stats: LaneFold<f64> = bound.lanes.fold();
+        let global = u64::from(spec.batch.global.get());
+        let drawn = StepSamples { len: problem.train.len(), first: step * global, count: global };
+        let (sums_len, own_sums) = (drawn.sums(), COMMON_SUMS + problem.model.sums.len());
+        let sums_len = sums_len + own_sums;
 
         self.recorder.set_tag(format_args!("step {step} forward and backward"));
         let leaves = Leaves::new(table, &state.values, device, true);
         for lane in bound.lanes.own() {
             bound.buckets.begin_lane();
-            let mut sums = vec![0.0; COMMON_SUMS + problem.model.sums.len()];
+            let mut sums = vec![0.0; sums_len];
             let microbatches = bound.lanes.microbatches(lane);
             let last = microbatches.end - 1;
             for microbatch in microbatches {
                 let key = StepKey { seed: spec.seed, step, microbatch };
                 let fetching = Instant::now();
-                let batch = fetch(spec, problem, device, bound, key)?;
+                let (offset, indices) = draw(bound, &drawn, microbatch);
+                let batch =
+                    problem.train.microbatch(&indices, Some(key), &device.clone().autodiff())?;
+                drawn.add(&mut sums[own_sums..], offset, &indices);
                 time.data += fetching.elapsed().as_secs_f64();
                 let (samples, tokens) = (batch.samples, batch.tokens);
                 let (model, mode) = (&problem.model, Mode::Train(key));
@@ -277,7 +289,7 @@ impl Trainer {
         // What the backward pass did not hide: the buckets still under way, and the sums.
         self.recorder.set_tag(format_args!("step {step} reduce"));
         let reducing = Instant::now();
-        let mut sums = vec![0.0; COMMON_SUMS + problem.model.sums.len()];
+        let mut sums = vec![0.0; sums_len];
         bound.lanes.reduce(&mut *bound.queue.turn(), &mut stats, &mut sums)?;
         time.communication = reducing.elapsed().as_secs_f64();
 
@@ -287,6 +299,9 @@ impl Trainer {
         let ran = bound.buckets.collect((1.0 / count) as f32, &mut bound.gradient)?;
         time.communication_total = ran.as_secs_f64();
         let norm = squared_norm(table, &bound.gradient).sqrt();
+        drawn
+            .account(&mut progress.samples, &sums[own_sums..])
+            .map_err(TrainError::SampleLedger)?;
         if !loss.is_finite() || !norm.is_finite() {
             self.skip(held, if loss.is_finite() { norm } else { loss })?;
             return Ok(None);
@@ -375,7 +390,8 @@ impl Trainer {
         }
         let bound = &mut self.bound;
         let mut turn = bound.queue.turn();
-        bound.checkpoints.stage(&mut *turn, state.step, &held.table, state, metrics)
+        let told = Told { metrics, samples: held.progress.samples };
+        bound.checkpoints.stage(&mut *turn, state.step, &held.table, state, told)
     }
 
     /// Reports the step, and what the savers have finished meanwhile.
@@ -509,7 +525,13 @@ impl Trainer {
             let tensors = state.model_tensors(&held.table);
             let (key, sha256, bytes) = saver.put_model(&tensors, &descriptor)?;
             let (step, metrics) = (state.step, held.progress.metrics.clone());
-            let fact = ModelFact { key, sha256, bytes, step, metrics };
+            let samples = Some(held.progress.samples);
+            let fact = ModelFact { key, sha256, bytes, step, metrics, samples };
+            let SampleTally { epochs_verified, count, .. } = held.progress.samples;
+            println!(
+                "samples: {epochs_verified} whole epochs with every sample exactly once, and {count} \
+                 of the next"
+            );
             println!("model written: sha256 {} ({} bytes)", fact.sha256, fact.bytes);
             self.control.report(&RankReport::Finished(fact))?;
         }
@@ -539,17 +561,10 @@ impl Trainer {
     }
 }
 
-fn fetch(
-    spec: &JobSpec,
-    problem: &Problem,
-    device: &Device,
-    bound: &mut Bound,
-    key: StepKey,
-) -> Result<algorithms::Microbatch, DataError> {
-    let global = u64::from(spec.batch.global.get());
-    let (offset, count) = bound.lanes.samples(key.microbatch);
-    let indices = bound.order.samples(key.step * global + offset, count);
-    problem.train.microbatch(&indices, Some(key), &device.clone().autodiff())
+/// The samples of a microbatch, and how many of the step's come before them.
+fn draw(bound: &mut Bound, step: &StepSamples, microbatch: u64) -> (u64, Vec<u64>) {
+    let (offset, count) = bound.lanes.samples(microbatch);
+    (offset, bound.order.samples(step.first + offset, count))
 }
 
 /// The group is broken off while this rank computes.

@@ -91,6 +91,7 @@ pub fn info() -> ManifestInfo {
         data_digest: "data".into(),
         spec_digest: "spec".into(),
         lanes: 8,
+        samples: None,
         metrics: BTreeMap::from([
             ("validation:loss".into(), 0.1 + 0.2),
             ("validation:perplexity".into(), f64::INFINITY),

@@ -1,33 +1,30 @@
-//! `cluster bench recovery`: how long a job stands still when one of its ranks dies.
+//! `cluster bench recovery`: how long a job stands still when a rank dies, leaves or comes.
 //!
-//! Measured from the signal to the start of the first microbatch after it, over and over in one
-//! run, on a cluster of this machine: detection, the decision, meeting again, agreeing on the
-//! state and, for a new process, starting and receiving it. The step that is redone is told apart.
-//! The start of that step is when its report arrives less the time that it says it took.
+//! Measured over and over in one run, on a cluster of this machine. Of a death: from the signal to the
+//! start of the first microbatch after it, which is detection, the decision, meeting again, agreeing on
+//! the state and, for a new process, starting and receiving it; the step that is redone is told apart.
+//! Of a rank that leaves or joins: from the end of the last step before to the start of the first after.
+//! The start of a step is when its report arrives less the time that it says it took.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use api::config::ClusterConfig;
-use api::events::{JobEvent, StepMetrics};
-use api::records::{JobStatus, Phase};
+use api::job::{Elastic, Ranks};
+use api::{JobSpec, Name};
 use chaos::Random;
-use coordinator::EventStream;
+use coordinator::ClusterClient;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::Serialize;
-use tokio_stream::StreamExt;
 
+use super::on_cluster::on_cluster;
+use super::view::View;
 use crate::args::{BenchFault, BenchRecovery, Global};
 use crate::commands::submit::load_job;
-use crate::embedded::{Embedded, EmbeddedOptions};
 use crate::error::{CliError, Result};
 use crate::output;
 use crate::processes::rank_processes;
 
-/// Steps of a generation before it is disturbed.
-const STEPS_BETWEEN: u64 = 3;
-/// What takes longer has failed.
-const GUARD: Duration = Duration::from_secs(120);
 /// The targets of `--check`, in seconds.
 const MEDIAN_MAX: f64 = 1.0;
 const WORST_MAX: f64 = 3.0;
@@ -35,19 +32,23 @@ const WORST_MAX: f64 = 3.0;
 /// One fault and what it cost.
 #[derive(Clone, Debug, Serialize)]
 struct Sample {
+    /// What happened.
+    event: &'static str,
     /// Seconds until the coordinator had recorded the next generation.
     decided: f64,
-    /// Seconds until the first microbatch after it began.
+    /// Seconds without a step.
     stall: f64,
-    /// Seconds that this first step took.
-    redone_step: f64,
+    /// Seconds that the first step after it took.
+    next_step: f64,
     /// Whole steps that were reported before and had to be computed again.
     steps_lost: u64,
     /// Processes that were there before and after.
     survivors: usize,
+    /// How many should have been.
+    survivors_expected: usize,
 }
 
-/// What `cluster bench recovery` measured. Times in seconds.
+/// What `cluster bench recovery` measured of one kind of event. Times in seconds.
 #[derive(Debug, Serialize)]
 struct RecoveryReport {
     fault: &'static str,
@@ -83,160 +84,156 @@ pub async fn run(global: &Global, args: BenchRecovery) -> Result<()> {
             "resources.ranks = 1: with no rank left there is nobody to recover; set at least 2",
         ));
     }
-    let folder = std::env::temp_dir().join(format!("cohort-bench-{}", std::process::id()));
-    let options = EmbeddedOptions {
-        dir: folder.clone(),
-        config: ClusterConfig::default(),
-        config_file: None,
-        coordinators: 1,
-        workers: 1,
-        slots: ranks,
-        port: 0,
-    };
-    let mut embedded = Embedded::start(options).await?;
-    let access = embedded.access.clone();
-    let work = async {
-        let client = access.connect().await?;
-        client.submit(&spec).await?;
-        let mut view = View { events: client.watch(&spec.name).await?, status: None, step: None };
-        let mut samples = Vec::new();
-        let mut random = Random::new(seed);
-        for number in 0..faults {
-            view.steady().await?;
-            let victim = random.below(u64::from(ranks)) as usize;
-            samples.push(view.disturb(victim, fault).await?);
-            if !global.json {
-                let sample = &samples[number];
-                eprintln!("fault {} of {faults}: stall {:.0} ms", number + 1, sample.stall * 1e3);
+    let (workers, slots) = match fault {
+        BenchFault::Kill | BenchFault::Stop => (1, ranks),
+        BenchFault::Drain => {
+            let min = std::num::NonZeroU32::new(ranks - 1);
+            let max = std::num::NonZeroU32::new(ranks);
+            if let (Some(min), Some(max)) = (min, max) {
+                spec.resources.ranks = Ranks::Elastic(Elastic { min, max });
             }
+            (ranks, 1)
+        }
+    };
+    let samples = on_cluster(ClusterConfig::default(), workers, slots, async |client| {
+        let mut bench = Bench::begin(client, &spec, ranks, seed).await?;
+        let mut samples = Vec::new();
+        for number in 1..=faults {
+            let new = match fault {
+                BenchFault::Kill => vec![bench.strike(Signal::SIGKILL).await?],
+                BenchFault::Stop => vec![bench.strike(Signal::SIGSTOP).await?],
+                BenchFault::Drain => bench.leave_and_join().await?,
+            };
+            if !global.json {
+                for sample in &new {
+                    let Sample { event, stall, .. } = sample;
+                    eprintln!("{number} of {faults}: {event}: stall {:.0} ms", stall * 1e3);
+                }
+            }
+            samples.extend(new);
         }
         Ok(samples)
+    })
+    .await?;
+    let events: &[&'static str] = match fault {
+        BenchFault::Kill => &["kill"],
+        BenchFault::Stop => &["stop"],
+        BenchFault::Drain => &["leave", "join"],
     };
-    let ended = tokio::select! {
-        ended = work => ended,
-        error = embedded.failed() => Err(error),
+    let of = |event: &&'static str| {
+        let samples = samples.iter().filter(|sample| sample.event == *event).cloned().collect();
+        summarise(event, ranks, samples)
     };
-    // Nothing of the job is wanted any more: its ranks need not write a last checkpoint.
-    for (_, pid) in rank_processes(std::process::id()) {
-        let _ = kill(pid, Signal::SIGKILL);
-    }
-    let stopped = embedded.stop().await;
-    let _ = std::fs::remove_dir_all(&folder);
-    let samples = ended?;
-    stopped?;
-    let report = summarise(fault, ranks, samples);
-    print(global, &report);
-    if check && (report.stall_median > MEDIAN_MAX || report.stall_max > WORST_MAX) {
-        return Err(CliError::internal(format!(
-            "the stall is {:.2} s in the median and {:.2} s at worst, expected at most \
-             {MEDIAN_MAX} s and {WORST_MAX} s",
-            report.stall_median, report.stall_max
-        )));
+    let reports: Vec<RecoveryReport> = events.iter().map(of).collect();
+    print(global, &reports);
+    if check {
+        reports.iter().try_for_each(|report| report.check(fault))?;
     }
     Ok(())
 }
 
-/// The job as its events show it.
-struct View {
-    events: EventStream,
-    status: Option<JobStatus>,
-    step: Option<StepMetrics>,
+/// A job on a cluster, to be disturbed.
+struct Bench {
+    client: ClusterClient,
+    view: View,
+    random: Random,
+    ranks: u32,
 }
 
-impl View {
-    async fn next(&mut self) -> Result<JobEvent> {
-        let event = tokio::time::timeout(GUARD, self.events.next()).await;
-        let gone = || CliError::internal("the job's events ended");
-        let event = event
-            .map_err(|_| CliError::internal(format!("no event for {} s", GUARD.as_secs())))?
-            .ok_or_else(gone)??;
-        match &event {
-            JobEvent::Status(status) => {
-                if status.phase.is_terminal() {
-                    let text = format!("the job is {}: {}", status.phase, status.reason);
-                    return Err(CliError::internal(text));
-                }
-                self.status = Some((**status).clone());
-            }
-            JobEvent::Step(metrics) => self.step = Some(metrics.clone()),
-            _ => {}
-        }
-        Ok(event)
+/// Process numbers of all ranks. Not by rank: a survivor and a newcomer may have been started as the
+/// same one.
+fn pids() -> Vec<Pid> {
+    rank_processes(std::process::id()).into_iter().map(|(_, pid)| pid).collect()
+}
+
+fn count_of(these: &[Pid], in_those: &[Pid]) -> usize {
+    these.iter().filter(|pid| in_those.contains(pid)).count()
+}
+
+impl Bench {
+    async fn begin(client: ClusterClient, spec: &JobSpec, ranks: u32, seed: u64) -> Result<Self> {
+        client.submit(spec).await?;
+        let view = View::new(client.watch(&spec.name).await?);
+        Ok(Self { client, view, random: Random::new(seed), ranks })
     }
 
-    /// Returns when the present generation has run for some steps.
-    async fn steady(&mut self) -> Result<()> {
-        let mut steps = 0;
-        while steps < STEPS_BETWEEN {
-            let is_running = self.status.as_ref().is_some_and(|s| s.phase == Phase::Running);
-            match self.next().await? {
-                JobEvent::Step(_) if is_running => steps += 1,
-                JobEvent::Status(_) => steps = 0,
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// One fault, and the wait for the first step after it.
-    async fn disturb(&mut self, victim: usize, fault: BenchFault) -> Result<Sample> {
-        let before = rank_processes(std::process::id());
-        // Not by rank: a survivor and a newcomer may have been started as the same one.
-        let pids: Vec<Pid> = before.iter().map(|(_, pid)| *pid).collect();
-        let Some(pid) = before.get(victim % before.len().max(1)).map(|(_, pid)| *pid) else {
+    /// Sends a signal to a rank, and waits for the first step after it.
+    async fn strike(&mut self, signal: Signal) -> Result<Sample> {
+        self.view.steady().await?;
+        let before = pids();
+        let victim = self.random.below(before.len().max(1) as u64) as usize;
+        let Some(&pid) = before.get(victim) else {
             return Err(CliError::internal("the job has no rank processes"));
         };
-        let generation = self.status.as_ref().map(|s| s.generation).unwrap_or_default();
-        let reported = self.step.as_ref().map_or(0, |metrics| metrics.step.0);
-        let signal = match fault {
-            BenchFault::Kill => Signal::SIGKILL,
-            BenchFault::Stop => Signal::SIGSTOP,
-        };
+        let generation = self.view.generation();
         let struck = Instant::now();
         kill(pid, signal).map_err(|e| CliError::internal(format!("cannot signal {pid}: {e}")))?;
-        let mut reported = reported;
-        let mut decided = None;
-        let mut is_running = false;
-        loop {
-            match self.next().await? {
-                JobEvent::Status(status) if status.generation > generation => {
-                    decided.get_or_insert_with(|| struck.elapsed().as_secs_f64());
-                    is_running = status.phase == Phase::Running;
-                }
-                // Finished before the fault, or although a rank was gone already.
-                JobEvent::Step(metrics) if !is_running => reported = metrics.step.0,
-                JobEvent::Step(metrics) => {
-                    let stall = struck.elapsed().as_secs_f64() - metrics.time.total;
-                    let after = rank_processes(std::process::id());
-                    let stayed = |pid: &Pid| after.iter().any(|(_, other)| other == pid);
-                    return Ok(Sample {
-                        decided: decided.unwrap_or_default(),
-                        stall,
-                        redone_step: metrics.time.total,
-                        steps_lost: (reported + 1).saturating_sub(metrics.step.0),
-                        survivors: pids.iter().filter(|pid| stayed(pid)).count(),
-                    });
-                }
-                _ => {}
-            }
-        }
+        let resumed = self.view.resumed(generation).await?;
+        let since = |at: Instant| at.saturating_duration_since(struck).as_secs_f64();
+        Ok(Sample {
+            event: if signal == Signal::SIGKILL { "kill" } else { "stop" },
+            decided: resumed.decided.map(since).unwrap_or_default(),
+            stall: since(resumed.begun()),
+            next_step: resumed.after.0.time.total,
+            steps_lost: resumed.steps_lost(),
+            survivors: count_of(&before, &pids()),
+            survivors_expected: before.len() - 1,
+        })
+    }
+
+    /// Drains a worker, waits until the others go on, takes it back, and waits until its new rank
+    /// has joined.
+    async fn leave_and_join(&mut self) -> Result<Vec<Sample>> {
+        let victim = self.random.below(u64::from(self.ranks)) + 1;
+        let worker: Name = format!("w{victim}").parse()?;
+        self.view.steady().await?;
+        let before = pids();
+        let generation = self.view.generation();
+        let asked = Instant::now();
+        self.client.drain(&worker, None).await?;
+        let leave = self.changed("leave", asked, generation, &before, before.len() - 1).await?;
+        self.view.steady().await?;
+        let before = pids();
+        let generation = self.view.generation();
+        let asked = Instant::now();
+        self.client.undrain(&worker).await?;
+        let join = self.changed("join", asked, generation, &before, before.len()).await?;
+        Ok(vec![leave, join])
+    }
+
+    async fn changed(
+        &mut self,
+        event: &'static str,
+        asked: Instant,
+        generation: api::Generation,
+        before: &[Pid],
+        survivors_expected: usize,
+    ) -> Result<Sample> {
+        let resumed = self.view.resumed(generation).await?;
+        let since = |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64();
+        Ok(Sample {
+            event,
+            decided: resumed.decided.map(|at| since(asked, at)).unwrap_or_default(),
+            stall: since(resumed.before.1, resumed.begun()),
+            next_step: resumed.after.0.time.total,
+            steps_lost: resumed.steps_lost(),
+            survivors: count_of(before, &pids()),
+            survivors_expected,
+        })
     }
 }
 
-fn summarise(fault: BenchFault, ranks: u32, samples: Vec<Sample>) -> RecoveryReport {
+fn summarise(fault: &'static str, ranks: u32, samples: Vec<Sample>) -> RecoveryReport {
     let sorted = |of: fn(&Sample) -> f64| {
         let mut values: Vec<f64> = samples.iter().map(of).collect();
         values.sort_by(f64::total_cmp);
         values
     };
     let (stalls, decided) = (sorted(|s| s.stall), sorted(|s| s.decided));
-    let redone = sorted(|s| s.redone_step);
-    let expected = ranks as usize - 1;
+    let next = sorted(|s| s.next_step);
+    let lost = |s: &Sample| s.survivors_expected.saturating_sub(s.survivors);
     RecoveryReport {
-        fault: match fault {
-            BenchFault::Kill => "kill",
-            BenchFault::Stop => "stop",
-        },
+        fault,
         ranks,
         faults: samples.len(),
         stall_median: stalls[stalls.len() / 2],
@@ -244,29 +241,61 @@ fn summarise(fault: BenchFault, ranks: u32, samples: Vec<Sample>) -> RecoveryRep
         stall_max: stalls[stalls.len() - 1],
         decided_median: decided[decided.len() / 2],
         decided_max: decided[decided.len() - 1],
-        redone_step_median: redone[redone.len() / 2],
+        redone_step_median: next[next.len() / 2],
         steps_lost_max: samples.iter().map(|s| s.steps_lost).max().unwrap_or(0),
-        survivors_lost: samples.iter().map(|s| expected.saturating_sub(s.survivors)).sum(),
+        survivors_lost: samples.iter().map(lost).sum(),
         samples,
     }
 }
 
-fn print(global: &Global, report: &RecoveryReport) {
+impl RecoveryReport {
+    /// Compares with the targets: who leaves or joins on notice loses no step and stalls for the
+    /// median's limit at worst.
+    fn check(&self, fault: BenchFault) -> Result<()> {
+        let (worst_max, lost_max) = match fault {
+            BenchFault::Kill => (WORST_MAX, 1),
+            // Its median holds the time after which a process counts as stopped.
+            BenchFault::Stop => (WORST_MAX, 1),
+            BenchFault::Drain => (MEDIAN_MAX, 0),
+        };
+        let median_max = if fault == BenchFault::Stop { WORST_MAX } else { MEDIAN_MAX };
+        let found = format!(
+            "{}: the stall is {:.2} s in the median and {:.2} s at worst, {} steps were lost at \
+             once, {} survivors were replaced",
+            self.fault, self.stall_median, self.stall_max, self.steps_lost_max, self.survivors_lost
+        );
+        let is_met = self.stall_median <= median_max
+            && self.stall_max <= worst_max
+            && self.steps_lost_max <= lost_max
+            && self.survivors_lost == 0;
+        if is_met {
+            return Ok(());
+        }
+        Err(CliError::internal(format!(
+            "{found}; expected at most {median_max} s and {worst_max} s, {lost_max} steps, and none"
+        )))
+    }
+}
+
+fn print(global: &Global, reports: &[RecoveryReport]) {
     if global.json {
-        return output::json(report);
+        reports.iter().for_each(output::json);
+        return;
     }
     let milliseconds = |seconds: f64| format!("{:.0} ms", seconds * 1e3);
-    let rows = vec![vec![
-        report.fault.to_owned(),
-        report.ranks.to_string(),
-        report.faults.to_string(),
-        milliseconds(report.stall_median),
-        format!("{}–{}", milliseconds(report.stall_min), milliseconds(report.stall_max)),
-        milliseconds(report.decided_median),
-        milliseconds(report.redone_step_median),
-        report.steps_lost_max.to_string(),
-        report.survivors_lost.to_string(),
-    ]];
+    let row = |report: &RecoveryReport| {
+        vec![
+            report.fault.to_owned(),
+            report.ranks.to_string(),
+            report.faults.to_string(),
+            milliseconds(report.stall_median),
+            format!("{}–{}", milliseconds(report.stall_min), milliseconds(report.stall_max)),
+            milliseconds(report.decided_median),
+            milliseconds(report.redone_step_median),
+            report.steps_lost_max.to_string(),
+            report.survivors_lost.to_string(),
+        ]
+    };
     let header = [
         "fault",
         "ranks",
@@ -274,9 +303,9 @@ fn print(global: &Global, report: &RecoveryReport) {
         "stall",
         "range",
         "decided after",
-        "redone step",
+        "next step",
         "steps lost",
         "survivors lost",
     ];
-    output::table(&header, rows, "nothing measured");
+    output::table(&header, reports.iter().map(row).collect(), "nothing measured");
 }

@@ -5,9 +5,9 @@ use api::events::{JobEvent, StepMetrics};
 use serde::Serialize;
 use tokio_stream::StreamExt;
 
+use super::on_cluster::on_cluster;
 use crate::args::{BenchTrain, Global};
 use crate::commands::submit::load_job;
-use crate::embedded::{Embedded, EmbeddedOptions};
 use crate::error::{CliError, Result};
 use crate::follow::outcome;
 use crate::output;
@@ -50,50 +50,31 @@ pub async fn run(global: &Global, args: BenchTrain) -> Result<()> {
     let mut spec = load_job(&job, &overrides)?;
     // Only steps are measured; validation at the end would be waited for and thrown away.
     spec.channels.remove("validation");
-    let folder = std::env::temp_dir().join(format!("cohort-bench-{}", std::process::id()));
-    let options = EmbeddedOptions {
-        dir: folder.clone(),
-        config: ClusterConfig::default(),
-        config_file: None,
-        coordinators: 1,
-        workers: 1,
-        slots: spec.resources.ranks.max(),
-        port: 0,
-    };
-    let mut embedded = Embedded::start(options).await?;
-    let access = embedded.access.clone();
-    let work = async {
-        let client = access.connect().await?;
-        client.submit(&spec).await?;
-        let mut events = client.watch(&spec.name).await?;
-        let (mut first, mut seen, mut fingerprint) = (None, Vec::new(), None);
-        while let Some(event) = events.next().await {
-            match event? {
-                JobEvent::Step(metrics) => {
-                    first.get_or_insert_with(|| begin.elapsed().as_secs_f64());
-                    seen.push(metrics);
-                }
-                JobEvent::Status(status) => {
-                    fingerprint = status.fingerprint.clone().or(fingerprint);
-                    if status.phase.is_terminal() {
-                        outcome(&spec.name, &status)?;
-                        break;
+    let ranks = spec.resources.ranks.max();
+    let (first, seen, fingerprint) =
+        on_cluster(ClusterConfig::default(), 1, ranks, async |client| {
+            client.submit(&spec).await?;
+            let mut events = client.watch(&spec.name).await?;
+            let (mut first, mut seen, mut fingerprint) = (None, Vec::new(), None);
+            while let Some(event) = events.next().await {
+                match event? {
+                    JobEvent::Step(metrics) => {
+                        first.get_or_insert_with(|| begin.elapsed().as_secs_f64());
+                        seen.push(metrics);
                     }
+                    JobEvent::Status(status) => {
+                        fingerprint = status.fingerprint.clone().or(fingerprint);
+                        if status.phase.is_terminal() {
+                            outcome(&spec.name, &status)?;
+                            break;
+                        }
+                    }
+                    _ => {}
                 }
-                _ => {}
             }
-        }
-        Ok((first.unwrap_or_default(), seen, fingerprint.unwrap_or_default()))
-    };
-    let ended = tokio::select! {
-        ended = work => ended,
-        error = embedded.failed() => Err(error),
-    };
-    let stopped = embedded.stop().await;
-    // The folder holds nothing but this run's scratch.
-    let _ = std::fs::remove_dir_all(&folder);
-    let (first, seen, fingerprint) = ended?;
-    stopped?;
+            Ok((first.unwrap_or_default(), seen, fingerprint.unwrap_or_default()))
+        })
+        .await?;
     let measured: Vec<&StepMetrics> =
         seen.iter().filter(|metrics| metrics.step.0 > warmup).collect();
     if measured.is_empty() {
@@ -107,7 +88,7 @@ pub async fn run(global: &Global, args: BenchTrain) -> Result<()> {
     let times: Vec<f64> = measured.iter().map(|m| m.time.total).collect();
     let report = TrainReport {
         algorithm: spec.algorithm.clone(),
-        ranks: spec.resources.ranks.max(),
+        ranks,
         threads_per_rank: spec.resources.threads_per_rank.get(),
         global_batch: spec.batch.global.get(),
         steps: measured.len(),

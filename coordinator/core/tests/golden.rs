@@ -398,6 +398,7 @@ impl Stage {
                 bytes: 10,
                 step: step(),
                 metrics: BTreeMap::from([("train:loss".into(), 0.5), ("bad".into(), f64::NAN)]),
+                samples: None,
             }),
             "stopped" => {
                 let by_time = words.has("time").then_some(StopCause::MaxTime);

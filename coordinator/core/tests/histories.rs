@@ -670,6 +670,7 @@ impl History {
                             bytes: 1,
                             step: TrainStep(30),
                             metrics: BTreeMap::new(),
+                            samples: None,
                         };
                         worker.report(&task, RankReport::Finished(model));
                     }

@@ -414,6 +414,7 @@ fn model(task: &TaskId) -> ModelFact {
         bytes: 1 << 20,
         step: Step(100),
         metrics: BTreeMap::new(),
+        samples: None,
     }
 }
 
