@@ -147,6 +147,10 @@ pub struct JobStatus {
     /// Failures since the job last made progress: a newly committed checkpoint, or steps that the
     /// survivors of a failure had gained over those of the one before.
     pub failures: u32,
+    /// A person asked it to stop while its ranks were apart: they meet once more, to save what they
+    /// hold.
+    #[serde(default)]
+    pub stop_asked: bool,
     /// Generations started beyond the first.
     pub restarts: u64,
     /// How many of these went on from what the members of the former one held in memory.

@@ -1,40 +1,59 @@
 //! What all ranks must have in common before the first step. Hosts may hold different files under one
 //! path, and nothing later would notice.
 
-use collective::Communicator;
-
-use crate::error::TrainError;
+use api::Rank;
+use collective::{CollectiveError, Communicator};
 
 /// Characters of a digest that an error shows.
 const SHOWN: usize = 16;
+/// Said by a rank that holds a state.
+const HOLDS: &str = "holds";
 
-/// Fails on every rank, naming the first rank and the first thing that differs from rank 0's.
-/// `inputs` are (what, digest) pairs, the same `what`s everywhere.
+/// A rank that has something else than the others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disagreement {
+    /// The first such rank.
+    pub rank: Rank,
+    /// Others hold a state of the job: they have computed with what they have, so this one is wrong,
+    /// and the job need not end for it.
+    pub is_newcomer: bool,
+    /// What differs.
+    pub message: String,
+}
+
+/// Compares `inputs`, (what, digest) pairs, the same `what`s everywhere, with those of the first rank
+/// that holds a state, or else of rank 0. The same result on every rank.
 pub fn agree(
     communicator: &mut dyn Communicator,
     inputs: &[(&str, &str)],
-) -> Result<(), TrainError> {
-    let mine: Vec<&str> = inputs.iter().map(|(_, digest)| *digest).collect();
+    holds_state: bool,
+) -> Result<Result<(), Disagreement>, CollectiveError> {
+    let mut mine = vec![if holds_state { HOLDS } else { "" }];
+    mine.extend(inputs.iter().map(|(_, digest)| *digest));
     let all = communicator.gather_bytes(mine.join("\n").as_bytes())?;
-    let read = |bytes: &[u8]| -> Vec<String> {
-        String::from_utf8_lossy(bytes).lines().map(str::to_owned).collect()
-    };
-    let first = all.first().map(|bytes| read(bytes)).unwrap_or_default();
-    for (rank, bytes) in all.iter().enumerate() {
-        let theirs = read(bytes);
-        for (index, (what, _)) in inputs.iter().enumerate() {
+    let all: Vec<Vec<String>> = all
+        .iter()
+        .map(|bytes| String::from_utf8_lossy(bytes).split('\n').map(str::to_owned).collect())
+        .collect();
+    let holder = all.iter().position(|theirs| theirs.first().is_some_and(|word| word == HOLDS));
+    let reference = holder.unwrap_or(0);
+    let first = all.get(reference).cloned().unwrap_or_default();
+    for (rank, theirs) in all.iter().enumerate() {
+        for (index, (what, _)) in (1..).zip(inputs) {
             let (expected, found) = (first.get(index), theirs.get(index));
             if expected != found {
-                return Err(TrainError::Job(format!(
-                    "rank {rank} has other {what} than rank 0 ({}…, rank 0 has {}…): every host \
-                     must hold the same files under the channels' paths",
+                let message = format!(
+                    "rank {rank} has other {what} than rank {reference} ({}…, rank {reference} has \
+                     {}…): every host must hold the same files under the channels' paths",
                     shown(found),
                     shown(expected)
-                )));
+                );
+                let rank = Rank(u32::try_from(rank).unwrap_or(u32::MAX));
+                return Ok(Err(Disagreement { rank, is_newcomer: holder.is_some(), message }));
             }
         }
     }
-    Ok(())
+    Ok(Ok(()))
 }
 
 fn shown(digest: Option<&String>) -> String {
@@ -51,8 +70,12 @@ mod tests {
 
     use super::*;
 
-    /// One thread per rank, over real sockets; rank `r` brings `digests[r]`.
-    fn outcomes(digests: &[[&'static str; 2]]) -> Vec<Result<(), String>> {
+    /// One thread per rank, over real sockets; rank `r` brings `digests[r]`, and a state if it is
+    /// `holder`.
+    fn outcomes(
+        digests: &[[&'static str; 2]],
+        holder: Option<usize>,
+    ) -> Vec<Result<(), Disagreement>> {
         let listeners: Vec<Listener> = digests
             .iter()
             .map(|_| Listener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).expect("a port"))
@@ -79,10 +102,7 @@ mod tests {
                 std::thread::spawn(move || {
                     let mut group = listener.connect(options, &peers).expect("connects");
                     let inputs = [("training data", digests[0]), ("settings", digests[1])];
-                    agree(&mut group, &inputs).map_err(|error| {
-                        assert!(!error.is_retryable(), "the files stay as they are");
-                        error.to_string()
-                    })
+                    agree(&mut group, &inputs, holder == Some(rank)).expect("compared")
                 })
             })
             .collect();
@@ -91,13 +111,25 @@ mod tests {
 
     #[test]
     fn a_rank_with_other_data_is_named_on_every_rank() {
-        assert!(outcomes(&[["d", "s"], ["d", "s"], ["d", "s"]]).iter().all(Result::is_ok));
-        let refused = outcomes(&[["d", "s"], ["d", "s"], ["e", "s"]]);
+        let same = outcomes(&[["d", "s"], ["d", "s"], ["d", "s"]], None);
+        assert!(same.iter().all(Result::is_ok));
+        let refused = outcomes(&[["d", "s"], ["d", "s"], ["e", "s"]], None);
         for outcome in &refused {
-            let text = outcome.as_ref().expect_err("other data");
-            assert!(text.starts_with("rank 2 has other training data than rank 0"), "{text}");
+            let Disagreement { rank, is_newcomer, message } = outcome.as_ref().expect_err("other");
+            assert_eq!((*rank, *is_newcomer), (Rank(2), false));
+            let text = "rank 2 has other training data than rank 0";
+            assert!(message.starts_with(text), "{message}");
         }
-        let refused = outcomes(&[["d", "s"], ["d", "t"]]);
-        assert!(refused[0].as_ref().expect_err("other settings").contains("other settings"));
+        let refused = outcomes(&[["d", "s"], ["d", "t"]], None);
+        assert!(refused[0].as_ref().expect_err("other").message.contains("other settings"));
+    }
+
+    #[test]
+    fn who_holds_a_state_is_right_even_against_rank_0() {
+        let found = outcomes(&[["e", "s"], ["d", "s"], ["d", "s"]], Some(1));
+        for outcome in &found {
+            let Disagreement { rank, is_newcomer, .. } = outcome.as_ref().expect_err("other");
+            assert_eq!((*rank, *is_newcomer), (Rank(0), true));
+        }
     }
 }

@@ -105,10 +105,15 @@ impl Checkpoints {
         share_tensors(&lengths, self.world_size)[self.rank.0 as usize].clone()
     }
 
+    /// Whether the checkpoint before is still being written somewhere.
+    pub fn is_behind(&self) -> bool {
+        self.pending.is_some()
+    }
+
     /// Whether a checkpoint that is due now is left out, as the job says, since the one before is
     /// still being written. The same on every rank, which all count the same shards.
     pub fn skips(&self) -> bool {
-        self.when_behind == WhenBehind::Skip && self.pending.is_some()
+        self.when_behind == WhenBehind::Skip && self.is_behind()
     }
 
     /// Copies the state into memory; writing goes on behind training. A checkpoint still pending is

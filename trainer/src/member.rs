@@ -18,7 +18,7 @@ use collective::{
     CollectiveError, Communicator, FlightRecorder, GroupOptions, Listener, ProcessGroup, TcpOptions,
 };
 
-use crate::agreement::agree;
+use crate::agreement::{Disagreement, agree};
 use crate::checkpoints::Checkpoints;
 use crate::data_plane::transport;
 use crate::error::TrainError;
@@ -206,8 +206,8 @@ impl Member {
         if let Some(next) = self.newer_place(place) {
             return Err(Interrupted::By(Box::new(next)));
         }
-        let fingerprint = self.fingerprint.clone();
-        self.control.report(&RankReport::Listening { address: listener.address(), fingerprint })?;
+        let (listened, fingerprint) = (listener.address(), self.fingerprint.clone());
+        self.control.report(&RankReport::Listening { address: listened, fingerprint })?;
         let addresses = loop {
             match self.orders.next(ORDERS_DEADLINE)? {
                 RankOrder::Peers { generation, addresses } if generation == place.generation => {
@@ -246,16 +246,22 @@ impl Member {
         }
         self.recorder.set_tag("comparing data and settings");
         let validation = held.problem.validation.as_ref().map_or("none", |data| data.digest());
-        agree(
-            &mut communicator,
-            &[
-                ("training data", &self.info.data_digest),
-                ("validation data", validation),
-                ("settings", &self.info.spec_digest),
-                ("number of steps", &held.last_step.to_string()),
-            ],
-        )?;
-        Ok(communicator)
+        let inputs = [
+            ("training data", self.info.data_digest.as_str()),
+            ("validation data", validation),
+            ("settings", self.info.spec_digest.as_str()),
+            ("number of steps", &held.last_step.to_string()),
+        ];
+        match agree(&mut communicator, &inputs, held.state.is_some())? {
+            Ok(()) => Ok(communicator),
+            // The others keep what they hold and go on without it.
+            Err(Disagreement { rank, is_newcomer: true, message }) if rank != place.rank => {
+                let address = addresses.get(rank.0 as usize).copied().unwrap_or(listened);
+                let culprit = None;
+                Err(CollectiveError::PeerFailed { rank, address, culprit, message }.into())
+            }
+            Err(found) => Err(TrainError::Job(found.message).into()),
+        }
     }
 
     /// Brings every member to the newest state that one of them, or else the store, holds. With the
@@ -284,14 +290,12 @@ impl Member {
         let mut base = None;
         match &origin {
             Origin::Members { step, holders, receivers } => {
-                held.progress = newest;
                 if !receivers.is_empty() {
                     self.recorder.set_tag(format_args!("receiving the state of step {}", step.0));
-                    if receivers.contains(&place.rank) {
-                        held.state = Some(held.blank_state());
-                    }
-                    share(held, communicator, *step, holders)?;
+                    let blank = receivers.contains(&place.rank).then(|| held.blank_state());
+                    share(&mut held.state, blank, communicator, *step, holders)?;
                 }
+                held.progress = newest;
             }
             Origin::Checkpoint(step) => {
                 self.recorder.set_tag(format_args!("restoring step {}", step.0));
@@ -356,20 +360,27 @@ impl Member {
     }
 }
 
-/// Every holder sends its part of every buffer to all.
+/// Every holder sends its part of every buffer to all. A receiver brings a `blank` state to receive
+/// into; what it held, if anything, it holds until all has come, so that a transfer that breaks off
+/// leaves no state that is none.
 fn share(
-    held: &mut Held,
-    communicator: &mut ProcessGroup,
+    held: &mut Option<TrainState>,
+    blank: Option<TrainState>,
+    communicator: &mut dyn Communicator,
     step: Step,
     holders: &[Rank],
 ) -> Result<(), CollectiveError> {
-    let Some(state) = &mut held.state else { return Ok(()) };
+    let mut incoming = blank;
+    let Some(state) = incoming.as_mut().or(held.as_mut()) else { return Ok(()) };
     for buffer in [&mut state.values, &mut state.optimizer.m, &mut state.optimizer.v] {
         for (holder, range) in parts(buffer.len(), holders) {
             communicator.broadcast((&mut buffer[range]).into(), holder)?;
         }
     }
     state.step = step;
+    if incoming.is_some() {
+        *held = incoming;
+    }
     Ok(())
 }
 
@@ -411,4 +422,73 @@ fn check(
 
 fn unreadable(error: serde_json::Error) -> TrainError {
     ControlError(format!("a member's offer: {error}")).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+    use std::thread;
+
+    use api::{Generation, Secret};
+
+    use super::*;
+    use crate::optimizer::OptimizerState;
+
+    const LEN: usize = 1000;
+
+    fn state(step: u64, value: f32) -> TrainState {
+        let buffer = vec![value; LEN];
+        let optimizer = OptimizerState { m: buffer.clone(), v: buffer.clone() };
+        TrainState { step: Step(step), values: buffer, optimizer }
+    }
+
+    /// Rank 0 holds step 5 and leaves after `sent` of its buffers; what rank 1, which held `own`, holds
+    /// then.
+    fn received(own: Option<TrainState>, sent: usize) -> Option<TrainState> {
+        let local = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let listeners = [(); 2].map(|()| Listener::bind(local).expect("a port"));
+        let peers: Vec<SocketAddr> = listeners.iter().map(Listener::address).collect();
+        let [first, second] = listeners;
+        let connect = move |listener: Listener, rank: u32| {
+            let options = GroupOptions {
+                job: "a".parse().expect("a name"),
+                group: "data".into(),
+                generation: Generation(2),
+                rank: Rank(rank),
+                world_size: 2,
+                secret: Secret::new("of the test"),
+                connect_timeout: CONNECT_TIMEOUT,
+                reduction: Default::default(),
+                transport: Default::default(),
+                host: None,
+            };
+            listener.connect(options, &peers).expect("connects")
+        };
+        let other = connect.clone();
+        let sender = thread::spawn(move || {
+            let mut group = other(first, 0);
+            let mut state = state(5, 1.5);
+            for _ in 0..sent {
+                group.broadcast(state.values.as_mut_slice().into(), Rank(0)).expect("sent");
+            }
+        });
+        let mut group = connect(second, 1);
+        let mut held = own;
+        let outcome = share(&mut held, Some(state(0, 0.0)), &mut group, Step(5), &[Rank(0)]);
+        sender.join().expect("no panic");
+        assert_eq!(outcome.is_ok(), sent == 3, "{outcome:?}");
+        held
+    }
+
+    #[test]
+    fn a_transfer_that_breaks_off_leaves_what_was_held_before() {
+        for sent in 0..3 {
+            assert!(received(None, sent).is_none(), "half a state was kept");
+            let kept = received(Some(state(4, 0.5)), sent).expect("its own");
+            assert_eq!((kept.step, kept.values[0]), (Step(4), 0.5));
+        }
+        let whole = received(Some(state(4, 0.5)), 3).expect("the sender's");
+        assert_eq!((whole.step, whole.values[LEN - 1]), (Step(5), 1.5));
+        assert_eq!(whole.optimizer.v[0], 1.5);
+    }
 }

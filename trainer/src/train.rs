@@ -69,6 +69,7 @@ pub struct Held {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// The last value of each metric.
+    #[serde(with = "by_bits")]
     pub metrics: BTreeMap<String, f64>,
     /// Steps in a row that changed nothing.
     pub skipped: u32,
@@ -77,6 +78,27 @@ pub struct Progress {
     /// Which samples the state was trained on.
     #[serde(default)]
     pub samples: SampleTally,
+}
+
+/// Metrics on the wire: JSON has neither NaN nor infinity, and a loss may be either.
+mod by_bits {
+    use std::collections::BTreeMap;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(
+        metrics: &BTreeMap<String, f64>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(metrics.iter().map(|(name, value)| (name, value.to_bits())))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<BTreeMap<String, f64>, D::Error> {
+        let bits: BTreeMap<String, u64> = BTreeMap::deserialize(deserializer)?;
+        Ok(bits.into_iter().map(|(name, value)| (name, f64::from_bits(value))).collect())
+    }
 }
 
 impl Held {
@@ -383,6 +405,10 @@ impl Trainer {
     fn stage(&mut self, held: &Held) -> Result<(), TrainError> {
         let Some(state) = &held.state else { return Err(stateless()) };
         self.recorder.set_tag(format_args!("checkpoint at step {}", state.step.0));
+        if self.bound.checkpoints.is_behind() {
+            // The store is waited for, however long it takes: the gang does not hang.
+            self.busy("a checkpoint")?;
+        }
         let mut metrics = held.progress.metrics.clone();
         if held.progress.evaluated != Some(state.step) {
             // What an earlier step was worth says nothing about this one.
@@ -497,6 +523,8 @@ impl Trainer {
             let listed: Vec<String> =
                 metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
             println!("step {}/{} {}", step.0, held.last_step, listed.join(" "));
+            let finite = metrics.into_iter().filter(|(_, value)| value.is_finite());
+            let metrics = finite.collect();
             self.control.report(&RankReport::Evaluation(Evaluation { step, metrics }))?;
         }
         Ok(())

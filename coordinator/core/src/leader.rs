@@ -25,6 +25,7 @@ mod reports;
 mod retain;
 mod schedule;
 mod serve;
+mod shunned;
 mod spares;
 mod standing;
 mod starting;

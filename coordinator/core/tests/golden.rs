@@ -13,7 +13,7 @@
 //! leaving WORKER [scope=drains|avoided] [CAUSE …]
 //! drain WORKER [deadline=120000] | undrain WORKER
 //! listening TASK [on=WORKER] [fingerprint=F]    running TASK [STEP]    step TASK 7
-//! busy TASK    broken TASK [STEP] [blames=r1]    paused TASK STEP    ready TASK (a spare)
+//! busy TASK    broken TASK [STEP] [blames=r1]    paused TASK STEP    ready TASK [fingerprint=F] (a spare)
 //! [of=g1] with any report: the generation it was made in; else the newest its process is part of
 //! checkpoint TASK 100 [generation=1] [digest=D] [loss=0.5] finished TASK 200    stopped TASK 150 [time]
 //! failed TASK [blames=r1] [fatal] MESSAGE …
@@ -369,7 +369,9 @@ impl Stage {
             }
             "busy" => RankReport::Busy { what: "validation".into() },
             "paused" => RankReport::Paused { step: step() },
-            "ready" => RankReport::Ready { fingerprint: "avx2/1".into() },
+            "ready" => RankReport::Ready {
+                fingerprint: (*words.pairs.get("fingerprint").unwrap_or(&"avx2/1")).to_owned(),
+            },
             "broken" => RankReport::Broken {
                 step: words.plain.get(2).map(|step| TrainStep(number(step))),
                 message: "its peer is gone".into(),

@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use super::Leader;
 use super::decision::{Effect, Millis, Refusal};
 use super::draft::{Draft, Expect};
+use super::gang::Gang;
 use super::index::Workload;
 use super::reason::Reason;
 use super::train::BY_A_USER;
@@ -117,7 +118,7 @@ impl Leader {
         let version = match kind {
             KIND_JOB => {
                 let (version, job) = find::<JobRecord>(records, KIND_JOB, name)?;
-                self.stop_job(draft, version, &job, now);
+                self.stop_job(draft, version, &Arc::new(job.clone()), now);
                 job.status.phase
             }
             KIND_ENDPOINT => {
@@ -137,9 +138,22 @@ impl Leader {
         Ok(key)
     }
 
-    fn stop_job(&mut self, draft: &mut Draft, version: u64, job: &JobRecord, now: Millis) {
+    fn stop_job(&mut self, draft: &mut Draft, version: u64, job: &Arc<JobRecord>, now: Millis) {
         let generation = job.status.generation;
+        let is_broken = self.gangs.get(&job.spec.name).is_some_and(Gang::is_broken);
         match job.status.phase {
+            // What they hold is not thrown away: they meet, and then they are asked to stop.
+            Phase::Starting | Phase::Running
+                if (job.status.phase == Phase::Starting || is_broken) && self.holds_state(job) =>
+            {
+                if !job.status.stop_asked {
+                    self.change_job(draft, version, job, |status| {
+                        status.stop_asked = true;
+                        status.reason =
+                            "asked to stop: its ranks meet first, to save what they hold".into();
+                    });
+                }
+            }
             Phase::Queued => {
                 self.change_job(draft, version, job, |status| {
                     status.phase = Phase::Stopped;
@@ -213,6 +227,7 @@ impl Leader {
             status.phase = Phase::Queued;
             status.reason = "resumed".into();
             status.failures = 0;
+            status.stop_asked = false;
             status.elapsed_at_resume_ms = status.elapsed_ms;
             status.ended_ms = None;
         });

@@ -12,6 +12,7 @@ use api::session::{ExitCause, StopCause};
 
 use super::decision::Millis;
 use super::goodput::Unwritten;
+use super::shunned::Shunned;
 use super::watchdog::Pace;
 
 /// How long a task may take from its placement until it runs. Restoring a large checkpoint over a
@@ -28,6 +29,8 @@ pub(super) struct LastWords {
     pub(super) blames: Option<Rank>,
     /// It has not left: it keeps its state and waits for the next generation.
     pub(super) stays: bool,
+    /// Not its own words: its worker says that it waits. They come, if there are any.
+    pub(super) is_hearsay: bool,
 }
 
 /// A process beside the gang that may become a rank of the next generation.
@@ -38,6 +41,8 @@ pub(super) struct Spare {
     pub(super) local_rank: u32,
     /// It has read its data and built its model.
     pub(super) is_ready: bool,
+    /// What it said before it left.
+    pub(super) words: Option<String>,
 }
 
 /// How one task ended, or is about to.
@@ -49,6 +54,8 @@ pub(super) struct End {
     pub(super) at: Millis,
     pub(super) words: Option<LastWords>,
     pub(super) exit: Option<ExitCause>,
+    /// It held the job's state.
+    pub(super) held_state: bool,
 }
 
 impl End {
@@ -102,6 +109,8 @@ pub(super) enum Verdict {
     Await(String),
     /// This is what failed first.
     Cause(Failure),
+    /// All live and wait for the next generation; the leader that knew why is gone.
+    AllWait,
 }
 
 /// One generation of one workload.
@@ -130,8 +139,8 @@ pub(super) struct Gang {
     pub(super) spares: Vec<Spare>,
     /// Why its ranks were asked to leave their group between two steps, when they were.
     pub(super) pausing: Option<String>,
-    /// When a spare ended before it could be of use: none is started for a while.
-    pub(super) spare_ended: Option<Millis>,
+    /// Workers that the job does not use for now.
+    pub(super) shunned: Shunned,
     /// When its steps were reported, and who was slow in them.
     pub(super) pace: Pace,
     /// A straggler that is to be replaced.
@@ -155,7 +164,7 @@ impl Gang {
             stopped: None,
             spares: Vec::new(),
             pausing: None,
-            spare_ended: None,
+            shunned: Shunned::default(),
             pace: Pace::default(),
             replacing: None,
             unwritten: Unwritten::default(),
@@ -231,7 +240,8 @@ impl Gang {
     fn end(&mut self, rank: Rank, worker: &Name, now: Millis) -> &mut End {
         let index = self.ends.iter().position(|end| end.rank == rank).unwrap_or_else(|| {
             let worker = worker.clone();
-            self.ends.push(End { rank, worker, at: now, words: None, exit: None });
+            let (words, exit) = (None, None);
+            self.ends.push(End { rank, worker, at: now, words, exit, held_state: false });
             self.ends.len() - 1
         });
         &mut self.ends[index]
@@ -245,7 +255,23 @@ impl Gang {
     /// The task says that it cannot go on and is about to leave.
     pub(super) fn failed(&mut self, rank: Rank, worker: &Name, words: LastWords, now: Millis) {
         let words = LastWords { message: clip(&words.message), ..words };
-        self.end(rank, worker, now).words.get_or_insert(words);
+        let known = &mut self.end(rank, worker, now).words;
+        if known.as_ref().is_none_or(|known| known.is_hearsay) {
+            *known = Some(words);
+        }
+    }
+
+    /// Notes of a rank that has ended, or is about to, that it held the job's state.
+    pub(super) fn held_state(&mut self, rank: Rank) {
+        for end in self.ends.iter_mut().filter(|end| end.rank == rank) {
+            end.held_state = true;
+        }
+    }
+
+    /// A rank that was lost with its worker is back, alive: it did not end.
+    pub(super) fn is_back(&mut self, rank: Rank) {
+        let is_lost = |end: &End| matches!(end.exit, Some(ExitCause::WorkerLost { .. }));
+        self.ends.retain(|end| end.rank != rank || !is_lost(end));
     }
 
     /// How the task ended, when it did.
@@ -272,6 +298,17 @@ impl Gang {
         let failures: Vec<&End> = self.ends.iter().filter(counts).collect();
         let Some(first) = failures.first() else { return Verdict::Fine };
         let is_over = |end: &End| now.since(end.at) >= patience_ms;
+        let is_hearsay = |end: &&End| {
+            end.exit.is_none() && end.words.as_ref().is_some_and(|words| words.is_hearsay)
+        };
+        if failures.iter().all(is_hearsay) {
+            return match self.everybody_stays(&is_present) || is_over(first) {
+                true => Verdict::AllWait,
+                false => Verdict::Await("its ranks wait, it is not known yet for whom".into()),
+            };
+        }
+        let failures: Vec<&End> = failures.into_iter().filter(|end| !is_hearsay(end)).collect();
+        let Some(first) = failures.first() else { return Verdict::Fine };
         if let Some(own) = failures.iter().find(|end| end.blames().is_none()) {
             let text = match own.stays() {
                 // Whoever ended may yet be heard of.

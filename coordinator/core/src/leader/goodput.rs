@@ -70,16 +70,22 @@ impl Leader {
         if before == Some((status.phase, status.generation)) {
             return;
         }
-        let mut text = status.reason.clone();
-        if text.len() > TEXT_BYTES_MAX {
-            let end = (0..=TEXT_BYTES_MAX).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
-            text.truncate(end);
-        }
         let (time_ms, generation, phase) = (self.now.0, status.generation, status.phase);
-        status.history.push(Moment { time_ms, generation, phase, text });
-        let surplus = status.history.len().saturating_sub(HISTORY_MAX);
-        status.history.drain(..surplus);
+        let text = status.reason.clone();
+        record_moment(&mut status.history, Moment { time_ms, generation, phase, text });
     }
+}
+
+/// Adds a moment to a history, which is bounded: it is part of a record that is written often.
+pub(super) fn record_moment(history: &mut Vec<Moment>, mut moment: Moment) {
+    let text = &mut moment.text;
+    if text.len() > TEXT_BYTES_MAX {
+        let end = (0..=TEXT_BYTES_MAX).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
+        text.truncate(end);
+    }
+    history.push(moment);
+    let surplus = history.len().saturating_sub(HISTORY_MAX);
+    history.drain(..surplus);
 }
 
 /// Adds the time since the last account to where it went, judging by the phase that has lasted.

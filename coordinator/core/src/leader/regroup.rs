@@ -34,13 +34,15 @@ pub(super) struct Process {
     pub(super) worker: Name,
     pub(super) started_as: StartedAs,
     pub(super) local_rank: u32,
+    /// It holds the job's state.
+    pub(super) holds_state: bool,
 }
 
 impl Process {
-    fn of(place: &Placement, generation: Generation) -> Self {
+    fn of(place: &Placement, generation: Generation, holds_state: bool) -> Self {
         let Placement { rank, worker, started_as, local_rank } = place.clone();
         let started_as = started_as.unwrap_or(StartedAs { generation, rank });
-        Self { worker, started_as, local_rank }
+        Self { worker, started_as, local_rank, holds_state }
     }
 }
 
@@ -48,7 +50,8 @@ impl Spare {
     fn process(&self) -> Process {
         let TaskId { generation, rank, .. } = self.task;
         let started_as = StartedAs { generation, rank };
-        Process { worker: self.worker.clone(), started_as, local_rank: self.local_rank }
+        let (worker, local_rank) = (self.worker.clone(), self.local_rank);
+        Process { worker, started_as, local_rank, holds_state: false }
     }
 }
 
@@ -122,7 +125,11 @@ pub(super) fn lowest_free(taken: &BTreeSet<u32>) -> u32 {
 impl Leader {
     /// Members of the current gang that can go on: their process lives, on a worker that stays. With
     /// whether any of them holds a state.
-    fn members(&self, job: &Arc<JobRecord>, without: Option<Rank>) -> (Vec<Process>, bool) {
+    pub(super) fn members(
+        &self,
+        job: &Arc<JobRecord>,
+        without: Option<Rank>,
+    ) -> (Vec<Process>, bool) {
         let workload = Workload::Job(Arc::clone(job));
         let (mut members, mut holds_state) = (Vec::new(), false);
         let Some(gang) = self.gangs.get(&job.spec.name) else { return (members, false) };
@@ -137,7 +144,7 @@ impl Leader {
             if let Some(task) = worker.and_then(|w| w.tasks.get(&workload.task(place)))
                 && !task.kill_told
             {
-                members.push(Process::of(place, job.status.generation));
+                members.push(Process::of(place, job.status.generation, task.holds_state));
                 holds_state |= task.holds_state;
             }
         }
@@ -153,7 +160,7 @@ impl Leader {
     }
 
     /// Spares that live on workers that stay; the ready ones first.
-    fn spares(&self, job: &Name) -> Vec<Spare> {
+    pub(super) fn spares(&self, job: &Name) -> Vec<Spare> {
         let is_usable = |spare: &&Spare| {
             let worker = self.workers.get(&spare.worker);
             let worker = worker.filter(|w| !w.is_lost && !w.is_leaving);
@@ -176,26 +183,35 @@ impl Leader {
     ) -> Regrouped {
         let name = job.spec.name.clone();
         // A group that broke a second time while all its ranks live: something lies between them.
-        let without = match &why {
-            Why::Failed(Failure { cause: ExitCause::GroupBroken { .. }, .. })
-                if job.status.failures > 0 =>
-            {
-                self.gangs.get(&name).and_then(Gang::blamed)
-            }
-            _ => None,
-        };
+        if let Why::Failed(Failure { cause: ExitCause::GroupBroken { .. }, .. }) = &why
+            && job.status.failures > 0
+            && let Some(blamed) = self.gangs.get(&name).and_then(Gang::blamed)
+            && let Some(place) = job.status.gang.iter().find(|place| place.rank == blamed)
+            && let Some(gang) = self.gangs.get_mut(&name)
+        {
+            // It counts as ended, so that its slot comes free.
+            let reason = "the others lost it twice: it is replaced".to_owned();
+            gang.exited(blamed, &place.worker, ExitCause::Killed { reason }, now);
+        }
         if let Some(away) = self.away(job, now) {
             let text = format!("`{away}` to come back to the new leader");
             draft.because(Reason::Waiting { name, text });
             return Regrouped::Yes;
         }
-        let (members, holds_state) = self.members(job, without);
+        let (mut members, holds_state) = self.members(job, None);
         if !holds_state {
             return Regrouped::NobodyHoldsState;
         }
+        if job.status.stop_asked {
+            // They only meet to save what they hold.
+            members.retain(|member| member.holds_state);
+        }
         let ranks = job.spec.resources.ranks;
         let (min, max) = (ranks.min() as usize, ranks.max() as usize);
-        let free = self.free_slots();
+        let mut free = self.free_slots();
+        if let Some(gang) = self.gangs.get(&name) {
+            free.retain(|worker, _| gang.shunned.fits(worker));
+        }
         let spares = self.spares(&name);
         let ready = spares.iter().filter(|spare| spare.is_ready).count();
         let at_hand = members.len() + ready;
@@ -207,7 +223,9 @@ impl Leader {
         let wait = u64::try_from(job.spec.recovery.wait_for_replacement.0.as_millis());
         let wait = wait.unwrap_or(u64::MAX);
         let former = job.status.gang.len();
-        let size = if at_hand >= min {
+        let size = if job.status.stop_asked {
+            members.len()
+        } else if at_hand >= min {
             if at_hand < former.min(max) && since < wait {
                 let text = format!("{at_hand} of {former} ranks are left, waiting for a spare");
                 let lacks = former.min(max) - members.len();
@@ -283,6 +301,7 @@ impl Leader {
                 gang.iter().any(|place| place.task(&name, generation) == spare.task)
             };
             next.pace = former.pace.carried();
+            next.shunned = std::mem::take(&mut former.shunned);
             next.spares = std::mem::take(&mut former.spares);
             next.spares.retain(|spare| !is_promoted(spare));
         }
@@ -368,6 +387,15 @@ impl Leader {
         all
     }
 
+    fn all_paused(&self, job: &Arc<JobRecord>) -> bool {
+        let workload = Workload::Job(Arc::clone(job));
+        job.status.gang.iter().all(|place| {
+            let worker = self.workers.get(&place.worker);
+            let task = worker.and_then(|worker| worker.tasks.get(&workload.task(place)));
+            task.is_some_and(|task| task.is_paused)
+        })
+    }
+
     /// A whole gang that runs: lets go of workers that leave, and grows into free slots. True when
     /// something was decided.
     pub(super) fn reshape_job(
@@ -410,6 +438,11 @@ impl Leader {
         self.tend_spares(draft, now, version, job, lacks);
         if draft.has_writes() {
             return true;
+        }
+        let all_paused = self.all_paused(job);
+        if let Some(gang) = self.gangs.get_mut(&name).filter(|_| all_paused) {
+            // By a former leader, for a reason that it knew.
+            gang.pausing.get_or_insert_with(|| "the leader changed while they paused".into());
         }
         let is_pausing = self.gangs.get(&name).is_some_and(|gang| gang.pausing.is_some());
         let text = match leaver {
@@ -459,7 +492,8 @@ mod tests {
 
     fn process(worker: &str, generation: u64, rank: u32, local_rank: u32) -> Process {
         let started_as = StartedAs { generation: Generation(generation), rank: Rank(rank) };
-        Process { worker: worker.parse().expect("a name"), started_as, local_rank }
+        let worker = worker.parse().expect("a name");
+        Process { worker, started_as, local_rank, holds_state: true }
     }
 
     fn described(processes: &[Process], free: &[(&str, u32)], ranks: usize) -> String {

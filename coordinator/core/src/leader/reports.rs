@@ -88,7 +88,7 @@ impl Leader {
     ) -> bool {
         let report = match event {
             TaskEvent::Exited { cause } => {
-                self.ended(worker, task, cause, now);
+                self.ended(draft, worker, task, cause, now);
                 return true;
             }
             TaskEvent::Started { .. } => {
@@ -109,12 +109,15 @@ impl Leader {
                 return false;
             }
             RankReport::Ready { fingerprint } => {
-                self.spare_ready(worker, task, fingerprint);
+                self.spare_ready(draft, worker, task, fingerprint);
                 return true;
             }
             report => {
                 let gang = self.gangs.get(&task.workload);
                 if gang.is_some_and(|gang| gang.has_spare(task)) {
+                    if let RankReport::Failed { message, .. } = report {
+                        self.spare_failed(task, message);
+                    }
                     return true;
                 }
                 let Some(rank) = self.rank_of(worker, task) else {
@@ -216,7 +219,13 @@ impl Leader {
                     state.holds_state |= step.is_some();
                 }
                 if let Some(gang) = self.gangs.get_mut(&task.workload) {
-                    let words = LastWords { message, retryable: true, blames, stays: true };
+                    let words = LastWords {
+                        message,
+                        retryable: true,
+                        blames,
+                        stays: true,
+                        is_hearsay: false,
+                    };
                     gang.failed(rank, worker, words, now);
                 }
             }
@@ -235,7 +244,8 @@ impl Leader {
                 if let Some(gang) = self.gangs.get_mut(&task.workload) {
                     // Ranks have other numbers in another generation.
                     let blames = blames.filter(|_| is_current);
-                    let words = LastWords { message, retryable, blames, stays: false };
+                    let words =
+                        LastWords { message, retryable, blames, stays: false, is_hearsay: false };
                     gang.failed(rank, worker, words, now);
                 }
             }

@@ -173,15 +173,20 @@ impl Leader {
         if free.is_empty() {
             return wait(true, Reason::NoWorker);
         }
-        // Detached workers count: they are expected back within their lease.
-        let expected = self.workers.values().filter(|w| !w.is_lost && !w.is_leaving);
-        let total = expected.map(|w| w.slots).sum();
+        let total = self.slots_in_all();
         if needs > total {
             // Right after an election the cluster only looks small.
             return wait(!self.is_past_grace(now), Reason::TooLarge { name, needs, total });
         }
         let (free, workers) = (free.values().sum(), free.len());
         wait(true, Reason::NeedsSlots { name, needs, free, total, workers })
+    }
+
+    /// Slots of all workers, free or not. Detached ones count: they are expected back within their
+    /// lease.
+    pub(super) fn slots_in_all(&self) -> u32 {
+        let expected = self.workers.values().filter(|w| !w.is_lost && !w.is_leaving);
+        expected.map(|w| w.slots).sum()
     }
 
     /// Free slots of every worker that can be told to start something.

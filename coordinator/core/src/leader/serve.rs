@@ -203,6 +203,8 @@ impl Leader {
             Verdict::Await(text) => {
                 return draft.because(Reason::Waiting { name: name.clone(), text });
             }
+            // Replicas do not wait for one another.
+            Verdict::AllWait => {}
             Verdict::Fine if ended => {
                 if let Some(worker) = leaver {
                     return self.change_endpoint(draft, version, endpoint, |status| {

@@ -8,22 +8,19 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use api::ids::{Name, Rank, Secret, TaskId};
+use api::job::Determinism;
 use api::records::{JobRecord, Placement, StartedAs};
-use api::session::{Assignment, CoordinatorMessage, TrainAssignment};
+use api::session::{Assignment, CoordinatorMessage, ExitCause, TrainAssignment};
 use api::units::Span;
 
 use super::Leader;
 use super::decision::Millis;
 use super::draft::Draft;
-use super::gang::Spare;
+use super::gang::{Spare, clip};
 use super::index::Workload;
 use super::regroup::lowest_free;
 use super::train::budget_used;
 use super::workers::{Stage, Task};
-
-/// After a spare has ended by itself none is started for this long: whatever ended it would end the
-/// next one.
-const RETRY_WAIT_MS: u64 = 10_000;
 
 impl Leader {
     /// Starts as many spares as the gang lacks ranks, and those that the job wants beside it, as far
@@ -44,15 +41,18 @@ impl Leader {
         };
         let wanted = lacks + beside;
         let mut free = self.free_slots();
+        let usable = self.spares(&name);
         let Some(gang) = self.gangs.get_mut(&name) else { return };
-        gang.spares.retain(|spare| {
-            self.workers.get(&spare.worker).is_some_and(|w| w.tasks.contains_key(&spare.task))
-        });
+        gang.spares.retain(|spare| usable.iter().any(|other| other.task == spare.task));
         // The last ones first: they have come least far.
         gang.spares.truncate(wanted);
-        if gang.spare_ended.is_some_and(|at| now.since(at) < RETRY_WAIT_MS) {
-            return;
+        free.retain(|worker, _| gang.shunned.allows(worker, now));
+        if let Some(straggler) = gang.replacing {
+            // Its host is as slow for another process.
+            let place = job.status.gang.iter().find(|place| place.rank == straggler);
+            free.retain(|worker, _| place.is_none_or(|place| place.worker != *worker));
         }
+        let gone: BTreeSet<Rank> = gang.gone().collect();
         let mut starts: Vec<(Name, u32, Rank)> = Vec::new();
         for _ in gang.spares.len()..wanted {
             let roomy = free.iter().filter(|(_, slots)| **slots > 0);
@@ -63,7 +63,11 @@ impl Leader {
             if let Some(slots) = free.get_mut(&worker) {
                 *slots -= 1;
             }
-            let members = job.status.gang.iter().filter(|place| place.worker == worker);
+            let members = job
+                .status
+                .gang
+                .iter()
+                .filter(|place| place.worker == worker && !gone.contains(&place.rank));
             let spares = gang.spares.iter().filter(|spare| spare.worker == worker);
             let taken: BTreeSet<u32> = members
                 .map(|place| place.local_rank)
@@ -75,7 +79,14 @@ impl Leader {
             let rank = Rank(job.spec.resources.ranks.max().saturating_add(number));
             let generation = job.status.generation;
             let task = TaskId { workload: name.clone(), generation, rank };
-            gang.spares.push(Spare { task, worker: worker.clone(), local_rank, is_ready: false });
+            let worker = worker.clone();
+            gang.spares.push(Spare {
+                task,
+                worker: worker.clone(),
+                local_rank,
+                is_ready: false,
+                words: None,
+            });
             starts.push((worker, local_rank, rank));
         }
         if starts.is_empty() {
@@ -123,10 +134,31 @@ impl Leader {
     }
 
     /// A spare says that it is ready.
-    pub(super) fn spare_ready(&mut self, worker: &Name, task: &TaskId, fingerprint: String) {
+    pub(super) fn spare_ready(
+        &mut self,
+        draft: &mut Draft,
+        worker: &Name,
+        task: &TaskId,
+        fingerprint: String,
+    ) {
         if let Some(state) = self.workers.get_mut(worker).and_then(|w| w.tasks.get_mut(task)) {
-            state.fingerprint = Some(fingerprint);
+            state.fingerprint = Some(fingerprint.clone());
             state.stage = state.stage.max(Stage::Started);
+        }
+        let job = match self.index.get(&task.workload).map(|entry| &entry.workload) {
+            Some(Workload::Job(job)) => Arc::clone(job),
+            _ => return,
+        };
+        let is_strict = job.spec.parallel.determinism == Determinism::Strict;
+        let expected = job.status.fingerprint.as_ref().filter(|f| is_strict && **f != fingerprint);
+        if let Some(expected) = expected {
+            // It would be no rank of this job; nobody wants it any more, so it is killed.
+            let why = format!("it computes as `{fingerprint}`, the job began as `{expected}`");
+            self.shun(draft, &task.workload, worker, &why);
+            if let Some(gang) = self.gangs.get_mut(&task.workload) {
+                gang.spares.retain(|spare| spare.task != *task);
+            }
+            return;
         }
         if let Some(gang) = self.gangs.get_mut(&task.workload)
             && let Some(spare) = gang.spares.iter_mut().find(|spare| spare.task == *task)
@@ -135,18 +167,44 @@ impl Leader {
         }
     }
 
-    /// A task ended; it may have been a spare.
-    pub(super) fn spare_ended(&mut self, task: &TaskId, now: Millis) {
-        let Some(gang) = self.gangs.get_mut(&task.workload) else { return };
-        let before = gang.spares.len();
-        gang.spares.retain(|spare| spare.task != *task);
-        if gang.spares.len() < before {
-            gang.spare_ended = Some(now);
+    /// A spare says that it cannot go on: its worker is left alone for a while.
+    pub(super) fn spare_failed(&mut self, task: &TaskId, message: String) {
+        if let Some(gang) = self.gangs.get_mut(&task.workload)
+            && let Some(spare) = gang.spares.iter_mut().find(|spare| spare.task == *task)
+        {
+            spare.words = Some(clip(&message));
         }
     }
 
-    /// Whether workloads wait for slots: a gang that runs takes none then.
+    /// A task ended; it may have been a spare. Whatever ended it would end the next one there, too.
+    pub(super) fn spare_ended(
+        &mut self,
+        draft: &mut Draft,
+        task: &TaskId,
+        cause: &ExitCause,
+        now: Millis,
+    ) {
+        let Some(gang) = self.gangs.get_mut(&task.workload) else { return };
+        let Some(index) = gang.spares.iter().position(|spare| spare.task == *task) else { return };
+        let spare = gang.spares.remove(index);
+        if matches!(cause, ExitCause::WorkerLost { .. } | ExitCause::Killed { .. }) {
+            return;
+        }
+        let wait = gang.shunned.failed(&spare.worker, now) / 1000;
+        let what = spare.words.unwrap_or_else(|| cause.to_string());
+        let text = format!(
+            "a spare on `{}` ended: {what}: no other is started there for {wait} s",
+            spare.worker
+        );
+        draft.note(&task.workload, gang.generation, None, text);
+    }
+
+    /// Whether workloads wait for slots: a gang that runs takes none then. One that could not run if
+    /// all slots were free does not count.
     pub(super) fn has_queue(&self) -> bool {
-        self.index.live().any(|(_, entry)| !entry.workload.phase().is_active())
+        let total = self.slots_in_all();
+        self.index.live().any(|(_, entry)| {
+            !entry.workload.phase().is_active() && entry.workload.slots().0 <= total
+        })
     }
 }

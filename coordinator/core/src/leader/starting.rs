@@ -7,7 +7,7 @@ use std::sync::Arc;
 use api::ids::{Name, Rank, Step};
 use api::job::Determinism;
 use api::records::{JobRecord, Phase};
-use api::session::RankOrder;
+use api::session::{ExitCause, RankOrder};
 
 use super::Leader;
 use super::decision::Millis;
@@ -17,6 +17,7 @@ use super::index::Workload;
 use super::reason::Reason;
 use super::regroup::{Regrouped, Why};
 use super::standing::Standing;
+use super::train::{BY_A_USER, STOPPING};
 use super::workers::{Stage, Task, task_id};
 
 impl Leader {
@@ -39,7 +40,9 @@ impl Leader {
         let has_peers = |(rank, worker): (&Rank, &Name)| {
             let task = task_id(&Workload::Job(Arc::clone(job)), *rank);
             let worker = self.workers.get(worker);
-            worker.and_then(|w| w.tasks.get(&task)).is_some_and(|task| task.has_peers)
+            // Peers of another generation are no peers: the order to be part of this one is lost.
+            let task = worker.and_then(|w| w.tasks.get(&task));
+            task.is_some_and(|task| task.has_peers && task.generation == generation)
         };
         if standing.is_accounted_for() && standing.present.iter().all(has_peers) {
             return self.run_job(draft, now, version, job, None, "taken over by a new leader");
@@ -67,10 +70,14 @@ impl Leader {
         standing: &Standing,
     ) {
         let name = &job.spec.name;
+        // First: a worker that is told to start a rank ends what it has of older generations.
+        self.repeat_regroup(draft, job);
         for place in &standing.untold {
             self.start_rank(draft, job, place);
         }
-        self.repeat_regroup(draft, job);
+        if self.give_up_deaf(now, job, standing) {
+            return;
+        }
         if !standing.untold.is_empty() || !standing.away.is_empty() {
             return;
         }
@@ -89,6 +96,10 @@ impl Leader {
             let text = format!("{listening} of {} ranks listen for their peers", ranks.len());
             return draft.because(Reason::Waiting { name: name.clone(), text });
         }
+        if self.give_up_unfit(draft, now, job, standing) {
+            return;
+        }
+        let Some(ranks) = self.ranks(job, standing) else { return };
         match agree(job, &ranks) {
             Agreement::Refused(reason) => {
                 self.change_job(draft, version, job, |status| {
@@ -136,6 +147,82 @@ impl Leader {
         }
     }
 
+    /// A member that has not come to listen for long after it was told to regroup hangs: it looks for
+    /// orders between the blocks of its model. True when there was one.
+    fn give_up_deaf(&mut self, now: Millis, job: &Arc<JobRecord>, standing: &Standing) -> bool {
+        let name = &job.spec.name;
+        let min = u64::try_from(job.spec.recovery.hang_min.0.as_millis()).unwrap_or(u64::MAX);
+        let Some(gang) = self.gangs.get(name) else { return false };
+        let limit = gang.pace.limit_of_orders(min);
+        let overdue =
+            gang.placed_at.map(|placed| now.since(placed)).filter(|since| *since >= limit);
+        let Some(waited) = overdue.filter(|_| min > 0) else { return false };
+        let workload = Workload::Job(Arc::clone(job));
+        let deaf = job.status.gang.iter().find(|place| {
+            let task = self.workers.get(&place.worker).and_then(|w| {
+                w.tasks.get(&workload.task(place)).filter(|_| place.started_as.is_some())
+            });
+            standing.present.contains_key(&place.rank)
+                && task.is_some_and(|task| task.stage < Stage::Listening && task.holds_state)
+        });
+        let Some(place) = deaf else { return false };
+        let reason = format!("it does not meet the others {} s after the order to", waited / 1000);
+        if let Some(gang) = self.gangs.get_mut(name) {
+            gang.exited(place.rank, &place.worker, ExitCause::Killed { reason }, now);
+        }
+        true
+    }
+
+    /// Newcomers that compute in another way than ranks that hold the job's state are given up: it
+    /// goes on without them, and without their hosts. True when there were any.
+    fn give_up_unfit(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        job: &Arc<JobRecord>,
+        standing: &Standing,
+    ) -> bool {
+        let Some(fingerprint) = job.status.fingerprint.clone() else { return false };
+        let Some(ranks) = self.ranks(job, standing) else { return false };
+        let is_strict = job.spec.parallel.determinism == Determinism::Strict;
+        if !is_strict || ranks.iter().all(|task| !task.holds_state) {
+            return false;
+        }
+        let differs = |task: &Task| {
+            !task.holds_state && task.fingerprint.as_ref().is_some_and(|f| *f != fingerprint)
+        };
+        let unfit: Vec<(Rank, Name, String)> = standing
+            .present
+            .iter()
+            .zip(&ranks)
+            .filter(|(_, task)| differs(task))
+            .map(|((rank, worker), task)| {
+                let found = task.fingerprint.clone().unwrap_or_default();
+                (*rank, worker.clone(), found)
+            })
+            .collect();
+        for (rank, worker, found) in &unfit {
+            let reason = format!(
+                "it computes as `{found}`, the job began as `{fingerprint}`: bit-identical results \
+                 hold within one numeric fingerprint only"
+            );
+            self.shun(draft, &job.spec.name, worker, &reason);
+            if let Some(gang) = self.gangs.get_mut(&job.spec.name) {
+                gang.exited(*rank, worker, ExitCause::NotStarted { reason }, now);
+            }
+        }
+        !unfit.is_empty()
+    }
+
+    /// The job uses this worker no more, and people are told why.
+    pub(super) fn shun(&mut self, draft: &mut Draft, job: &Name, worker: &Name, why: &str) {
+        let Some(gang) = self.gangs.get_mut(job) else { return };
+        if gang.shunned.is_unfit(worker, why) {
+            let text = format!("`{worker}` is not used for this job any more: {why}");
+            draft.note(job, gang.generation, None, text);
+        }
+    }
+
     /// The present ranks in order, with what each reported; `None` when one has just gone.
     fn ranks(&self, job: &Arc<JobRecord>, standing: &Standing) -> Option<Vec<&Task>> {
         let workload = Workload::Job(Arc::clone(job));
@@ -177,9 +264,10 @@ impl Leader {
         step: Option<Step>,
         why: &str,
     ) {
+        let is_asked_to_stop = job.status.stop_asked;
         self.change_job(draft, version, job, |status| {
-            status.phase = Phase::Running;
-            status.reason = why.into();
+            status.phase = if is_asked_to_stop { Phase::Stopping } else { Phase::Running };
+            status.reason = if is_asked_to_stop { STOPPING.into() } else { why.into() };
             if let Some(step) = step {
                 count_redone_steps(status, step);
             }
@@ -191,6 +279,9 @@ impl Leader {
             status.started_ms.get_or_insert(now.0);
             status.running_since_ms = Some(now.0);
         });
+        if is_asked_to_stop {
+            self.tell_to_stop(draft, &job.spec.name, job.status.generation, BY_A_USER);
+        }
     }
 }
 

@@ -40,6 +40,8 @@ const FINISH_WAIT_MS: u64 = 60_000;
 /// How long ranks may take to finish a step and write a checkpoint after they were asked to stop.
 pub(super) const STOP_WAIT_MS: u64 = 600_000;
 
+/// The reason of a job that is being stopped.
+pub(super) const STOPPING: &str = "asked to stop: writing a checkpoint";
 /// Why ranks are asked to leave when a person wants it.
 pub(super) const BY_A_USER: &str = "stopped by a user";
 
@@ -249,18 +251,37 @@ impl Leader {
                 return draft.because(Reason::Waiting { name: name.clone(), text });
             }
             Verdict::Cause(failure) => return self.fail_job(draft, now, version, job, failure),
+            Verdict::AllWait => {
+                let why = Why::LeaderChanged;
+                if let Regrouped::NobodyHoldsState = self.regroup_job(draft, now, version, job, why)
+                {
+                    self.requeue_job(draft, now, version, job);
+                }
+                return;
+            }
         }
-        // No failure counts: what is broken was broken by a worker that leaves. A gang that only
-        // starts holds nothing worth a checkpoint, so that it is not waited for.
-        if gang.is_broken() || (is_starting && gang.leaver().is_some()) {
-            if gang.stopped.is_none() && !is_inherited {
-                let leaver = gang.leaver().map(Name::as_str).unwrap_or_default();
+        // No failure counts: what is broken was broken by a worker that leaves. A gang that starts
+        // without a state holds nothing worth a checkpoint, so that it is not waited for.
+        let (is_broken, leaver) = (gang.is_broken(), gang.leaver().cloned());
+        let was_stopped = gang.stopped.is_some();
+        if is_broken || (is_starting && leaver.is_some()) {
+            if !was_stopped {
+                let leaver = leaver.as_ref().map(Name::as_str).unwrap_or_default();
                 let why = Why::Left(format!("`{leaver}` is leaving"));
                 if let Regrouped::Yes = self.regroup_job(draft, now, version, job, why) {
                     return;
                 }
             }
-            return self.requeue_job(draft, now, version, job);
+            // The last that hold the state are those that leave: they run first, then they save it.
+            if is_broken || was_stopped || !self.holds_state(job) {
+                return self.requeue_job(draft, now, version, job);
+            }
+        }
+        if is_starting && job.status.stop_asked && self.has_newcomers(job) {
+            let why = Why::Left("a user asked it to stop".into());
+            if let Regrouped::Yes = self.regroup_job(draft, now, version, job, why) {
+                return;
+            }
         }
         if is_inherited {
             return self.take_over(draft, now, version, job, &standing);
@@ -288,6 +309,23 @@ impl Leader {
                 status.reason = format!("{ended} of {all} ranks have ended well");
             });
         }
+    }
+
+    /// Whether the gang has ranks that hold no state, beside others that do.
+    fn has_newcomers(&self, job: &Arc<JobRecord>) -> bool {
+        let (members, holds_state) = self.members(job, None);
+        let holders = members.iter().filter(|member| member.holds_state).count();
+        holds_state && holders < job.status.gang.len()
+    }
+
+    /// Whether a living task of the job's gang, leaving or not, holds a state.
+    pub(super) fn holds_state(&self, job: &Arc<JobRecord>) -> bool {
+        let workload = Workload::Job(Arc::clone(job));
+        job.status.gang.iter().any(|place| {
+            let worker = self.workers.get(&place.worker).filter(|worker| !worker.is_lost);
+            let task = worker.and_then(|worker| worker.tasks.get(&workload.task(place)));
+            task.is_some_and(|task| task.holds_state && !task.kill_told)
+        })
     }
 
     // ---- ends -------------------------------------------------------------------------------
@@ -339,12 +377,16 @@ impl Leader {
             Some(worker) => format!("its worker `{worker}` left"),
             None => "its ranks were asked to leave".to_owned(),
         };
-        let text = format!("{who}: going on {}", begins_at(&job.status));
+        let text = match job.status.stop_asked {
+            true => format!("{who}: stopped {}", reached(&job.status)),
+            false => format!("{who}: going on {}", begins_at(&job.status)),
+        };
         self.change_job(draft, version, job, |status| {
             stop_clock(status, now);
             status.phase = Phase::Queued;
             status.reason = text.clone();
             status.completed.clear();
+            end_if_asked(status, now);
         });
         draft.note(&name, job.status.generation, None, text);
         self.forget(draft, job);
@@ -364,6 +406,18 @@ impl Leader {
         let failures = job.status.failures.saturating_add(1);
         let allowed = job.spec.recovery.max_failures;
         let from = begins_at(&job.status);
+        if let Some(place) = self.newcomer_at_fault(job, &failure) {
+            self.shun(draft, &name, &place.worker, &failure.cause.to_string());
+            let why = Why::Left(what.clone());
+            if let Regrouped::Yes = self.regroup_job(draft, now, version, job, why) {
+                return;
+            }
+        }
+        if let ExitCause::Code { .. } | ExitCause::NotStarted { .. } = failure.cause
+            && let Some(gang) = self.gangs.get_mut(&name)
+        {
+            gang.shunned.failed(&failure.worker, now);
+        }
         if failure.cause.is_retryable() && failures <= allowed {
             let why = Why::Failed(failure.clone());
             if let Regrouped::Yes = self.regroup_job(draft, now, version, job, why) {
@@ -393,9 +447,35 @@ impl Leader {
             status.completed.clear();
             status.first_cause = Some(failure);
             status.ended_ms = phase.is_terminal().then_some(now.0);
+            end_if_asked(status, now);
         });
         draft.note(&name, generation, rank, what);
         self.forget(draft, job);
+    }
+
+    /// The place of a rank that cannot be part of a job whose other ranks hold its state: its host has
+    /// other data, or its device cannot be opened. Not one that ran already.
+    fn newcomer_at_fault(&self, job: &Arc<JobRecord>, failure: &Failure) -> Option<Placement> {
+        let place = job.status.gang.iter().find(|place| Some(place.rank) == failure.rank)?;
+        let is_final = !failure.cause.is_retryable()
+            || matches!(failure.cause, ExitCause::NotStarted { .. })
+                && !self.gangs.get(&job.spec.name)?.shunned.fits(&place.worker);
+        let (_, others_hold_it) = self.members(job, Some(place.rank));
+        let is_new = job.status.phase == Phase::Starting && !self.has_held(job, place.rank);
+        (is_final && is_new && others_hold_it).then(|| place.clone())
+    }
+
+    /// Whether the rank was ever heard to run.
+    fn has_held(&self, job: &Arc<JobRecord>, rank: Rank) -> bool {
+        let gang = self.gangs.get(&job.spec.name);
+        let held =
+            gang.is_some_and(|gang| gang.ends.iter().any(|end| end.rank == rank && end.held_state));
+        let place = job.status.gang.iter().find(|place| place.rank == rank);
+        let task = place.and_then(|place| {
+            let task = Workload::Job(Arc::clone(job)).task(place);
+            self.workers.get(&place.worker)?.tasks.get(&task)
+        });
+        held || task.is_some_and(|task| task.holds_state)
     }
 
     /// The model is recorded: the job has succeeded as soon as its ranks have left.
@@ -492,6 +572,14 @@ impl Leader {
     pub(super) fn forget(&self, draft: &mut Draft, job: &JobRecord) {
         let generation = job.status.generation;
         draft.effect(Effect::ForgetSecret { job: job.spec.name.clone(), generation });
+    }
+}
+
+/// A job that was asked to stop and cannot save any more does not go on.
+fn end_if_asked(status: &mut JobStatus, now: Millis) {
+    if status.stop_asked && status.phase == Phase::Queued {
+        status.phase = Phase::Stopped;
+        status.ended_ms = Some(now.0);
     }
 }
 

@@ -5,6 +5,7 @@
 //! ranks' flight logs are laid side by side, and the first suspect is replaced. A rank that is
 //! slower than its peers step after step is named, and replaced where the job says so.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use api::events::{JobEvent, StepMetrics};
@@ -17,6 +18,7 @@ use super::Leader;
 use super::decision::{Effect, Millis};
 use super::draft::Draft;
 use super::gang::{Gang, LastWords};
+use super::goodput::record_moment;
 use super::reason::Reason;
 
 /// A gang hangs after so many times the longest pause between two of its steps.
@@ -24,6 +26,8 @@ const PAUSES: u64 = 10;
 /// Validation and the last save are given so many times `recovery.hang_min`: no step says how long
 /// they take.
 const BUSY_TIMES: u64 = 60;
+/// A member is given so many times as long to hear an order to regroup.
+const ORDER_TIMES: u64 = 4;
 /// Pauses that make a history.
 const BEATS_MIN: u64 = 3;
 /// How long the search for the culprit may take before the gang is broken off without.
@@ -46,6 +50,8 @@ pub(super) struct Pace {
     /// When the ranks were asked what they do.
     asked: Option<Millis>,
     straggler: Option<Straggler>,
+    /// Ranks of this generation that people were told of.
+    told: BTreeSet<Rank>,
 }
 
 /// The slowest rank of the last steps.
@@ -55,7 +61,6 @@ struct Straggler {
     since: Millis,
     steps: u64,
     ratio: f64,
-    told: bool,
 }
 
 impl Pace {
@@ -84,11 +89,17 @@ impl Pace {
     /// Since when the gang hangs, at `now`.
     fn hangs(&self, now: Millis, min_ms: u64) -> Option<u64> {
         let silent = now.since(self.last?);
-        let limit = match self.is_busy {
+        // Without a history, at first and under a new leader, no step says how long they take.
+        let limit = match self.is_busy || self.beats < BEATS_MIN {
             true => min_ms.saturating_mul(BUSY_TIMES),
             false => min_ms.max(self.longest_ms.saturating_mul(PAUSES)),
         };
-        (min_ms > 0 && self.beats >= BEATS_MIN && silent >= limit).then_some(silent)
+        (min_ms > 0 && silent >= limit).then_some(silent)
+    }
+
+    /// How long a member may take to hear an order to regroup, which it looks for while it computes.
+    pub(super) fn limit_of_orders(&self, min_ms: u64) -> u64 {
+        min_ms.max(self.longest_ms.saturating_mul(PAUSES)).saturating_mul(ORDER_TIMES)
     }
 
     /// Looks at who was the slowest in a step.
@@ -102,7 +113,7 @@ impl Pace {
             }
             other => {
                 let (rank, ratio) = (slow.rank, slow.ratio);
-                *other = Some(Straggler { rank, since: now, steps: 1, ratio, told: false });
+                *other = Some(Straggler { rank, since: now, steps: 1, ratio });
             }
         }
     }
@@ -159,13 +170,12 @@ impl Leader {
         let name = job.spec.name.clone();
         let policy = job.spec.recovery.stragglers;
         let Some(gang) = self.gangs.get_mut(&name) else { return false };
-        let Some(straggler) = &mut gang.pace.straggler else { return false };
+        let Some(straggler) = gang.pace.straggler.clone() else { return false };
         let is_lasting = now.since(straggler.since) >= SLOW_MS && straggler.steps >= SLOW_STEPS;
-        if !is_lasting || straggler.told || policy == Stragglers::Ignore {
+        let rank = straggler.rank;
+        if !is_lasting || policy == Stragglers::Ignore || !gang.pace.told.insert(rank) {
             return false;
         }
-        straggler.told = true;
-        let rank = straggler.rank;
         let worker = job.status.gang.iter().find(|place| place.rank == rank);
         let worker = worker.map(|place| place.worker.to_string()).unwrap_or_default();
         let replaced = match policy {
@@ -185,7 +195,7 @@ impl Leader {
         let time_ms = now.0;
         self.change_job(draft, version, job, |status| {
             let phase = status.phase;
-            status.history.push(Moment { time_ms, generation, phase, text });
+            record_moment(&mut status.history, Moment { time_ms, generation, phase, text });
         });
         true
     }
@@ -221,7 +231,13 @@ impl Leader {
             // All meet again; should that not help, the job makes no progress.
             None => {
                 let message = format!("the gang hangs: {text}");
-                let words = LastWords { message, retryable: true, blames: None, stays: true };
+                let words = LastWords {
+                    message,
+                    retryable: true,
+                    blames: None,
+                    stays: true,
+                    is_hearsay: false,
+                };
                 for rank in (0..).map(Rank).take(self.size_of(name)) {
                     let Some(gang) = self.gangs.get_mut(name) else { return };
                     gang.failed(rank, &place.worker, words.clone(), now);

@@ -169,7 +169,7 @@ impl Leader {
             } else {
                 let reason = format!("`{name}` was started anew");
                 let lost = former.tasks.into_keys();
-                lost.for_each(|task| self.ended(&name, &task, lost_with(&reason), now));
+                lost.for_each(|task| self.ended(draft, &name, &task, lost_with(&reason), now));
             }
         }
         let tasks = views.iter().map(|view| {
@@ -181,7 +181,7 @@ impl Leader {
             // A start that was lost with the session is simply sent again.
             if state.stage > Stage::Told {
                 let reason = format!("`{name}` came back without it");
-                self.ended(&name, &task, lost_with(&reason), now);
+                self.ended(draft, &name, &task, lost_with(&reason), now);
             }
         }
         let node = self.node;
@@ -202,6 +202,14 @@ impl Leader {
             leave,
             tasks,
         };
+        // A rank that was lost with its worker lives: it goes on from what it holds.
+        for task in worker.tasks.keys() {
+            if let Some(rank) = self.rank_of(&name, task)
+                && let Some(gang) = self.gangs.get_mut(&task.workload)
+            {
+                gang.is_back(rank);
+            }
+        }
         // Who waits for the next generation has said so to a leader that did not live to begin it.
         let waiting: Vec<TaskId> = views
             .into_iter()
@@ -216,7 +224,13 @@ impl Leader {
                 && let Some(gang) = self.gangs.get_mut(&task.workload)
             {
                 let message = "it waits for the next generation".to_owned();
-                let words = LastWords { message, retryable: true, blames: None, stays: true };
+                let words = LastWords {
+                    message,
+                    retryable: true,
+                    blames: None,
+                    stays: true,
+                    is_hearsay: true,
+                };
                 gang.failed(rank, &name, words, now);
             }
         }
@@ -357,22 +371,34 @@ impl Leader {
                 self.sessions.remove(&session);
                 draft.effect(Effect::CloseSession { session, reason: reason.clone() });
             }
-            tasks.into_keys().for_each(|task| self.ended(&name, &task, lost_with(&reason), now));
+            for task in tasks.into_keys() {
+                self.ended(draft, &name, &task, lost_with(&reason), now);
+            }
             draft.because(Reason::Remark(format!("lost worker `{name}`: {reason}")));
         }
     }
 
     /// A task is gone from a worker: out of the inventory and, when it is one of a current gang,
     /// into that gang's ends.
-    pub(super) fn ended(&mut self, worker: &Name, task: &TaskId, cause: ExitCause, now: Millis) {
-        if let Some(host) = self.workers.get_mut(worker) {
-            host.tasks.remove(task);
-        }
-        self.spare_ended(task, now);
+    pub(super) fn ended(
+        &mut self,
+        draft: &mut Draft,
+        worker: &Name,
+        task: &TaskId,
+        cause: ExitCause,
+        now: Millis,
+    ) {
+        let host = self.workers.get_mut(worker);
+        let held_state =
+            host.and_then(|host| host.tasks.remove(task)).is_some_and(|t| t.holds_state);
+        self.spare_ended(draft, task, &cause, now);
         if let Some(rank) = self.rank_of(worker, task)
             && let Some(gang) = self.gangs.get_mut(&task.workload)
         {
             gang.exited(rank, worker, cause, now);
+            if held_state {
+                gang.held_state(rank);
+            }
         }
     }
 
@@ -392,9 +418,20 @@ impl Leader {
                 let is_condemned = gang.is_some_and(|gang| gang.is_condemned);
                 let reason = match self.index.get(&task.workload).map(|entry| &entry.workload) {
                     Some(workload) => {
-                        let is_placed = workload.place_of(name, task).is_some();
+                        let place = workload.place_of(name, task);
+                        // It counts as ended, as one that hangs: nobody waits for it, and others
+                        // wait for its slot.
+                        let ended = place.and_then(|place| gang?.exit_of(place.rank));
+                        let is_placed = place.is_some();
                         let is_wanted = is_placed || gang.is_some_and(|gang| gang.has_spare(task));
-                        if workload.phase().is_active() && is_wanted && !is_condemned {
+                        let is_kept = is_wanted && !is_condemned && ended.is_none();
+                        if workload.phase().is_active() && is_kept {
+                            continue;
+                        }
+                        if let Some(cause) = ended {
+                            let (task, reason) = (task.clone(), cause.to_string());
+                            state.kill_told = true;
+                            draft.send(session, CoordinatorMessage::Kill { task, reason });
                             continue;
                         }
                         match is_placed || workload.generation() == task.generation {
