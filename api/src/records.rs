@@ -151,6 +151,9 @@ pub struct JobStatus {
     /// hold.
     #[serde(default)]
     pub stop_asked: bool,
+    /// Why the job fails once its ranks have met and saved what they hold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fails_with: Option<String>,
     /// Generations started beyond the first.
     pub restarts: u64,
     /// How many of these went on from what the members of the former one held in memory.

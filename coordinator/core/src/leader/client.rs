@@ -228,6 +228,7 @@ impl Leader {
             status.reason = "resumed".into();
             status.failures = 0;
             status.stop_asked = false;
+            status.fails_with = None;
             status.elapsed_at_resume_ms = status.elapsed_ms;
             status.ended_ms = None;
         });

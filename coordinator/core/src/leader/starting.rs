@@ -267,7 +267,11 @@ impl Leader {
         let is_asked_to_stop = job.status.stop_asked;
         self.change_job(draft, version, job, |status| {
             status.phase = if is_asked_to_stop { Phase::Stopping } else { Phase::Running };
-            status.reason = if is_asked_to_stop { STOPPING.into() } else { why.into() };
+            status.reason = match (&status.fails_with, is_asked_to_stop) {
+                (Some(_), _) => "one failure too many: saving what its ranks hold".into(),
+                (None, true) => STOPPING.into(),
+                (None, false) => why.into(),
+            };
             if let Some(step) = step {
                 count_redone_steps(status, step);
             }
@@ -280,7 +284,8 @@ impl Leader {
             status.running_since_ms = Some(now.0);
         });
         if is_asked_to_stop {
-            self.tell_to_stop(draft, &job.spec.name, job.status.generation, BY_A_USER);
+            let why = job.status.fails_with.as_deref().unwrap_or(BY_A_USER);
+            self.tell_to_stop(draft, &job.spec.name, job.status.generation, why);
         }
     }
 }

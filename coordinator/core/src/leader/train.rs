@@ -278,7 +278,7 @@ impl Leader {
             }
         }
         if is_starting && job.status.stop_asked && self.has_newcomers(job) {
-            let why = Why::Left("a user asked it to stop".into());
+            let why = Why::Left("its ranks meet to save what they hold".into());
             if let Regrouped::Yes = self.regroup_job(draft, now, version, job, why) {
                 return;
             }
@@ -424,18 +424,23 @@ impl Leader {
                 return;
             }
         }
-        let (phase, reason) = if !failure.cause.is_retryable() {
+        // What survivors hold is saved before the job ends; once, whatever comes of it.
+        let is_last = failure.cause.is_retryable() && failures > allowed;
+        if is_last && job.status.fails_with.is_none() && self.members(job, None).1 {
+            let mut last = JobRecord::clone(job);
+            last.status.stop_asked = true;
+            last.status.fails_with = Some(too_many(&what, failures, &job.status, allowed));
+            let why = Why::Failed(failure.clone());
+            if let Regrouped::Yes = self.regroup_job(draft, now, version, &Arc::new(last), why) {
+                return;
+            }
+        }
+        let (phase, reason) = if let Some(reason) = job.status.fails_with.clone() {
+            (Phase::Failed, format!("{reason}; its state could not be saved: {what}"))
+        } else if !failure.cause.is_retryable() {
             (Phase::Failed, format!("{what}: trying again would end the same way"))
         } else if failures > allowed {
-            let text = format!(
-                "{what}: {} without progress{}, recovery.max_failures = {allowed}",
-                super::reason::count(failures as usize, "failure"),
-                match job.status.furthest.0 {
-                    0 => String::new(),
-                    step => format!(" beyond step {step}"),
-                }
-            );
-            (Phase::Failed, text)
+            (Phase::Failed, too_many(&what, failures, &job.status, allowed))
         } else {
             (Phase::Queued, format!("{what}: restarting {from}"))
         };
@@ -530,15 +535,17 @@ impl Leader {
         if !standing.is_empty() {
             let since = *gang.leaving_since.get_or_insert(now);
             gang.is_condemned |= failure.is_some() || now.since(since) >= STOP_WAIT_MS;
-            return self.tell_to_stop(draft, name, job.status.generation, BY_A_USER);
+            let why = job.status.fails_with.as_deref().unwrap_or(BY_A_USER);
+            return self.tell_to_stop(draft, name, job.status.generation, why);
         }
         let at = reached(&job.status);
         self.change_job(draft, version, job, |status| {
             stop_clock(status, now);
-            status.phase = Phase::Stopped;
-            status.reason = match &failure {
-                Some(failure) => format!("stopped {at}; {}", gang::describe(failure)),
-                None => format!("stopped {at}"),
+            let how = failure.as_ref().map(|failure| format!("; {}", gang::describe(failure)));
+            let how = how.unwrap_or_default();
+            (status.phase, status.reason) = match &status.fails_with {
+                Some(reason) => (Phase::Failed, format!("{reason}; ended {at}{how}")),
+                None => (Phase::Stopped, format!("stopped {at}{how}")),
             };
             status.first_cause = failure.or(status.first_cause.take());
             status.completed.clear();
@@ -575,10 +582,22 @@ impl Leader {
     }
 }
 
+/// A job's failures are one too many.
+fn too_many(what: &str, failures: u32, status: &JobStatus, allowed: u32) -> String {
+    format!(
+        "{what}: {} without progress{}, recovery.max_failures = {allowed}",
+        super::reason::count(failures as usize, "failure"),
+        match status.furthest.0 {
+            0 => String::new(),
+            step => format!(" beyond step {step}"),
+        }
+    )
+}
+
 /// A job that was asked to stop and cannot save any more does not go on.
 fn end_if_asked(status: &mut JobStatus, now: Millis) {
     if status.stop_asked && status.phase == Phase::Queued {
-        status.phase = Phase::Stopped;
+        status.phase = if status.fails_with.is_some() { Phase::Failed } else { Phase::Stopped };
         status.ended_ms = Some(now.0);
     }
 }
