@@ -1,9 +1,9 @@
 //! Processes of this host, as /proc shows them: ranks, and the roles of a cluster.
 
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::ffi::OsStringExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use api::config::ClusterConfig;
 use clap::Parser;
@@ -60,6 +60,11 @@ impl Process {
     /// Whether a signal has stopped it.
     pub fn is_stopped(&self) -> bool {
         self.state() == Some('T')
+    }
+
+    /// The file that it runs; none where that may not be known.
+    pub fn program(&self) -> Option<PathBuf> {
+        fs::read_link(format!("/proc/{}/exe", self.pid)).ok()
     }
 
     /// Sends a signal; to a process that is gone, nothing.
@@ -189,35 +194,61 @@ fn has_flag(pid: Pid, flag: &str) -> bool {
     line.split(|byte| *byte == 0).any(|word| word.starts_with(flag.as_bytes()))
 }
 
-/// The process that listens on a TCP port of this host.
-pub fn listener(port: u16) -> Option<Process> {
-    let inodes: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
+/// All processes of this user on this host that hold a socket which a connection to one of `addresses`
+/// reaches; a server may share it among several.
+pub fn listeners(addresses: &[SocketAddr]) -> Vec<Process> {
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(fs::read_to_string);
+    let tables = tables.iter().flatten();
+    let listening: Vec<(SocketAddr, String)> =
+        tables.flat_map(|table| table.lines().filter_map(listening)).collect();
+    let sockets: Vec<PathBuf> = addresses
         .iter()
-        .flat_map(|path| {
-            let table = fs::read_to_string(path).unwrap_or_default();
-            table.lines().filter_map(|line| listening_inode(line, port)).collect::<Vec<_>>()
-        })
+        .flat_map(|address| reached(&listening, *address))
+        .map(|inode| PathBuf::from(format!("socket:[{inode}]")))
         .collect();
-    processes().find_map(|pid| {
-        let open = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
-        let links = open.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
-        let mut sockets = links.filter(|link| inodes.iter().any(|inode| is_socket(link, inode)));
-        sockets.next().and_then(|_| Process::of(pid))
-    })
+    let holds = |pid: &Pid| {
+        let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        open.filter_map(|entry| fs::read_link(entry.path()).ok()).any(|it| sockets.contains(&it))
+    };
+    let mut found: Vec<Process> = processes().filter(holds).filter_map(Process::of).collect();
+    found.sort_unstable();
+    found
 }
 
-fn is_socket(link: &Path, inode: &str) -> bool {
-    link.to_str() == Some(&format!("socket:[{inode}]"))
+/// The inodes of the sockets that a connection to `address` reaches: those of that very address, or else
+/// those of any.
+fn reached(listening: &[(SocketAddr, String)], address: SocketAddr) -> Vec<&str> {
+    let is_any = |at: &SocketAddr| {
+        let reaches = at.is_ipv6() || address.is_ipv4();
+        reaches && at.ip().is_unspecified() && at.port() == address.port()
+    };
+    let at = |wanted: &dyn Fn(&SocketAddr) -> bool| -> Vec<&str> {
+        let found = listening.iter().filter(|(at, _)| wanted(at));
+        found.map(|(_, inode)| inode.as_str()).collect()
+    };
+    let exact = at(&|at| *at == address);
+    if exact.is_empty() { at(&is_any) } else { exact }
 }
 
-/// The inode in a line of /proc/net/tcp, if it is a socket that listens on `port`.
-fn listening_inode(line: &str, port: u16) -> Option<String> {
+/// Address and inode in a line of /proc/net/tcp or tcp6, if it is a socket that listens.
+fn listening(line: &str) -> Option<(SocketAddr, String)> {
     /// Of the kernel's include/net/tcp_states.h.
     const LISTEN: &str = "0A";
     let fields: Vec<&str> = line.split_whitespace().collect();
-    let (_, hex) = fields.get(1)?.rsplit_once(':')?;
-    let is_it = u16::from_str_radix(hex, 16) == Ok(port) && fields.get(3) == Some(&LISTEN);
-    is_it.then(|| fields.get(9).map(|inode| (*inode).to_owned()))?
+    let (address, port) = fields.get(1)?.rsplit_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?;
+    // Words of four bytes, each as this machine reads it.
+    let words: Option<Vec<u32>> = (0..address.len())
+        .step_by(8)
+        .map(|at| u32::from_str_radix(address.get(at..at + 8)?, 16).ok())
+        .collect();
+    let bytes: Vec<u8> = words?.into_iter().flat_map(u32::to_ne_bytes).collect();
+    let address = match <[u8; 4]>::try_from(bytes.as_slice()) {
+        Ok(four) => IpAddr::from(four),
+        Err(_) => IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?).to_canonical(),
+    };
+    let inode = fields.get(9).filter(|_| fields.get(3) == Some(&LISTEN))?;
+    Some((SocketAddr::new(address, port), (*inode).to_owned()))
 }
 
 #[cfg(test)]
@@ -233,9 +264,45 @@ mod tests {
     }
 
     #[test]
-    fn who_listens_is_found() {
-        let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    fn who_listens_is_found_and_nobody_else_of_that_port() {
+        let me = Process::of(Pid::this()).expect("it runs");
+        for bound in ["127.0.0.1:0", "[::1]:0"] {
+            // A machine may have no IPv6.
+            let Ok(socket) = std::net::TcpListener::bind(bound) else { continue };
+            let address = socket.local_addr().expect("bound");
+            assert_eq!(listeners(&[address]), [me]);
+            let other = SocketAddr::from(([127, 0, 0, 2], address.port()));
+            assert_eq!(listeners(&[other]), []);
+        }
+        // Who listens on all addresses is reached on each.
+        let socket = std::net::TcpListener::bind("0.0.0.0:0").expect("a port");
         let port = socket.local_addr().expect("bound").port();
-        assert_eq!(listener(port), Process::of(Pid::this()));
+        let address = SocketAddr::from(([127, 0, 0, 2], port));
+        assert_eq!(listeners(&[address]), [me]);
+        // All that share the socket are found.
+        let shared = socket.try_clone().expect("cloned");
+        let mut child = std::process::Command::new("sleep")
+            .arg("3600")
+            .stdin(std::os::fd::OwnedFd::from(shared))
+            .spawn()
+            .expect("it starts");
+        let other = Process::of(Pid::from_raw(child.id() as i32)).expect("it runs");
+        let mut both = [me, other];
+        both.sort_unstable();
+        assert_eq!(listeners(&[address]), both);
+        child.kill().expect("it runs");
+        child.wait().expect("it ends");
+    }
+
+    #[test]
+    fn addresses_of_tables_are_read() {
+        let line = "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000 \
+                    1000 0 4242 1 0000000000000000 100 0 0 10 0";
+        let found = listening(line).expect("it listens");
+        if cfg!(target_endian = "little") {
+            assert_eq!(found, ("127.0.0.1:8080".parse().expect("an address"), "4242".into()));
+        }
+        assert_eq!(listening(&line.replace(" 0A ", " 01 ")), None);
+        assert_eq!(listening("  sl  local_address rem_address   st"), None);
     }
 }

@@ -3,9 +3,11 @@
 
 mod common;
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use common::{Running, cluster, repository, run, small_job, up};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 /// The small job on one or two ranks, long enough to be disturbed.
@@ -68,26 +70,115 @@ fn a_job_that_is_struck_again_and_again_succeeds() {
 fn what_is_stopped_for_good_goes_on_when_the_run_is_broken_off() {
     let folder = tempfile::tempdir().expect("a folder");
     let dir = folder.path().join("cluster");
-    let running = up(&dir, &[]);
+    // Nobody else ends what is stopped.
+    let config = folder.path().join("cluster.toml");
+    std::fs::write(&config, "[worker]\nstopped_rank_timeout = \"0s\"\n").expect("written");
+    let _cluster = up(&dir, &["--config", config.to_str().expect("UTF-8")]);
     // Without an end of its own: the run is broken off while the job goes on.
     submit(folder.path(), &dir, 1_000_000);
     let mut follow = cluster();
     follow.args(["follow", "small", "--json", "--dir"]).arg(&dir);
     Running::start(&mut follow).wait_for_step(3);
-    let mut strikes = cluster();
-    strikes.args(["chaos", "run", "--faults", "stop,slow", "--json", "--every", "100ms"]);
-    strikes.args(["--duration", "1h", "--dir"]).arg(&dir);
-    let mut strikes = Running::start(&mut strikes);
-    strikes.wait_for("a fault", |event| event["event"] == "fault" && !event["pid"].is_null());
-    strikes.signal(nix::sys::signal::Signal::SIGINT);
-    assert_eq!(strikes.finish().code, 130);
-    for (rank, pid) in running.ranks() {
-        common::eventually(&format!("rank {rank} goes on"), || {
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            let state = stat.rsplit(')').next().unwrap_or_default().trim_start().chars().next();
-            (state != Some('T')).then_some(())
+    // Ctrl-C, the end of the terminal, Ctrl-\.
+    for signal in [Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT] {
+        let mut strikes = cluster();
+        strikes.args(["chaos", "run", "--faults", "stop,slow", "--json", "--every", "100ms"]);
+        strikes.args(["--duration", "1h", "--dir"]).arg(&dir);
+        let mut strikes = Running::start(&mut strikes);
+        let fault = strikes.wait_for("a stop", |event| {
+            event["event"] == "fault"
+                && event["strike"]["kind"] == "stop"
+                && !event["pid"].is_null()
+        });
+        let struck = fault["pid"].as_i64().expect("a number");
+        common::eventually("it stands still", || (state(struck) == Some('T')).then_some(()));
+        strikes.signal(signal);
+        let ended = strikes.finish().expect_code(130);
+        let last = ended.last_json();
+        assert_eq!((&last["event"], &last["broken_off"]), (&"end".into(), &true.into()), "{last}");
+        common::eventually(&format!("process {struck} goes on after {signal}"), || {
+            let state = state(struck).expect("the very process that was stopped");
+            (state != 'T').then_some(())
         });
     }
+}
+
+/// A process's state as /proc has it; none once it is gone.
+fn state(pid: i64) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit(')').next()?.trim_start().chars().next()
+}
+
+/// The living processes that a process has started.
+fn children(parent: nix::unistd::Pid) -> Vec<i64> {
+    let pids = std::fs::read_dir("/proc").expect("/proc").flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i64>().ok());
+    let is_child = |pid: &i64| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let fields = stat.rsplit(')').next().unwrap_or_default();
+        fields.split_whitespace().nth(1) == Some(&parent.to_string())
+    };
+    pids.filter(is_child).collect()
+}
+
+fn assert_gone(processes: &[i64]) {
+    assert_eq!(processes.len(), 3, "a coordinator and two workers");
+    for pid in processes {
+        common::eventually(&format!("process {pid} is gone"), || {
+            state(*pid).is_none_or(|state| state == 'Z').then_some(())
+        });
+    }
+}
+
+/// A replay at true scale of two nodes that stay, which lasts until it is ended.
+fn endless_replay(folder: &Path) -> std::process::Command {
+    let trace = folder.join("trace.json");
+    let text = "{\"metadata\": {\"gap_seconds\": 3600}, \"data\": [2]}";
+    std::fs::write(&trace, text).expect("written");
+    let mut replay = cluster();
+    replay.args(["chaos", "replay", "--json", "--scale", "true"]).arg(&trace);
+    replay.env("TMPDIR", folder);
+    replay
+}
+
+#[test]
+fn a_replay_that_is_killed_leaves_no_process_behind() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut replay = Running::start(&mut endless_replay(folder.path()));
+    replay.wait_for("its job runs", |event| event["event"] == "job" && event["phase"] == "running");
+    let started = children(replay.pid());
+    replay.kill();
+    assert_gone(&started);
+}
+
+#[test]
+fn a_replay_that_nobody_reads_any_more_ends_with_all_it_has_started() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut replay = endless_replay(folder.path());
+    replay.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let mut replay = replay.spawn().expect("it starts");
+    let mut reader = BufReader::new(replay.stdout.take().expect("piped"));
+    let mut line = String::new();
+    reader.read_line(&mut line).expect("it prints");
+    assert!(line.contains("\"nodes\":2"), "{line}");
+    let started = children(nix::unistd::Pid::from_raw(replay.id() as i32));
+    drop(reader);
+    let ended = replay.wait_with_output().expect("it ends");
+    let told = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(told.contains("cannot write the result"), "{ended:?}");
+    assert_gone(&started);
+}
+
+#[test]
+fn a_replay_whose_job_has_failed_says_so_by_its_code() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let job = small_job(folder.path(), "");
+    std::fs::remove_file(folder.path().join("text.txt")).expect("it was there");
+    let ended = run(endless_replay(folder.path()).arg("--job").arg(job)).expect_code(7);
+    assert_eq!(ended.last_json()["phase"], "failed", "{ended:?}");
+    let mut fast = endless_replay(folder.path());
+    let refused = run(fast.args(["--speed", "1e-20"])).expect_code(2);
+    assert!(refused.stderr.contains("more than ten years"), "{refused:?}");
 }
 
 #[test]

@@ -319,3 +319,31 @@ fn no_cluster_and_no_such_things() {
     rank.arg("rank");
     refused(run(&mut rank), 2, &["started by a worker"]);
 }
+
+#[test]
+fn a_worker_without_the_store_s_key_is_refused_at_its_start() {
+    let folder = folder();
+    let store = folder.path().join("store");
+    std::fs::create_dir(&store).expect("made");
+    std::fs::write(
+        store.join("encryption.json"),
+        "{\"version\": 1, \"key_id\": \"0123456789abcdef\"}",
+    )
+    .expect("written");
+    let config = folder.path().join("cluster.toml");
+    let start = |encryption: &str| {
+        let (dir, store) = (folder.path().display(), store.display());
+        let text = format!(
+            "[cluster]\ndir = \"{dir}/cluster\"\ntoken_file = \"{dir}/token\"\n\
+             [store]\nuri = \"file://{store}\"\n{encryption}"
+        );
+        std::fs::write(&config, text).expect("written");
+        run(cluster().args(["worker", "--name", "w1", "--config"]).arg(&config))
+    };
+    let parts = ["the store is encrypted under key `0123456789abcdef`", "[store.encryption]"];
+    refused(start(""), 5, &[parts[0], "no key is configured", parts[1]]);
+    let key = folder.path().join("key");
+    std::fs::write(&key, "5a".repeat(32)).expect("written");
+    let encryption = format!("[store.encryption]\nkey_file = \"{}\"\n", key.display());
+    refused(start(&encryption), 5, &[parts[0], "the configured key is", parts[1]]);
+}

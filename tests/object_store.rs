@@ -158,3 +158,26 @@ fn refused_credentials_are_one_clear_message() {
         .arg(folder.path().join("c"));
     run(&mut up).expect_code(6);
 }
+
+#[test]
+fn a_rank_that_dies_while_the_store_fails_costs_the_others_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("run");
+    let job = small_job(folder.path(), "[resources]\nranks = 2\n[recovery]\nmax_failures = 1\n");
+    let sets = ["stop.max_steps=300", "checkpoint.every_steps=1000"];
+    let mut running = Running::start(&mut submit_local(&job, &dir, &sets));
+    running.wait_for_step(3);
+    // A link that leads to itself: whoever asks for the store's mark gets an error of the disk.
+    let mark = dir.join("store/encryption.json");
+    std::os::unix::fs::symlink("encryption.json", &mark).expect("made");
+    let ranks = running.ranks();
+    kill(ranks[1].1, Signal::SIGKILL).expect("killed");
+    running.wait_for("they go on", |event| {
+        event["event"] == "status" && event["phase"] == "running" && event["generation"] == 2
+    });
+    running.wait_for("a step", |event| event["event"] == "step");
+    assert!(running.ranks().contains(&ranks[0]), "the survivor keeps its process");
+    std::fs::remove_file(&mark).expect("it is there");
+    let last = running.finish().expect_code(0).last_json();
+    assert_eq!((&last["state"], &last["restarts"]), (&"succeeded".into(), &1.into()), "{last}");
+}

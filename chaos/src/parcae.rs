@@ -40,7 +40,8 @@ pub fn parse(text: &str) -> Result<Trace, TraceError> {
     let mut end_ms = 0;
     for (index, line) in text.lines().enumerate() {
         let number = index + 1;
-        if line.starts_with('#') || line.trim().is_empty() {
+        let begins = line.trim_start();
+        if begins.starts_with('#') || begins.is_empty() {
             continue;
         }
         let Event(at_ms, operation, details) =

@@ -2,8 +2,9 @@
 //!
 //! The job does work in proportion to its nodes. Every change of their number stalls all that are
 //! there; a loss throws away the step under way or, where ranks start again from a checkpoint, the
-//! work since that one, and so does the loss of all nodes whatever the policy. A change during a
-//! stall begins the stall anew. Work at the end of the window counts if a checkpoint or a survivor's
+//! work since that one, and so does the loss of all nodes whatever the policy. After a change during a
+//! stall the nodes stand still for its own cost or what is left of the stall, whichever is longer; no
+//! step is under way then. Work at the end of the window counts if a checkpoint or a survivor's
 //! memory holds it. Left out: that a changed batch or fewer nodes may train worse, and that nodes
 //! differ.
 
@@ -39,7 +40,13 @@ impl Outcome {
 
 /// Runs a job under `policy` on the nodes of `trace`.
 pub fn simulate(trace: &Trace, policy: &Policy) -> Outcome {
-    let mut job = Job { policy, outcome: Outcome::default(), nodes: 0, open: Vec::new() };
+    let mut job = Job {
+        policy,
+        outcome: Outcome::default(),
+        nodes: 0,
+        stall_left: Duration::ZERO,
+        open: Vec::new(),
+    };
     for (start, end, nodes) in trace.stretches() {
         let stall = job.change(nodes);
         job.run(Duration::from_millis(end - start), stall);
@@ -62,6 +69,8 @@ struct Job<'a> {
     policy: &'a Policy,
     outcome: Outcome,
     nodes: u32,
+    /// Of the last stall, what a change came before.
+    stall_left: Duration,
     /// Work since the last checkpoint, oldest first.
     open: Vec<Work>,
 }
@@ -72,7 +81,8 @@ impl Job<'_> {
         let before = std::mem::replace(&mut self.nodes, nodes);
         let policy = self.policy;
         self.outcome.changes += u64::from(nodes > 0 || before > 0);
-        match (before, nodes) {
+        let left = std::mem::take(&mut self.stall_left);
+        let cost = match (before, nodes) {
             (_, 0) => {
                 // Announced, the last nodes save before they go.
                 if policy.noticed.is_none() {
@@ -89,10 +99,14 @@ impl Job<'_> {
             }
             _ if nodes > before => policy.grow,
             _ => policy.noticed.unwrap_or_else(|| {
-                self.lose(policy.step.as_secs_f64());
+                if left.is_zero() {
+                    self.lose(policy.step.as_secs_f64());
+                }
                 policy.detect + policy.shrink
             }),
-        }
+        };
+        // What all nodes that went were waiting for goes with them.
+        if before == 0 || nodes == 0 { cost } else { cost.max(left) }
     }
 
     /// The present nodes are there for `span`, the first `stall` of which they stand still.
@@ -101,6 +115,7 @@ impl Job<'_> {
             return;
         }
         let nodes = f64::from(self.nodes);
+        self.stall_left = stall.saturating_sub(span);
         let stalled = stall.min(span).as_secs_f64();
         self.outcome.available += span.as_secs_f64() * nodes;
         self.outcome.stalled += stalled * nodes;

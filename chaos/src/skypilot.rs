@@ -31,7 +31,7 @@ pub fn parse(text: &str) -> Result<Trace, TraceError> {
     // Comments are no JSON, but a sample says in one where it comes from; their lines stay, empty.
     let without: String = text
         .split_inclusive('\n')
-        .map(|line| if line.starts_with('#') { "\n" } else { line })
+        .map(|line| if line.trim_start().starts_with('#') { "\n" } else { line })
         .collect();
     let file: File = serde_json::from_str(&without).map_err(|error| TraceError::json(1, &error))?;
     let (gap_ms, counts) = (file.metadata.gap_seconds.0, file.data.0);
@@ -75,7 +75,7 @@ impl<'de> Deserialize<'de> for Gap {
                 &"a gap of 0.001 to 86400 seconds",
             ));
         }
-        Ok(Self((seconds * 1e3) as u64))
+        Ok(Self((seconds * 1e3).round() as u64))
     }
 }
 

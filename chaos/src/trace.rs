@@ -100,6 +100,8 @@ impl Trace {
     /// # Errors
     /// Names the line, what was found there and what was expected.
     pub fn parse(text: &str) -> Result<Self, TraceError> {
+        // Some editors begin a file with a mark of its encoding.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let mut lines = text.lines().enumerate();
         let first = lines.find_map(|(index, line)| {
             let line = line.trim_start();

@@ -62,8 +62,21 @@ fn a_change_during_a_stall_begins_it_anew_and_never_counts_twice() {
     let slow = Policy { shrink: Duration::from_secs(300), ..policy(Keeps::Memory) };
     let outcome = simulate(&trace(100, &[4, 3, 2]), &slow);
     assert_eq!(outcome.stalled, 20.0 * 4.0 + 100.0 * 3.0 + 100.0 * 2.0);
+    // Only the first of the two losses met a step under way.
+    assert_eq!(outcome.lost, 5.0 * 4.0);
     let sum = outcome.useful + outcome.lost + outcome.stalled;
     assert!((outcome.available - sum).abs() < 1e-9, "{outcome:?}");
+}
+
+#[test]
+fn a_cheap_change_during_a_dear_stall_forgives_nothing_of_it() {
+    let dear = Policy { restart: Duration::from_secs(60), ..policy(Keeps::Memory) };
+    // 10 s of the stall, and 50 of the next 100, although to grow costs 3; then 3 of the last.
+    let outcome = simulate(&trace(10, &[1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3]), &dear);
+    assert_eq!(outcome.stalled, 10.0 + 50.0 * 2.0 + 3.0 * 3.0);
+    // All go in the middle of a stall, and what comes begins with its own.
+    let outcome = simulate(&trace(10, &[1, 0, 2, 2, 2, 2, 2, 2, 2]), &dear);
+    assert_eq!(outcome.stalled, 10.0 + 60.0 * 2.0);
 }
 
 #[test]

@@ -43,6 +43,16 @@ fn nodes_that_come_and_go_by_name_become_changes() {
 }
 
 #[test]
+fn marks_and_indented_comments_are_passed_over_and_gaps_are_rounded() {
+    let text = "\u{feff}  # a comment\n{\"metadata\": {\"gap_seconds\": 0.29},\n \
+                # another\n\"data\": [1, 2]}\n";
+    let trace = Trace::parse(text).expect("a trace");
+    assert_eq!(counts(&trace), [(0, 1), (290, 2)]);
+    let text = "\t# a comment\n[0, \"add\", {\"nodes\": [\"a\"], \"duration\": 5}]\n";
+    assert_eq!(counts(&Trace::parse(text).expect("a trace")), [(0, 1)]);
+}
+
+#[test]
 fn a_mistake_is_named_with_its_line_and_what_was_expected() {
     for (text, expected) in [
         ("", "line 1: found nothing, expected a trace"),

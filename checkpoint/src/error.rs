@@ -200,6 +200,12 @@ impl StoreError {
         matches!(self, Self::NotFound { .. } | Self::NoBucket(_))
     }
 
+    /// Whether the key at hand is missing or another than the store's: nothing but another
+    /// configuration helps.
+    pub fn is_key_mistake(&self) -> bool {
+        matches!(self, Self::Encryption { .. })
+    }
+
     /// Something on this host failed.
     pub(crate) fn host(path: &std::path::Path, error: &io::Error) -> Self {
         Self::Host { path: path.display().to_string(), problem: error.to_string() }
@@ -274,6 +280,7 @@ impl Attempt<'_> {
                     problem: error.to_string(),
                 };
             }
+            Some(SealError::Short) => return self.short(),
             Some(error) => return self.refused(error.to_string()),
             None => {}
         }

@@ -19,6 +19,8 @@ const CONTENDERS: usize = 12;
 const MARK: &str = "encryption.json";
 /// Longest mark.
 const MARK_BYTES_MAX: u64 = 4096;
+/// Its present form.
+const MARK_VERSION: u32 = 1;
 
 /// The content of [`MARK`].
 #[derive(Serialize, Deserialize)]
@@ -45,11 +47,30 @@ impl Store {
                 if self.list_any("jobs").await? {
                     return wrong(
                         "a key is configured, and the store holds jobs that are not encrypted: \
-                         choose an empty folder or prefix for an encrypted store"
+                         choose an empty folder or prefix for an encrypted store; if they are, its \
+                         mark `encryption.json` is lost: put it back from a backup"
                             .into(),
                     );
                 }
                 self.make_mark(own).await
+            }
+        }
+    }
+
+    /// The same for whoever writes behind training: once per process, however often it is asked, and
+    /// as patiently as what is written then. A store that does not answer says nothing about the key,
+    /// and a process that holds a job's state must not end for that: the write that comes next speaks
+    /// for itself, and the one after it asks again.
+    pub(crate) async fn check_key_once(&self) -> Result<(), StoreError> {
+        let check = || self.patiently(|| self.check_key());
+        match self.key_checked.get_or_try_init(check).await {
+            Ok(()) => Ok(()),
+            Err(error) if error.is_key_mistake() || matches!(error, StoreError::Corrupt { .. }) => {
+                Err(error)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the store does not say under which key it is encrypted");
+                Ok(())
             }
         }
     }
@@ -59,15 +80,20 @@ impl Store {
             Err(StoreError::NotFound { .. }) => return Ok(None),
             bytes => bytes?,
         };
-        let mark: Mark = serde_json::from_slice(&bytes).map_err(|error| StoreError::Corrupt {
-            key: MARK.to_owned(),
-            problem: format!("it does not say how the store is encrypted: {error}"),
+        let unusable = |problem| StoreError::Corrupt { key: MARK.to_owned(), problem };
+        let mark: Mark = serde_json::from_slice(&bytes).map_err(|error| {
+            unusable(format!("it does not say how the store is encrypted: {error}"))
         })?;
-        Ok(Some(mark.key_id))
+        match mark.version {
+            MARK_VERSION => Ok(Some(mark.key_id)),
+            found => Err(unusable(format!(
+                "it has version {found}, this release knows version {MARK_VERSION}"
+            ))),
+        }
     }
 
     async fn make_mark(&self, key_id: &str) -> Result<(), StoreError> {
-        let mark = Mark { version: 1, key_id: key_id.to_owned() };
+        let mark = Mark { version: MARK_VERSION, key_id: key_id.to_owned() };
         let bytes = serde_json::to_vec(&mark)
             .map_err(|error| StoreError::Host { path: MARK.into(), problem: error.to_string() })?;
         // Whoever is first under the same key writes the same bytes.
@@ -83,8 +109,8 @@ impl Store {
     }
 
     /// Reads, writes, races and deletes under `probe/`, and refuses a store that does any of it
-    /// wrong, or is encrypted under another key; refused credentials and a missing bucket each give one clear error. Also removes
-    /// what killed writers left in a folder.
+    /// wrong, or is encrypted under another key; refused credentials and a missing bucket each give one
+    /// clear error. Also removes what killed writers left in a folder.
     pub async fn probe(&self) -> Result<(), StoreError> {
         if let Some(folder) = self.folder() {
             let folder = folder.to_owned();

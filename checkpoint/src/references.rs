@@ -24,21 +24,26 @@ const READS_AT_ONCE: usize = 8;
 pub struct References(BTreeMap<String, BTreeSet<String>>);
 
 impl References {
-    /// Knows afterwards what exactly these manifests refer to.
+    /// Knows afterwards what exactly these manifests refer to. What was read stays known when it is
+    /// dropped half-way or fails, so that the next call goes on from there.
     ///
     /// # Errors
     /// When one of them cannot be read, or is newer than this release: then nothing may be deleted.
     pub async fn read(&mut self, store: &Store, manifests: &[&str]) -> Result<(), StoreError> {
         self.0.retain(|key, _| manifests.contains(&key.as_str()));
-        let unknown = manifests.iter().filter(|key| !self.0.contains_key(**key));
+        let unknown: Vec<&str> =
+            manifests.iter().copied().filter(|key| !self.0.contains_key(*key)).collect();
         let reads: Vec<_> = unknown
+            .into_iter()
             .map(|key| {
                 let read = read_references(store, key);
-                async move { Ok::<_, StoreError>(((*key).to_owned(), read.await?)) }.boxed()
+                async move { Ok::<_, StoreError>((key.to_owned(), read.await?)) }.boxed()
             })
             .collect();
-        let found: Vec<_> = stream::iter(reads).buffered(READS_AT_ONCE).try_collect().await?;
-        self.0.extend(found);
+        let mut found = stream::iter(reads).buffer_unordered(READS_AT_ONCE);
+        while let Some((key, references)) = found.try_next().await? {
+            self.0.insert(key, references);
+        }
         Ok(())
     }
 
@@ -78,7 +83,7 @@ struct OutlineFormer {
 
 async fn read_references(store: &Store, key: &str) -> Result<BTreeSet<String>, StoreError> {
     let bytes = match with_retries(|| store.get_bounded(key, MANIFEST_BYTES_MAX)).await {
-        Err(error @ StoreError::TooLarge { .. }) => {
+        Err(error @ (StoreError::TooLarge { .. } | StoreError::Corrupt { .. })) => {
             tracing::warn!(%error, "what is no manifest refers to nothing");
             return Ok(BTreeSet::new());
         }

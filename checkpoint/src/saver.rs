@@ -10,7 +10,6 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use api::config::StoreSection;
 use api::events::CheckpointFact;
 use api::job::Compression;
 use api::{Generation, Name, Rank, Step};
@@ -101,10 +100,6 @@ impl SaveError {
 /// What a saver saves for, and where.
 #[derive(Clone, Debug)]
 pub struct SaverOptions {
-    /// How to reach the store.
-    pub section: StoreSection,
-    /// The store.
-    pub uri: String,
     /// The job.
     pub job: Name,
     /// The gang's incarnation, part of every key.
@@ -185,13 +180,8 @@ impl Shared {
 }
 
 impl Saver {
-    /// Opens the store and starts the background.
-    pub fn start(options: SaverOptions) -> Result<Self, SaveError> {
-        let store = Store::open(&options.section, &options.uri)?;
-        Self::with_store(store, options)
-    }
-
-    /// The same over a store that is open already.
+    /// Starts the background. Asks nothing of the store: whether the key at hand is its own is asked
+    /// behind, before the first write.
     pub fn with_store(store: Store, options: SaverOptions) -> Result<Self, SaveError> {
         if options.rank.0 >= options.world_size {
             let (rank, size) = (options.rank, options.world_size);
@@ -207,7 +197,6 @@ impl Saver {
             .enable_all()
             .build()
             .map_err(|error| SaveError::Background(error.to_string()))?;
-        runtime.block_on(store.check_key())?;
         let state = State {
             arenas: vec![Vec::new(); ARENAS_MAX],
             staging: BTreeSet::new(),
@@ -440,6 +429,7 @@ impl Saver {
         let store = &self.store;
         let runtime = self.runtime.as_ref().expect("the runtime is present until drop");
         runtime.block_on(async {
+            store.check_key_once().await?;
             write_object(store, &weights_key, &pieces, Compression::None).await?;
             write_object(store, &descriptor_key, &descriptor, Compression::None).await
         })?;

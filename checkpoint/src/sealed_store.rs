@@ -129,6 +129,9 @@ impl SealedStore {
                 }
             };
             let plain = plain.ok_or(SealError::Damaged)?;
+            if range.start > plain {
+                return Err(SealError::Short.into());
+            }
             match open_all(&key, first, sealing::segments(plain) - 1, sealed) {
                 // Written anew since its header was read: another key.
                 Err(SealError::Damaged) if was_remembered && tries == 1 => {

@@ -57,6 +57,8 @@ pub(crate) enum SealError {
     OtherKey { found: String, expected: String },
     #[error("its encrypted bytes are not those that were written")]
     Damaged,
+    #[error("it ends before what is wanted of it")]
+    Short,
     #[error("it is larger than can be encrypted")]
     TooLarge,
     #[error("the system gives no random bytes")]

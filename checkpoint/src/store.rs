@@ -1,8 +1,8 @@
 //! One object store, a folder or a bucket, behind the few operations that Cohort needs.
 //!
 //! It wraps `object_store`: keys are relative to the store's root, errors are ours, everything
-//! read into memory is bounded, and put-if-absent knows its own retried write. It keeps no state
-//! and may be cloned freely.
+//! read into memory is bounded, and put-if-absent knows its own retried write. It keeps no state but
+//! that its key is the right one, and may be cloned freely.
 
 use std::fmt;
 use std::ops::Range;
@@ -18,6 +18,7 @@ use object_store::{
     Error, GetOptions, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
     PutPayload,
 };
+use tokio::sync::OnceCell;
 
 use crate::error::{Attempt, Place, StoreError};
 use crate::sealed_store::SealedStore;
@@ -52,6 +53,8 @@ pub struct Store {
     patience: Duration,
     /// What tells the key apart under which checkpoints and models are encrypted, if they are.
     key_id: Option<Arc<str>>,
+    /// Set once the store has said that this is its key; clones share it.
+    pub(crate) key_checked: Arc<OnceCell<()>>,
 }
 
 impl fmt::Debug for Store {
@@ -86,8 +89,7 @@ impl Store {
         if let Some(path) = uri.strip_prefix("file://") {
             let (inner, folder) = local::open(uri, FsPath::new(path))?;
             let place = Arc::new(Place::Folder(folder));
-            let (prefix, patience) = (Path::default(), PATIENCE);
-            return Ok(Self { inner, prefix, place, patience, key_id: None });
+            return Ok(Self::plain(inner, Path::default(), place, PATIENCE));
         }
         let Some(rest) = uri.strip_prefix("s3://") else {
             return Err(bad("expected `file:///folder` or `s3://bucket/prefix`"));
@@ -98,20 +100,30 @@ impl Store {
         }
         let prefix = Path::parse(prefix).map_err(|error| bad(&error.to_string()))?;
         let (inner, place) = s3::open(&section.s3, bucket)?;
-        Ok(Self { inner, prefix, place: Arc::new(place), patience: PATIENCE, key_id: None })
+        Ok(Self::plain(inner, prefix, Arc::new(place), PATIENCE))
+    }
+
+    fn plain(
+        inner: Arc<dyn ObjectStore>,
+        prefix: Path,
+        place: Arc<Place>,
+        patience: Duration,
+    ) -> Self {
+        Self { inner, prefix, place, patience, key_id: None, key_checked: Arc::default() }
     }
 
     /// Wraps a store that the caller made, such as one that fails on purpose; `name` appears in
     /// errors. What fails is tried again a few times only.
     pub fn with_inner(inner: Arc<dyn ObjectStore>, name: &str) -> Self {
         let place = Arc::new(Place::Other(name.to_owned()));
-        Self { inner, prefix: Path::default(), place, patience: Duration::ZERO, key_id: None }
+        Self::plain(inner, Path::default(), place, Duration::ZERO)
     }
 
     /// The same store with checkpoints and models encrypted under `key`, on their way in and out.
     pub fn encrypted(self, key: &StoreKey) -> Self {
         let sealed = SealedStore::new(self.inner, self.prefix.clone(), key.0.clone());
-        Self { inner: Arc::new(sealed), key_id: Some(key.id().into()), ..self }
+        let key_checked = Arc::default();
+        Self { inner: Arc::new(sealed), key_id: Some(key.id().into()), key_checked, ..self }
     }
 
     /// What tells its key from others, if it is encrypted.

@@ -1,17 +1,22 @@
 //! Where the store's key comes from: a file, or what a command prints. It is never shown.
 
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::config::EncryptionSection;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 
 use crate::error::StoreError;
 use crate::sealing::{KEY_BYTES, MasterKey, id_text};
 
 /// A command that has not answered by then never will: nobody types a passphrase here.
 const COMMAND_WAIT: Duration = Duration::from_secs(30);
+/// How often is looked whether a command that has answered has ended, too: most have by then.
+const END_POLL: Duration = Duration::from_millis(5);
 /// A key's text and then some; what prints more prints something else.
 const OUTPUT_BYTES_MAX: u64 = 1024;
 
@@ -29,7 +34,7 @@ impl StoreKey {
         let (source, bytes) = match (&section.key_file, section.key_command.as_slice()) {
             (file, [program, arguments @ ..]) if file.as_os_str().is_empty() => {
                 let source = format!("store.encryption.key_command `{program}`");
-                let output = run(program, arguments).map_err(|problem| {
+                let output = run(program, arguments, COMMAND_WAIT).map_err(|problem| {
                     StoreError::Settings(format!("{source}: {problem}: run it by hand to see why"))
                 })?;
                 (source, output)
@@ -74,7 +79,9 @@ impl StoreKey {
 }
 
 fn parse(bytes: &[u8]) -> Option<[u8; KEY_BYTES]> {
-    if let Ok(raw) = bytes.try_into() {
+    // Text of that length is a passphrase or half a key: random bytes are, once in 10^14.
+    let is_text = bytes.iter().all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace());
+    if let Some(raw) = bytes.try_into().ok().filter(|_| !is_text) {
         return Some(raw);
     }
     let text = bytes.trim_ascii();
@@ -90,19 +97,34 @@ fn parse(bytes: &[u8]) -> Option<[u8; KEY_BYTES]> {
 }
 
 /// Runs a command and takes what it prints. Its errors go where this process's go.
-fn run(program: &str, arguments: &[String]) -> Result<Vec<u8>, String> {
+fn run(program: &str, arguments: &[String], wait: Duration) -> Result<Vec<u8>, String> {
     let mut child = Command::new(program)
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
+        // So that what it starts can be ended with it.
+        .process_group(0)
         .spawn()
         .map_err(|error| format!("it cannot be started: {error}"))?;
-    let output = read_in_time(&mut child);
-    if output.is_err() {
-        // It may have ended just now.
-        let _ = child.kill();
-    }
-    let status = child.wait().map_err(|error| error.to_string())?;
+    let deadline = Instant::now() + wait;
+    let output = read_in_time(&mut child, wait);
+    let ended = loop {
+        match child.try_wait() {
+            Ok(None) if output.is_ok() && Instant::now() < deadline => {
+                std::thread::sleep(END_POLL);
+            }
+            ended => break ended,
+        }
+    };
+    let status = match ended {
+        Ok(Some(status)) => status,
+        _ => {
+            // Its group has its number until it is waited for; it may have ended just now.
+            let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
+            child.wait().map_err(|error| error.to_string())?;
+            return Err(output.err().unwrap_or_else(|| late(wait)));
+        }
+    };
     match output {
         Ok(output) if status.success() => Ok(output),
         Ok(_) => Err(format!("it failed ({status})")),
@@ -111,7 +133,7 @@ fn run(program: &str, arguments: &[String]) -> Result<Vec<u8>, String> {
 }
 
 /// Reads to the end of the output on a thread of its own, so that waiting has an end.
-fn read_in_time(child: &mut Child) -> Result<Vec<u8>, String> {
+fn read_in_time(child: &mut Child, wait: Duration) -> Result<Vec<u8>, String> {
     let Some(stdout) = child.stdout.take() else { return Err("it has no output".into()) };
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
@@ -120,10 +142,14 @@ fn read_in_time(child: &mut Child) -> Result<Vec<u8>, String> {
         // Nobody listens any more after the deadline.
         let _ = sender.send(read.map(|_| output));
     });
-    match receiver.recv_timeout(COMMAND_WAIT) {
+    match receiver.recv_timeout(wait) {
         Ok(read) => read.map_err(|error| error.to_string()),
-        Err(_) => Err(format!("no answer within {} s", COMMAND_WAIT.as_secs())),
+        Err(_) => Err(late(wait)),
     }
+}
+
+fn late(wait: Duration) -> String {
+    format!("no answer, or no end, within {} s", wait.as_secs())
 }
 
 #[cfg(test)]
@@ -169,7 +195,9 @@ mod tests {
             |section: &EncryptionSection| StoreKey::load(section).expect_err("refused").to_string();
         assert!(refused(&file(&path)).contains("cannot be read"));
         let secret = "almost-a-secret";
-        for content in [secret, &HEX[..63], &HEX.replace('0', "x"), ""] {
+        let phrase = "correct horse battery stapler 1\n";
+        assert_eq!(phrase.len(), KEY_BYTES);
+        for content in [secret, &HEX[..63], &HEX[..32], phrase, &HEX.replace('0', "x"), ""] {
             std::fs::write(&path, content).expect("written");
             let text = refused(&file(&path));
             assert!(text.contains("expected 64 hexadecimal digits"), "{text}");
@@ -184,5 +212,29 @@ mod tests {
             ..EncryptionSection::default()
         };
         assert!(refused(&absent).contains("cannot be started"));
+    }
+
+    #[test]
+    fn a_command_that_does_not_end_is_killed_with_all_that_it_started() {
+        let wait = Duration::from_millis(200);
+        let sh = |script: &str| run("sh", &["-c".to_owned(), script.to_owned()], wait);
+        // It has said all it has to say, and stays.
+        let text = sh("exec 1>&-; exec sleep 3600").expect_err("it does not end");
+        assert!(text.contains("no end"), "{text}");
+        // A pipe that what it started holds ends once that is gone, too.
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("fifo");
+        let made = Command::new("mkfifo").arg(&path).status().expect("it starts");
+        assert!(made.success());
+        let (sender, gone) = mpsc::channel();
+        let fifo = path.clone();
+        std::thread::spawn(move || {
+            let mut held = std::fs::File::open(fifo).expect("opens once it is written to");
+            let _ = held.read_to_end(&mut Vec::new());
+            sender.send(()).expect("awaited");
+        });
+        let script = format!("sleep 3600 > '{}' | sleep 3600", path.display());
+        sh(&script).expect_err("no answer");
+        gone.recv_timeout(Duration::from_secs(60)).expect("the first part of the pipe is gone");
     }
 }

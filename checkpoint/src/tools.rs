@@ -48,7 +48,7 @@ pub async fn find_complete(
             Ok(bytes) => bytes,
             // Deleted since it was listed.
             Err(StoreError::NotFound { .. }) => continue,
-            Err(error @ StoreError::TooLarge { .. }) => {
+            Err(error @ (StoreError::TooLarge { .. } | StoreError::Corrupt { .. })) => {
                 tracing::warn!(%error, "a checkpoint is not usable");
                 continue;
             }
@@ -124,7 +124,7 @@ pub async fn list_checkpoints(
 }
 
 /// Reads every byte of a checkpoint and reports what is wrong with it. An error means that the
-/// store could not be asked, or has no such manifest.
+/// store could not be asked, has no such manifest, or is encrypted under another key.
 pub async fn verify(
     store: &Store,
     manifest_key: &str,
@@ -143,7 +143,7 @@ async fn verify_here(
 ) -> Result<VerifyReport, StoreError> {
     let mut report = VerifyReport::default();
     let bytes = match store.get_bounded(key, MANIFEST_BYTES_MAX).await {
-        Err(error @ StoreError::TooLarge { .. }) => {
+        Err(error @ (StoreError::TooLarge { .. } | StoreError::Corrupt { .. })) => {
             report.problems.push(error.to_string());
             return Ok(report);
         }

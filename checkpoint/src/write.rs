@@ -38,6 +38,7 @@ pub(crate) async fn write_shard(
         Ok::<_, SaveError>((reused.unwrap_or_default(), staged.checksums()))
     })?;
     let pieces = staged.pieces(checksums);
+    store.check_key_once().await?;
     let stored = write_object(store, &key, &pieces, options.compression).await?;
     drop(pieces);
     Ok(ShardEntry {
@@ -61,6 +62,7 @@ pub(crate) async fn write_manifest(
     known: &BTreeSet<String>,
 ) -> Result<CheckpointFact, SaveError> {
     let step = manifest.step.0;
+    store.check_key_once().await?;
     if let Some(stranger) = manifest.references().into_iter().find(|key| !known.contains(*key)) {
         let problem = format!(
             "it refers to `{stranger}`, which the checkpoint before it does not hold: commit every \

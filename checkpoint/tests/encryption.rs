@@ -10,10 +10,12 @@ use api::job::Compression;
 use api::{Generation, Step};
 use bytes::Bytes;
 use checkpoint::{
-    Dtype, PieceTarget, ReadOptions, Restore, SaveError, Saver, Slice, Store, StoreError, StoreKey,
-    diff, export, find_complete, keys, verify,
+    Dtype, PieceTarget, ReadOptions, References, Restore, SaveError, Saver, Slice, Store,
+    StoreError, StoreKey, diff, export, find_complete, keys, verify,
 };
+use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
+use support::failing::{FailingStore, Failure, Plan};
 use support::{State, info, job, options, restore, runtime, save};
 
 fn key(byte: u8) -> StoreKey {
@@ -188,10 +190,12 @@ fn whatever_is_changed_in_the_store_is_found() {
         [first, rest].concat()
     };
     let check = |what: &str| {
-        let report = runtime.block_on(verify(&sealed, &fact.manifest_key, None));
-        // A manifest that cannot be read is an error of its own.
-        let is_found = report.as_ref().map_or(true, |report| !report.ok);
-        assert!(is_found, "{what}: {report:?}");
+        let is_found = match runtime.block_on(verify(&sealed, &fact.manifest_key, None)) {
+            Ok(report) => !report.ok,
+            // The byte that was changed said which key it is.
+            Err(error) => error.is_key_mistake(),
+        };
+        assert!(is_found, "{what}");
     };
     for object in &objects {
         let good = raw(&object.key, object.bytes);
@@ -215,6 +219,90 @@ fn whatever_is_changed_in_the_store_is_found() {
     runtime.block_on(plain.put(&shards[0].key, first.into())).expect("writes");
     let report = runtime.block_on(verify(&sealed, &fact.manifest_key, None)).expect("verifies");
     assert!(report.ok, "{report:?}");
+}
+
+#[test]
+fn one_damaged_manifest_is_in_the_way_of_no_other_checkpoint() {
+    let (plain, sealed) = memory();
+    let state = State::new(3, 4000);
+    let facts =
+        [1, 2].map(|step| save(&sealed, &state, step, 1, Compression::None).expect("saves"));
+    let manifests = facts.each_ref().map(|fact| fact.manifest_key.as_str());
+    runtime().block_on(async {
+        let objects = plain.list(&keys::checkpoints(&job())).await.expect("lists");
+        let object = objects.iter().find(|object| object.key == manifests[0]).expect("there");
+        let rest = plain.get_range(&object.key, 1..object.bytes).await.expect("reads");
+        let mut bad = [&b"C"[..], &rest].concat();
+        *bad.last_mut().expect("bytes") ^= 1;
+        plain.put(&object.key, bad.into()).await.expect("writes");
+        let report = verify(&sealed, manifests[0], None).await.expect("a report");
+        assert!(!report.ok && report.problems[0].contains("is damaged"), "{report:?}");
+        let complete = find_complete(&sealed, &job(), None).await.expect("lists");
+        assert_eq!(complete, facts[1..]);
+        let mut references = References::default();
+        references
+            .read(&sealed, &manifests)
+            .await
+            .expect("nobody restores from it: it keeps nothing");
+    });
+}
+
+#[test]
+fn the_key_is_asked_for_once_per_process_and_behind_what_is_staged() {
+    let plan = Plan::new(Failure::SlowDown, usize::MAX, false);
+    let inner = Arc::new(FailingStore::new(Arc::new(InMemory::new()), plan.clone()));
+    let store = Store::with_inner(inner, "memory").encrypted(&key(1));
+    let state = State::new(3, 4000);
+    save(&store, &state, 1, 1, Compression::None).expect("saves");
+    let with_key = plan.calls();
+    save(&store, &state, 2, 2, Compression::None).expect("saves");
+    let shard_and_look = 2;
+    // To ask for the mark and to make it; the second save has one shard more.
+    assert_eq!(plan.calls() - with_key, with_key - 2 + shard_and_look);
+    // A rank that meets others again asks nothing of a store.
+    let refuses = Plan::new(Failure::SlowDown, 0, true);
+    let inner = Arc::new(FailingStore::new(Arc::new(InMemory::new()), refuses.clone()));
+    let store = Store::with_inner(inner, "memory").encrypted(&key(1));
+    let mut saver = Saver::with_store(store, options(0, 1, Compression::None)).expect("starts");
+    assert_eq!(refuses.calls(), 0);
+    saver.stage(Step(1), &state.slices()).expect("stages");
+    let error = saver.wait_shard(Step(1)).expect_err("nothing can be written");
+    assert!(error.is_retryable(), "{error}");
+}
+
+#[test]
+fn a_store_that_does_not_say_its_key_ends_nobody() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // It leads to itself: to read it fails as a disk fails that has a bad day.
+    std::os::unix::fs::symlink("encryption.json", folder.path().join("encryption.json"))
+        .expect("made");
+    let inner = LocalFileSystem::new_with_prefix(folder.path()).expect("a folder");
+    let store = Store::with_inner(Arc::new(inner), "a folder");
+    let error = runtime().block_on(store.check_key()).expect_err("it does not say");
+    assert!(error.is_retryable(), "{error}");
+    let state = State::new(3, 4000);
+    let fact = save(&store, &state, 1, 1, Compression::None).expect("saves");
+    assert_eq!(restore(&store, &fact, &state).as_ref(), Ok(&state));
+}
+
+#[test]
+fn a_mark_of_another_version_is_not_guessed_at() {
+    let (plain, sealed) = memory();
+    let mark = format!("{{\"version\": 2, \"key_id\": \"{}\"}}", key(1).id());
+    let runtime = runtime();
+    runtime.block_on(plain.put("encryption.json", Bytes::from(mark))).expect("writes");
+    let text = runtime.block_on(sealed.check_key()).expect_err("refused").to_string();
+    assert!(text.contains("version 2, this release knows version 1"), "{text}");
+}
+
+#[test]
+fn a_range_that_begins_behind_the_end_is_an_error() {
+    let (_, sealed) = memory();
+    let name = keys::shard(&job(), Step(1), Generation(1), api::Rank(0), "ab");
+    let runtime = runtime();
+    runtime.block_on(sealed.put(&name, Bytes::from_static(b"short"))).expect("writes");
+    let read = runtime.block_on(sealed.get_range(&name, 10..20));
+    assert!(matches!(read, Err(StoreError::Corrupt { .. })), "{read:?}");
 }
 
 #[test]

@@ -13,6 +13,7 @@ use checkpoint::{
     find_orphans, keys, list_checkpoints, verify,
 };
 use object_store::memory::InMemory;
+use support::failing::{FailingStore, Failure, Plan};
 use support::{State, info, job, options, restore, runtime};
 
 fn memory() -> Store {
@@ -37,6 +38,25 @@ fn state(tensors: &[(usize, f32)]) -> State {
         (format!("model.t{index}"), vec![*length], vec![*value; *length])
     };
     State(tensors.iter().enumerate().map(tensor).collect())
+}
+
+#[test]
+fn what_was_read_of_manifests_is_not_read_again_after_an_error() {
+    let inner = Arc::new(InMemory::new());
+    let honest = Store::with_inner(inner.clone(), "memory");
+    let mut saver = saver(&honest, Compression::None);
+    let facts: Vec<CheckpointFact> =
+        (1..=12).map(|step| save(&mut saver, &state(&[(10, 1.0)]), step).expect("saves")).collect();
+    let keys: Vec<&str> = facts.iter().map(|fact| fact.manifest_key.as_str()).collect();
+    let plan = Plan::new(Failure::Expired, 6, false);
+    let failing = Store::with_inner(Arc::new(FailingStore::new(inner, plan.clone())), "memory");
+    let mut references = References::default();
+    let runtime = runtime();
+    runtime.block_on(references.read(&failing, &keys)).expect_err("refused once");
+    runtime.block_on(references.read(&failing, &keys)).expect("all are read");
+    assert_eq!(plan.calls(), keys.len() + 1);
+    let first = Restore::with_store(honest, &facts[0]).expect("opens");
+    assert!(references.contains(&first.manifest().shards[0].key));
 }
 
 fn references(store: &Store, fact: &CheckpointFact) -> Vec<String> {

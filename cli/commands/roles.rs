@@ -3,13 +3,17 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::config::ClusterConfig;
 use api::connect::read_token;
+use api::control::die_with_parent;
 use api::document::read_text;
 use api::{ExitClass, Name};
+use checkpoint::{Store, StoreError};
 use coordinator::{Coordinator, CoordinatorOptions};
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 use worker::{Worker, WorkerOptions};
 
 use crate::args::{Global, WorkerArgs};
@@ -34,8 +38,45 @@ fn required_config(global: &Global, role: &str) -> Result<ClusterConfig> {
     load_config(global)
 }
 
+/// Names a process that a role must not outlive: the one that started it for a while.
+pub const DIES_WITH: &str = "COHORT_DIES_WITH";
+
+/// How long a store may take to say under which key it is encrypted.
+const KEY_WAIT: Duration = Duration::from_secs(10);
+
+/// Ends this process with the one that started it, where that asks for it.
+fn die_with() -> Result<()> {
+    let Some(parent) = std::env::var(DIES_WITH).ok().and_then(|pid| pid.parse().ok()) else {
+        return Ok(());
+    };
+    die_with_parent().map_err(|error| CliError::internal(error.to_string()))?;
+    // It may have ended before this process asked to be told.
+    if nix::unistd::getppid() != nix::unistd::Pid::from_raw(parent) {
+        return Err(CliError::internal("the process that started this one is gone"));
+    }
+    Ok(())
+}
+
+/// Refuses a store whose key is another than this worker's: its ranks would have a gang wait for them and
+/// fail only then. Whether the store answers is not this worker's to judge.
+async fn check_store_key(config: &ClusterConfig) -> Result<()> {
+    let store = Store::open(&config.store, &config.store.uri)?;
+    match tokio::time::timeout(KEY_WAIT, store.check_key()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) if error.is_key_mistake() || matches!(error, StoreError::Corrupt { .. }) => {
+            return Err(error.into());
+        }
+        Ok(Err(error)) => {
+            warn!(%error, "the store does not say under which key it is encrypted");
+        }
+        Err(_) => warn!("the store does not answer: under which key it is encrypted is not known"),
+    }
+    Ok(())
+}
+
 /// `cluster coordinator`.
 pub async fn coordinator(global: &Global) -> Result<()> {
+    die_with()?;
     let config = required_config(global, "coordinator")?;
     let token = read_token(&config.cluster.token_file)?;
     make_private_folder(&config.cluster.dir)?;
@@ -48,9 +89,11 @@ pub async fn coordinator(global: &Global) -> Result<()> {
 
 /// `cluster worker`.
 pub async fn worker(global: &Global, args: &WorkerArgs) -> Result<()> {
+    die_with()?;
     let mut config = required_config(global, "worker")?;
     config.store.uri = config.store_uri();
     probe_data_plane(&config)?;
+    check_store_key(&config).await?;
     let name = worker_name(args.name.as_deref(), &config.worker.name)?;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let slots = args.slots.unwrap_or(config.worker.slots);

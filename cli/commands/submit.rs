@@ -1,5 +1,6 @@
 //! `cluster submit` and `cluster resume`, with and without a running cluster.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use api::config::ClusterConfig;
@@ -201,7 +202,9 @@ async fn follow_or_stop(
         status = &mut watching => return status,
         () = signals.wait() => {}
     }
-    eprintln!("stopping: the job saves its state; Ctrl-C again to stop at once");
+    // The terminal may be what has gone away.
+    let told = "stopping: the job saves its state; Ctrl-C again to stop at once";
+    let _ = writeln!(std::io::stderr(), "{told}");
     client.stop_job(name).await?;
     tokio::select! {
         status = &mut watching => status,

@@ -59,8 +59,6 @@ mod tests {
 
     fn save(folder: &Path, job: &Name, generation: Generation, steps: &[u64]) {
         let options = SaverOptions {
-            section: StoreSection::default(),
-            uri: format!("file://{}", folder.display()),
             job: job.clone(),
             generation,
             rank: Rank(0),
@@ -68,7 +66,9 @@ mod tests {
             compression: Compression::None,
             incremental: false,
         };
-        let mut saver = Saver::start(options).expect("starts");
+        let uri = format!("file://{}", folder.display());
+        let store = Store::open(&StoreSection::default(), &uri).expect("opens");
+        let mut saver = Saver::with_store(store, options).expect("starts");
         for step in steps.iter().copied().map(Step) {
             let tensor = TensorSlice { name: "model.w", shape: &[2], data: &[1.0, 2.0] };
             saver.stage(step, &[tensor]).expect("staged");

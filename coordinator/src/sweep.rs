@@ -226,22 +226,39 @@ impl Shared {
         refused.map_or(Ok(()), Err)
     }
 
-    /// Deletes checkpoints but what others refer to; returns why one of them had to stay.
+    /// Deletes checkpoints but what others refer to; returns why one of them had to stay. What was
+    /// read of manifests is kept for the next try or sweep, however this one ends.
     async fn delete(
         &self,
         job: &Name,
         go: Vec<StoredCheckpoint>,
         stay: &[StoredCheckpoint],
     ) -> Result<Option<SweepError>, SweepError> {
-        let (mut deleted, mut refused) = (0, None);
         let mut references = self.references().remove(job).unwrap_or_default();
+        let done = self.delete_by(&mut references, job, go, stay).await;
+        let mut known = self.references();
+        if known.len() >= REFERENCES_MAX {
+            known.clear();
+        }
+        known.insert(job.clone(), references);
+        done
+    }
+
+    async fn delete_by(
+        &self,
+        references: &mut References,
+        job: &Name,
+        go: Vec<StoredCheckpoint>,
+        stay: &[StoredCheckpoint],
+    ) -> Result<Option<SweepError>, SweepError> {
+        let (mut deleted, mut refused) = (0, None);
         let stay = stay.iter().filter(|stays| stays.is_complete);
         let stay: Vec<&str> = stay.map(|stays| stays.manifest_key.as_str()).collect();
         in_time(LIST_WAIT, references.read(&self.store, &stay)).await?;
         // The newest first: a manifest goes before what it refers to.
         for found in go.into_iter().rev() {
             let key = found.manifest_key.as_str();
-            match in_time(DELETE_WAIT, delete_checkpoint(&self.store, key, &references)).await {
+            match in_time(DELETE_WAIT, delete_checkpoint(&self.store, key, references)).await {
                 Ok(was_there) => deleted += usize::from(was_there),
                 Err(error) if error.is_retryable() => return Err(error),
                 // This one stays, and what it refers to; it must not keep the others.
@@ -254,11 +271,6 @@ impl Shared {
         if deleted > 0 {
             info!(%job, deleted, "deleted checkpoints that nobody needs");
         }
-        let mut known = self.references();
-        if known.len() >= REFERENCES_MAX {
-            known.clear();
-        }
-        known.insert(job.clone(), references);
         Ok(refused)
     }
 

@@ -209,6 +209,26 @@ async fn while_a_manifest_that_stays_cannot_be_read_nothing_is_deleted() {
 }
 
 #[tokio::test]
+async fn what_a_sweep_that_failed_has_read_is_known_to_the_next() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let root = folder.path();
+    place_referring(root, 10, &[]);
+    place_referring(root, 39, &[10]);
+    place(root, &job(), 40, 3, true);
+    let newer = root.join(keys::manifest(&job(), Step(40), Generation(3)));
+    std::fs::write(newer, r#"{"version": 4, "somewhere": "else"}"#).expect("written");
+    let recorded = [(38, 3), (39, 3), (40, 3)];
+    let records = Arc::new(records(&job(), Phase::Running, 3, true, &recorded));
+    let sweeper = Sweeper::new(store(root), move || Arc::clone(&records));
+    sweeper.ask(job(), None);
+    sweeper.finish(GUARD).await;
+    assert_eq!(shards(root), [10, 39, 40]);
+    let known = sweeper.0.references();
+    let shard = keys::shard(&job(), Step(10), Generation(3), Rank(0), "ab");
+    assert!(known.get(&job()).is_some_and(|references| references.contains(&shard)));
+}
+
+#[tokio::test]
 async fn without_a_record_that_says_so_nothing_is_deleted() {
     let unreadable = |kind| {
         let mut records = records(&job(), Phase::Succeeded, 3, false, &[(30, 3)]);

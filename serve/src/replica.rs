@@ -43,7 +43,11 @@ pub fn run_replica() -> ExitCode {
     };
     let Err(error) = ended else { return ExitCode::SUCCESS };
     eprintln!("error: {error}");
-    let retryable = !matches!(error, ServeError::Malformed { .. } | ServeError::Algorithm(_));
+    let retryable = match &error {
+        ServeError::Malformed { .. } | ServeError::Algorithm(_) => false,
+        ServeError::Store(error) => !error.is_key_mistake(),
+        _ => true,
+    };
     let report = RankReport::Failed { message: error.to_string(), retryable, blames: None };
     // The worker may be gone; the exit code still tells.
     let _ = control.report(&report);

@@ -14,7 +14,7 @@ use api::job::WhenBehind;
 use api::samples::SampleTally;
 use api::{JobSpec, Rank, Step};
 use checkpoint::{
-    Manifest, ManifestInfo, Saver, SaverOptions, ShardEntry, TensorSlice, share_tensors,
+    Manifest, ManifestInfo, Saver, SaverOptions, ShardEntry, Store, TensorSlice, share_tensors,
 };
 use collective::Communicator;
 
@@ -60,13 +60,11 @@ impl Checkpoints {
     pub fn start(
         spec: &JobSpec,
         place: &Place,
-        section: api::config::StoreSection,
+        store: Store,
         info: ManifestInfo,
         base: Option<&Manifest>,
     ) -> Result<Self, TrainError> {
         let options = SaverOptions {
-            uri: section.uri.clone(),
-            section,
             job: spec.name.clone(),
             generation: place.generation,
             rank: place.rank,
@@ -74,7 +72,7 @@ impl Checkpoints {
             compression: spec.checkpoint.compression,
             incremental: spec.checkpoint.incremental,
         };
-        let mut saver = Saver::start(options)?;
+        let mut saver = Saver::with_store(store, options)?;
         if let Some(base) = base {
             saver.base_on(base);
         }

@@ -53,6 +53,7 @@ impl TrainError {
             Self::Job(_) | Self::DataPlane(_) | Self::Diverged { .. } | Self::SampleLedger(_) => {
                 false
             }
+            Self::Save(checkpoint::SaveError::Store(error)) => !error.is_key_mistake(),
             Self::Collective(_) | Self::Save(_) | Self::Control(_) => true,
             Self::Restore(error) => error.is_retryable(),
         }

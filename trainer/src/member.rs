@@ -8,12 +8,11 @@
 
 use std::time::{Duration, Instant};
 
-use api::config::StoreSection;
 use api::control::{Control, ControlError, Orders};
 use api::data_plane::DataPlane;
 use api::session::{FLIGHT_LAST, RankOrder, RankReport};
 use api::{JobSpec, Rank, Step};
-use checkpoint::{Manifest, ManifestInfo, Restore};
+use checkpoint::{Manifest, ManifestInfo, Restore, Store};
 use collective::{
     CollectiveError, Communicator, FlightRecorder, GroupOptions, Listener, ProcessGroup, TcpOptions,
 };
@@ -40,8 +39,8 @@ pub struct Member {
     pub control: Control,
     /// From the worker.
     pub orders: Orders,
-    /// How to reach the store.
-    pub store: StoreSection,
+    /// The store, opened once: what a regroup needs of it is at hand.
+    pub store: Store,
     /// How to reach the other ranks.
     pub data: DataPlane,
     /// Options of connections to them.
@@ -328,7 +327,7 @@ impl Member {
     ) -> Result<(TrainState, Option<Manifest>), TrainError> {
         let mut state = held.blank_state();
         let Some(fact) = &place.restore else { return Ok((state, None)) };
-        let mut restore = Restore::open(&self.store, &self.store.uri, fact)?;
+        let mut restore = Restore::with_store(self.store.clone(), fact)?;
         check(&held.spec, restore.manifest(), &self.info, fact.step)?;
         state.restore(&held.table, &mut restore)?;
         Ok((state, Some(restore.manifest().clone())))

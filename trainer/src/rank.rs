@@ -10,7 +10,7 @@ use std::time::Duration;
 use api::control::{Control, ControlError, Orders, die_with_parent};
 use api::session::{Assignment, FLIGHT_LAST, RankOrder, RankReport, TrainAssignment};
 use api::{ExitClass, JobSpec};
-use checkpoint::ManifestInfo;
+use checkpoint::{ManifestInfo, SaveError, Store};
 use collective::FlightRecorder;
 
 use crate::data_plane::tcp_options;
@@ -94,6 +94,7 @@ fn run(
     let fingerprint = device::fingerprint(&spec.resources);
 
     let local = channels::localize(spec, &store)?;
+    let store = Store::open(&store, &store.uri).map_err(SaveError::from)?;
     let problem = algorithms::algorithm(&spec.algorithm)?.open(spec, &local)?;
     let table = Table::of(&problem.model);
     let total = last_step(spec, problem.train.len());

@@ -74,8 +74,6 @@ pub fn job() -> Name {
 
 pub fn options(rank: u32, world_size: u32, compression: Compression) -> SaverOptions {
     SaverOptions {
-        section: StoreSection::default(),
-        uri: String::new(),
         job: job(),
         generation: Generation(3),
         rank: Rank(rank),

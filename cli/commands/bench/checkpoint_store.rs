@@ -133,8 +133,6 @@ impl Bench {
 
     fn save(&self, round: usize) -> Result<(CheckpointFact, f64, f64)> {
         let options = SaverOptions {
-            section: self.section.clone(),
-            uri: self.uri.clone(),
             job: self.job.clone(),
             generation: Generation(1),
             rank: Rank(0),
@@ -142,7 +140,7 @@ impl Bench {
             compression: Compression::None,
             incremental: false,
         };
-        let mut saver = Saver::start(options).map_err(failed)?;
+        let mut saver = Saver::with_store(self.store.clone(), options).map_err(failed)?;
         let shape = [self.values[0].len()];
         let tensors: Vec<TensorSlice<'_>> = self
             .names

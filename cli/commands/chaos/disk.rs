@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
+use chaos::Random;
+
 use crate::error::{CliError, Result};
 
 /// What is written at once: a run that is broken off waits for no more than that.
@@ -14,6 +16,7 @@ pub struct Filling {
     file: File,
     path: PathBuf,
     left: u64,
+    random: Random,
 }
 
 impl Filling {
@@ -27,7 +30,10 @@ impl Filling {
         for number in 0u32.. {
             let path = folder.join(format!("cohort-chaos-{pid}-{number}.fill"));
             match File::options().write(true).create_new(true).open(&path) {
-                Ok(file) => return Ok(Self { file, path, left: bytes_max }),
+                Ok(file) => {
+                    let random = Random::new(u64::from(number));
+                    return Ok(Self { file, path, left: bytes_max, random });
+                }
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(unwritable(folder, error)),
             }
@@ -36,10 +42,14 @@ impl Filling {
     }
 
     /// Writes until the bound or the end of the disk is reached, letting others run between. A hole
-    /// would take no room, so it writes bytes; unsynced ones are enough to take it.
+    /// would take no room and a pattern little where the file system compresses, so it writes random
+    /// bytes; unsynced ones are enough to take it.
     pub async fn fill(&mut self) {
-        let chunk = vec![0x5a; CHUNK];
+        let mut chunk = vec![0; CHUNK];
         while self.left > 0 {
+            chunk.chunks_exact_mut(8).for_each(|eight| {
+                eight.copy_from_slice(&self.random.bits().to_le_bytes());
+            });
             let length = (self.left).min(CHUNK as u64);
             // A full disk is what was wanted; any other failure leaves the file as it is.
             let Ok(written) = self.file.write(&chunk[..length as usize]) else { return };
@@ -55,7 +65,9 @@ impl Filling {
 impl Drop for Filling {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_file(&self.path) {
-            eprintln!("error: cannot remove `{}`: {error}", self.path.display());
+            // Nobody may read it any more; what else is to be undone must not wait for that.
+            let path = self.path.display();
+            let _ = writeln!(std::io::stderr(), "error: cannot remove `{path}`: {error}");
         }
     }
 }

@@ -1,5 +1,8 @@
 //! `cluster chaos run`: disturbs a running cluster on this host by a seed.
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use api::config::StoreSection;
@@ -16,7 +19,7 @@ use crate::context::Access;
 use crate::error::{CliError, Result};
 use crate::follow::outcome;
 use crate::output;
-use crate::processes::{Process, Roles, listener};
+use crate::processes::{Process, Roles, listeners};
 use crate::signals::{EXIT_INTERRUPTED, Signals};
 
 /// Shortest mean time between two faults: each looks through all processes of the host.
@@ -39,11 +42,11 @@ pub async fn run(global: &Global, args: &ChaosRun) -> Result<()> {
         job: job.spec.name.clone(),
         coordinators: access.coordinators.clone(),
         whole: access.pid,
-        coordinators_here: roles.coordinators.len(),
         store: store_server(&store),
         fill: args.fill.clone(),
         fill_bytes: args.fill_bytes.0,
         claims: Claims::default(),
+        killed: Mutex::default(),
     };
     for kind in &args.faults {
         check(*kind, args, &scene, &roles)?;
@@ -71,9 +74,14 @@ pub async fn run(global: &Global, args: &ChaosRun) -> Result<()> {
     let (struck, missed) = (run.struck, run.missed);
     match ended {
         None => {
-            if !global.json {
-                output::line("broken off; everything is undone");
-            }
+            let document = serde_json::json!({
+                "event": "end", "broken_off": true, "struck": struck, "missed": missed,
+            });
+            // After a hang-up nobody reads it.
+            let _ = match global.json {
+                true => output::try_line(&document.to_string()),
+                false => output::try_line("broken off; everything is undone"),
+            };
             std::process::exit(EXIT_INTERRUPTED);
         }
         Some(ended) => ended?,
@@ -164,10 +172,21 @@ fn check(kind: FaultKind, args: &ChaosRun, scene: &Scene, roles: &Roles) -> Resu
             }
             Some(_) => Ok(()),
         },
-        FaultKind::ThrottleStore if scene.store.is_none() => refuse(
-            "the object store is not a server on this host",
-            "it is where store.uri is `s3://…` and store.s3.endpoint is on loopback",
-        ),
+        FaultKind::ThrottleStore => {
+            let servers = listeners(&scene.store);
+            let programs: BTreeSet<_> = servers.iter().map(Process::program).collect();
+            match programs.len() {
+                0 => refuse(
+                    "the object store is not a server on this host",
+                    "it is where store.uri is `s3://…` and store.s3.endpoint is on loopback",
+                ),
+                1 => Ok(()),
+                _ => refuse(
+                    "several programs hold the socket of the object store's server",
+                    "only one that is the server's own can be stopped without harm to others",
+                ),
+            }
+        }
         FaultKind::KillCoordinator if is_whole => refuse(
             "all roles of this cluster are one process",
             "run `cluster coordinator` three times for one that can lose a coordinator",
@@ -179,17 +198,21 @@ fn check(kind: FaultKind, args: &ChaosRun, scene: &Scene, roles: &Roles) -> Resu
             "the cluster has one coordinator, and nothing would decide without it",
             "run three or five",
         ),
-        FaultKind::ThrottleStore | FaultKind::KillCoordinator => Ok(()),
+        FaultKind::KillCoordinator => Ok(()),
     }
 }
 
-/// The server of an S3 store whose endpoint is on loopback.
-fn store_server(store: &StoreSection) -> Option<Process> {
-    let (_, rest) = store.s3.endpoint.split_once("://")?;
-    let (host, port) = rest.split('/').next()?.rsplit_once(':')?;
-    let is_here = host == "localhost" || host == "[::1]" || host.starts_with("127.");
+/// Where the server of an S3 store listens whose endpoint is on loopback.
+fn store_server(store: &StoreSection) -> Vec<SocketAddr> {
+    let endpoint = store.s3.endpoint.split_once("://").map_or("", |(_, rest)| rest);
+    let place = endpoint.split('/').next().unwrap_or_default();
+    let places = match place.strip_prefix("localhost") {
+        Some(port) => vec![format!("127.0.0.1{port}"), format!("[::1]{port}")],
+        None => vec![place.to_owned()],
+    };
+    let addresses = places.iter().filter_map(|place| place.parse::<SocketAddr>().ok());
     let is_used = store.uri.starts_with("s3://");
-    (is_here && is_used).then(|| listener(port.parse().ok()?))?
+    addresses.filter(|address| is_used && address.ip().is_loopback()).collect()
 }
 
 /// A plan under way.
@@ -232,9 +255,10 @@ impl Run<'_> {
         let until = self.started + offset;
         loop {
             let status = tokio::select! {
+                // First, or strikes that are late would hide that the job has ended.
                 biased;
-                () = tokio::time::sleep_until(until) => return Ok(true),
                 status = self.watch.status() => status,
+                () = tokio::time::sleep_until(until) => return Ok(true),
             };
             let seconds = self.started.elapsed().as_secs_f64();
             let document = serde_json::json!({
@@ -249,7 +273,7 @@ impl Run<'_> {
     }
 
     fn strike(&mut self, strike: &Strike) -> Result<()> {
-        let (pid, missed) = match self.scene.strike(strike)? {
+        let (pid, missed) = match self.scene.strike(strike) {
             Struck::Done(pid, held) => {
                 self.struck += 1;
                 match (held, strike.fault.lasts) {
@@ -282,5 +306,27 @@ impl Run<'_> {
     async fn undo(&mut self) {
         self.begun.shutdown().await;
         self.kept.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_store_s_server_is_where_its_endpoint_is() {
+        let at = |endpoint: &str, uri: &str| {
+            let mut store = StoreSection { uri: uri.into(), ..StoreSection::default() };
+            store.s3.endpoint = endpoint.into();
+            let found = store_server(&store);
+            found.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(at("http://127.0.0.1:9000", "s3://b"), "127.0.0.1:9000");
+        assert_eq!(at("http://127.0.0.1:9000/x", "s3://b/c"), "127.0.0.1:9000");
+        assert_eq!(at("http://localhost:9000", "s3://b"), "127.0.0.1:9000 [::1]:9000");
+        assert_eq!(at("http://[::1]:9000", "s3://b"), "[::1]:9000");
+        assert_eq!(at("http://10.0.0.5:9000", "s3://b"), "");
+        assert_eq!(at("http://127.0.0.1:9000", "file:///b"), "");
+        assert_eq!(at("", "s3://b"), "");
     }
 }

@@ -3,14 +3,17 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use api::JobSpec;
 use api::config::{ClusterConfig, Member, TlsSection};
-use api::records::JobRecord;
+use api::records::{JobRecord, Phase};
 use api::units::Span;
 use chaos::{Random, Trace};
 use coordinator::ClusterClient;
@@ -21,10 +24,12 @@ use tokio::time::Instant;
 
 use super::job::{self, Watch};
 use crate::args::{ChaosReplay, Global};
-use crate::certificates::{ensure_token, make_private_folder};
+use crate::certificates::ensure_token;
+use crate::commands::roles::DIES_WITH;
 use crate::commands::submit::load_job;
 use crate::context::Access;
 use crate::error::{CliError, Result};
+use crate::follow::outcome;
 use crate::output;
 use crate::signals::{EXIT_INTERRUPTED, Signals};
 
@@ -32,11 +37,15 @@ use crate::signals::{EXIT_INTERRUPTED, Signals};
 const GUARD: Duration = Duration::from_secs(60);
 /// Between two attempts to reach the coordinator that is starting.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
+/// Attempts to remove the folder.
+const REMOVALS_MAX: u32 = 40;
+/// As long as a trace may be.
+const LONGEST: Duration = Duration::from_secs(10 * 366 * 86_400);
 
 /// Runs a job on nodes that come and go, and says what became of their time.
 pub async fn replay(global: &Global, args: &ChaosReplay, trace: &Trace) -> Result<()> {
     let mut signals = Signals::new()?;
-    let folder = std::env::temp_dir().join(format!("cohort-replay-{}", std::process::id()));
+    let folder = make_folder()?;
     let ended = tokio::select! {
         ended = replay_in(global, args, trace, &folder) => Some(ended),
         () = signals.wait() => None,
@@ -45,7 +54,7 @@ pub async fn replay(global: &Global, args: &ChaosReplay, trace: &Trace) -> Resul
     let kept = match &ended {
         Some(Err(_)) => Some(folder.as_path()),
         _ => {
-            let _ = std::fs::remove_dir_all(&folder);
+            remove(&folder).await;
             None
         }
     };
@@ -65,7 +74,11 @@ async fn replay_in(
     folder: &Path,
 ) -> Result<()> {
     let peak = trace.statistics().peak;
-    make_private_folder(folder)?;
+    let last = Duration::try_from_secs_f64(trace.end_ms() as f64 / 1e3 / args.speed);
+    if !last.is_ok_and(|last| last <= LONGEST) {
+        let text = format!("--speed {}: the trace would take more than ten years", args.speed);
+        return Err(CliError::usage(text));
+    }
     let spec = job_for(args.job.as_deref(), peak, folder)?;
     let (config_file, access) = configure(folder)?;
     let mut coordinator = start(&config_file, folder, "coordinator", &["coordinator"])?;
@@ -92,7 +105,8 @@ async fn replay_in(
             break;
         }
         nodes.become_so_many(count).await?;
-        tell(global, begun, &format!("{count} nodes"), &serde_json::json!({ "nodes": count }));
+        let fields = serde_json::json!({ "event": "nodes", "nodes": count });
+        tell(global, begun, &format!("{count} nodes"), fields)?;
     }
     if !has_ended {
         has_ended = wait(global, begun, at(trace.end_ms()), &mut watch, &mut nodes).await?;
@@ -104,8 +118,11 @@ async fn replay_in(
     let late = |_| CliError::internal(format!("the job did not stop within {GUARD:?}"));
     let job = tokio::time::timeout(GUARD, watch.end()).await.map_err(late)??;
     nodes.kill_all().await;
-    conclude(global, &job, node_seconds);
-    Ok(())
+    conclude(global, &job, node_seconds)?;
+    match job.status.phase {
+        Phase::Failed => outcome(&job.spec.name, &job.status).map_err(CliError::told_by_result),
+        _ => Ok(()),
+    }
 }
 
 /// Waits until a time, telling what the job does; true when the job has ended.
@@ -124,29 +141,29 @@ async fn wait(
             status = watch.status() => status,
         };
         let fields = serde_json::json!({
-            "phase": status.phase, "generation": status.generation, "ranks": status.gang.len(),
+            "event": "job", "phase": status.phase, "generation": status.generation,
+            "ranks": status.gang.len(),
         });
-        tell(global, begun, &job::line(&status), &fields);
+        tell(global, begun, &job::line(&status), fields)?;
         if status.phase.is_terminal() {
             return Ok(true);
         }
     }
 }
 
-fn tell(global: &Global, begun: Instant, text: &str, fields: &serde_json::Value) {
+/// Prints what happens. Ends the replay where nobody can read it: the processes end with it.
+fn tell(global: &Global, begun: Instant, text: &str, mut fields: serde_json::Value) -> Result<()> {
     let seconds = begun.elapsed().as_secs_f64();
     if global.json {
-        let mut document = fields.clone();
-        document["at_ms"] = ((seconds * 1e3) as u64).into();
-        output::json(&document);
-    } else {
-        output::line(&format!("{seconds:8.3} s  {text}"));
+        fields["at_ms"] = ((seconds * 1e3) as u64).into();
+        return output::try_line(&fields.to_string());
     }
+    output::try_line(&format!("{seconds:8.3} s  {text}"))
 }
 
 /// Goodput of the nodes, which counts the time before a node's rank runs and after its job's last
 /// record, beside the job's own, which does not.
-fn conclude(global: &Global, job: &JobRecord, node_seconds: f64) {
+fn conclude(global: &Global, job: &JobRecord, node_seconds: f64) -> Result<()> {
     let book = &job.status.goodput;
     let good = (book.useful_ms + book.communication_ms) as f64 / 1e3;
     let goodput = (node_seconds > 0.0).then(|| good / node_seconds);
@@ -155,13 +172,12 @@ fn conclude(global: &Global, job: &JobRecord, node_seconds: f64) {
         document["event"] = "end".into();
         document["node_seconds"] = node_seconds.into();
         document["goodput_of_nodes"] = goodput.into();
-        output::json(&document);
-        return;
+        return output::try_line(&document.to_string());
     }
     job::show(job);
-    output::line("");
+    output::try_line("")?;
     let part = goodput.map_or_else(|| "-".into(), |part| format!("{part:.3}"));
-    output::line(&format!("goodput of the nodes: {part} of {node_seconds:.1} node-seconds"));
+    output::try_line(&format!("goodput of the nodes: {part} of {node_seconds:.1} node-seconds"))
 }
 
 /// The user's job, or a light one, on any number of ranks up to `peak`.
@@ -246,7 +262,9 @@ fn start(config: &Path, folder: &Path, log: &str, arguments: &[&str]) -> Result<
         .stderr(errors)
         // Ctrl-C is for us: what it means for them is ours to say.
         .process_group(0)
-        .kill_on_drop(true);
+        .kill_on_drop(true)
+        // Where nothing is dropped.
+        .env(DIES_WITH, std::process::id().to_string());
     command.spawn().map_err(failed)
 }
 
@@ -279,8 +297,8 @@ struct Nodes {
     folder: PathBuf,
     /// By number; with when each started.
     living: BTreeMap<u32, (Child, Instant)>,
-    /// Told to leave; each kills its worker in the end.
-    leaving: Vec<tokio::task::JoinHandle<()>>,
+    /// Told to leave, and here until they have.
+    leaving: Vec<Leaving>,
     started: u32,
     /// Of those that are gone.
     node_seconds: f64,
@@ -308,18 +326,23 @@ impl Nodes {
         let numbers: Vec<u32> = self.living.keys().copied().collect();
         let chosen = self.random.choose(&numbers).and_then(|number| self.living.remove(number));
         let Some((mut child, since)) = chosen else { return };
-        self.node_seconds += since.elapsed().as_secs_f64();
         let Some((notice, pid)) = self.notice.zip(child.id()) else {
             let _ = child.kill().await;
+            self.node_seconds += since.elapsed().as_secs_f64();
             return;
         };
         // Its number is still its own: nobody has waited for it.
         let _ = kill(Pid::from_raw(pid as i32), Signal::SIGTERM);
-        self.leaving.push(tokio::spawn(async move {
+        let left = Arc::new(OnceLock::new());
+        let mark = left.clone();
+        let kill = tokio::spawn(async move {
             if tokio::time::timeout(notice, child.wait()).await.is_err() {
                 let _ = child.kill().await;
             }
-        }));
+            // Nobody else sets it.
+            let _ = mark.set(Instant::now());
+        });
+        self.leaving.push(Leaving { since, left, kill });
     }
 
     /// Waits until one ends that nobody has killed.
@@ -338,8 +361,9 @@ impl Nodes {
     }
 
     fn node_seconds_until(&self, now: Instant) -> f64 {
-        let living = self.living.values().map(|(_, since)| (now - *since).as_secs_f64());
-        self.node_seconds + living.sum::<f64>()
+        let living = self.living.values().map(|(_, since)| now - *since);
+        let leaving = self.leaving.iter().map(|leaving| leaving.lived_until(now));
+        self.node_seconds + living.chain(leaving).map(|span| span.as_secs_f64()).sum::<f64>()
     }
 
     async fn kill_all(&mut self) {
@@ -353,7 +377,51 @@ impl Nodes {
 impl Drop for Nodes {
     fn drop(&mut self) {
         // Dropping the task drops the process that it holds, which kills it.
-        self.leaving.iter().for_each(tokio::task::JoinHandle::abort);
+        self.leaving.iter().for_each(|leaving| leaving.kill.abort());
+    }
+}
+
+/// A node that was told to leave. It works and is paid for as long as it is there.
+struct Leaving {
+    /// When it started.
+    since: Instant,
+    /// When it had left.
+    left: Arc<OnceLock<Instant>>,
+    /// Kills it after the time of notice.
+    kill: tokio::task::JoinHandle<()>,
+}
+
+impl Leaving {
+    fn lived_until(&self, now: Instant) -> Duration {
+        self.left.get().copied().unwrap_or(now).min(now) - self.since
+    }
+}
+
+/// A private folder that nobody has used before.
+fn make_folder() -> Result<PathBuf> {
+    let pid = std::process::id();
+    for number in 0u32.. {
+        let path = std::env::temp_dir().join(format!("cohort-replay-{pid}-{number}"));
+        match std::fs::DirBuilder::new().mode(0o700).create(&path) {
+            Ok(()) => return Ok(path),
+            // Left by a replay of that process number that failed.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => {
+                let text = format!("cannot make the folder `{}`: {error}", path.display());
+                return Err(CliError::usage(text));
+            }
+        }
+    }
+    Err(CliError::internal("no name is free for a folder"))
+}
+
+/// Removes it; processes that were killed just now may still write there.
+async fn remove(folder: &Path) {
+    for _ in 0..REMOVALS_MAX {
+        if std::fs::remove_dir_all(folder).is_ok() {
+            return;
+        }
+        tokio::time::sleep(RETRY_INTERVAL).await;
     }
 }
 
@@ -368,4 +436,32 @@ async fn first<T, F: Future<Output = T> + Unpin>(mut futures: Vec<F>) -> T {
         std::task::Poll::Pending
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_node_counts_until_it_has_left() {
+        let since = Instant::now();
+        let after = |seconds| since + Duration::from_secs(seconds);
+        let kill = tokio::spawn(std::future::pending());
+        let leaving = Leaving { since, left: Arc::default(), kill };
+        assert_eq!(leaving.lived_until(after(7)).as_secs(), 7);
+        leaving.left.set(after(9)).expect("set once");
+        assert_eq!(leaving.lived_until(after(60)).as_secs(), 9);
+        leaving.kill.abort();
+    }
+
+    #[tokio::test]
+    async fn each_replay_has_a_folder_of_its_own() {
+        let folders = [make_folder().expect("made"), make_folder().expect("made")];
+        assert_ne!(folders[0], folders[1]);
+        for folder in folders {
+            std::fs::write(folder.join("file"), "").expect("written");
+            remove(&folder).await;
+            assert!(!folder.exists());
+        }
+    }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use chrono::DateTime;
 use hyper::Method;
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::metadata::{MetadataServer, Question, Trouble};
 use super::{Notice, Pace, Source, Urgency, clock};
@@ -92,7 +92,7 @@ pub(crate) async fn acknowledge(endpoint: &str, pace: Pace, event: &str) -> Resu
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Document {
-    events: Vec<Event>,
+    events: Vec<Value>,
 }
 
 #[derive(Deserialize)]
@@ -113,10 +113,17 @@ fn notice(body: &str, name: &str) -> Result<Option<Notice>, Trouble> {
     let expected = r#"{"Events": [{"EventId", "EventType", "EventStatus", "NotBefore", …}]}"#;
     let garbage = || Trouble::garbage(EVENTS_PATH, body, expected);
     let document: Document = serde_json::from_str(body).map_err(|_| garbage())?;
-    let is_mine = |event: &&Event| event.resources.iter().any(|other| other == name);
+    // What is wrong with another machine's event must not hide ours.
+    let is_mine = |event: &Value| {
+        let resources = event["Resources"].as_array();
+        resources.is_some_and(|all| all.iter().any(|resource| resource == name))
+    };
+    let mine = document.events.into_iter().filter(is_mine);
+    let mine: Vec<Event> = mine
+        .map(|event| serde_json::from_value(event).map_err(|_| garbage()))
+        .collect::<Result<_, _>>()?;
     let is_ahead = |event: &&Event| matches!(&*event.event_status, "Scheduled" | "Started");
-    let mine = document.events.iter().filter(is_mine).filter(is_ahead);
-    let notices: Option<Vec<Notice>> = mine.map(Event::notice).collect();
+    let notices: Option<Vec<Notice>> = mine.iter().filter(is_ahead).map(Event::notice).collect();
     Ok(super::most_urgent(notices.ok_or_else(garbage)?))
 }
 
@@ -170,6 +177,10 @@ mod tests {
     fn only_events_of_this_machine_count_and_the_most_urgent_first() {
         assert_eq!(read(&[]).expect("read"), None);
         assert_eq!(read(&[event("a", "Preempt", r#"["vm_2"]"#, AT)]).expect("read"), None);
+        // Another machine's, whatever it looks like.
+        let odd = r#"{"EventId": 7, "Resources": ["vm_2"]}"#.to_owned();
+        let found = read(&[odd, event("e", "Reboot", r#"["vm_1"]"#, AT)]).expect("read");
+        assert_eq!(found.and_then(|notice| notice.acknowledge).as_deref(), Some("e"));
         let freeze = event("b", "Freeze", r#"["vm_1"]"#, AT);
         let found = read(std::slice::from_ref(&freeze)).expect("read").expect("a notice");
         assert_eq!(found.cause, "Azure pauses it for some seconds at 18:29:47Z");
@@ -196,5 +207,6 @@ mod tests {
             assert!(trouble.contains("expected {\"Events\""), "{trouble}");
         }
         read(&[event("a", "Reboot", r#"["vm_1"]"#, "soon")]).expect_err("no time");
+        read(&[r#"{"EventId": 7, "Resources": ["vm_1"]}"#.to_owned()]).expect_err("no event");
     }
 }

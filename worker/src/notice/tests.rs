@@ -123,9 +123,10 @@ async fn a_server_in_trouble_is_asked_again_and_believed_when_it_is_well() {
             NoticeSource::Gcp => "GET /computeMetadata",
             _ => "GET /metadata",
         };
-        let mut fake = Fake::start().await;
         // A server that hangs from the first is given more time than this test has.
         for mood in [Mood::Garbage, Mood::Broken] {
+            // One of its own for each: no question of the former is taken for one of this.
+            let mut fake = Fake::start().await;
             fake.tell(|told| told.mood = mood);
             let mut notices = Notices::at_pace(&section(&fake, source), PACE);
             for _ in 0..3 {
