@@ -20,6 +20,7 @@ pub mod job;
 pub mod records;
 pub mod schema;
 pub mod session;
+pub mod stacks;
 pub mod units;
 
 /// Generated from `proto/`.
