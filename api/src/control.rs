@@ -16,7 +16,7 @@ use std::time::Duration;
 use crate::flight::FlightLog;
 use crate::ids::Generation;
 use crate::session::{MESSAGE_BYTES_MAX, RankLine, RankOrder, RankReport};
-use crate::stacks::StackFrame;
+use crate::stacks::{StackFrame, TELLING_THREAD};
 
 /// The control socket cannot be used, or broke.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -164,7 +164,7 @@ impl Control {
                 tracing::warn!(%error, "the stacks were not taken");
             }
         };
-        if let Err(error) = std::thread::Builder::new().name("stacks".into()).spawn(answer) {
+        if let Err(error) = std::thread::Builder::new().name(TELLING_THREAD.into()).spawn(answer) {
             tracing::warn!(%error, "no thread to tell the stacks");
         }
     }

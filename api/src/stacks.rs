@@ -22,6 +22,9 @@ pub const STACKS_BYTES_MAX: u64 = 4 << 20;
 /// Longest function name, in bytes: that of a deeply generic one is cut.
 pub const FUNCTION_BYTES_MAX: usize = 200;
 
+/// The thread of a process that tells what the others are in.
+pub const TELLING_THREAD: &str = "stacks";
+
 /// Functions of libraries that say where a thread waits, not what for: a frame of ours further out
 /// says more.
 const LIBRARIES: [&str; 16] = [
@@ -100,9 +103,19 @@ pub struct StackFrame {
 }
 
 impl StackFrame {
-    /// Whether it is a function of the program rather than of a library below it or the system.
+    /// Whether it is a function of the program rather than of a library below it or the system. Its
+    /// file tells, where that is known: those of libraries lie in a folder with a version or are the
+    /// compiler's own.
     pub fn is_useful(&self) -> bool {
         let name = self.function.as_str();
+        if let Some(file) = &self.file {
+            let folder = file.split('/').next().unwrap_or_default();
+            let is_versioned =
+                folder.split('-').any(|part| part.starts_with(|c: char| c.is_ascii_digit()));
+            return file.ends_with(".rs")
+                && !is_versioned
+                && !matches!(folder, "std" | "core" | "alloc" | "stacks");
+        }
         name.contains("::") && !LIBRARIES.iter().any(|library| name.starts_with(library))
     }
 }
@@ -140,6 +153,8 @@ impl ThreadStack {
 impl StackDump {
     /// Takes over what the process itself told of its threads, by their numbers.
     pub fn add_frames(&mut self, told: Vec<(u32, Vec<StackFrame>)>) {
+        // The thread that found them out.
+        self.threads.retain(|thread| thread.name != TELLING_THREAD);
         let mut told: BTreeMap<u32, Vec<StackFrame>> = told.into_iter().collect();
         for thread in &mut self.threads {
             thread.frames = told.remove(&thread.id).unwrap_or_default();
@@ -218,5 +233,15 @@ mod tests {
         let with_line = StackFrame { file: Some("a.rs".into()), line: Some(7), ..frame("x::y") };
         assert_eq!(with_line.to_string(), "x::y (a.rs:7)");
         assert_eq!(frame("x::y").to_string(), "x::y");
+        for (file, is_useful) in [
+            ("trainer/src/train.rs", true),
+            ("cli/main.rs", true),
+            ("rayon-core-1.13.0/src/scope/mod.rs", false),
+            ("std/src/sync/condvar.rs", false),
+            ("./nptl/pthread_create.c", false),
+        ] {
+            let frame = StackFrame { file: Some(file.into()), ..frame("wait") };
+            assert_eq!(frame.is_useful(), is_useful, "{file}");
+        }
     }
 }

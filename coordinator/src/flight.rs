@@ -178,9 +178,21 @@ impl FlightDesk {
             notes.push(format!("the logs that were kept cannot be listed: {why}"));
             BTreeMap::new()
         });
+        let stacks = match stacks {
+            WantedStacks::None => Vec::new(),
+            WantedStacks::Live => {
+                self.ask_stacks(leadership, name, generation, None, false).await?
+            }
+            WantedStacks::Kept => self.read_stacks(name, wanted).await.unwrap_or_else(|why| {
+                notes.push(format!("the stacks that were kept cannot be read: {why}"));
+                Vec::new()
+            }),
+        };
         if asked == 0 && wanted.is_none() && !kept.contains_key(&generation) {
-            let newest = kept.keys().rev().find(|kept| **kept < generation);
-            generation = *newest.ok_or_else(|| {
+            let newest = kept.keys().rev().find(|kept| **kept < generation).copied();
+            // One that hung may have left its stacks only.
+            let newest = newest.or_else(|| stacks.first().map(|dump| dump.generation));
+            generation = newest.ok_or_else(|| {
                 let why = notes.first().map(|note| format!("; {note}")).unwrap_or_default();
                 Status::failed_precondition(format!(
                     "job `{name}` has no flight log: none of its ranks runs, and none that failed \
@@ -193,16 +205,6 @@ impl FlightDesk {
                 status.generation.0, generation.0
             ));
         }
-        let stacks = match stacks {
-            WantedStacks::None => Vec::new(),
-            WantedStacks::Live => {
-                self.ask_stacks(leadership, name, generation, None, false).await?
-            }
-            WantedStacks::Kept => self.read_stacks(name, wanted).await.unwrap_or_else(|why| {
-                notes.push(format!("the stacks that were kept cannot be read: {why}"));
-                Vec::new()
-            }),
-        };
         let own = kept.get(&generation).cloned().unwrap_or_default();
         self.read_kept(job, generation, &own, entries, &mut ranks, asked > 0).await;
         let findings = findings(generation, &ranks);

@@ -18,6 +18,9 @@ pub use capture::install;
 /// How long threads may take to note where they are: each needs a time slice.
 const CAPTURE_WAIT: Duration = Duration::from_millis(500);
 
+/// The function that marks the beginning of what a thread does, by a convention of the standard library.
+const BEGINNING: &str = "__rust_begin_short_backtrace";
+
 /// The stacks of all threads of this process but the one that asks, by the kernel's thread numbers, the
 /// innermost frame first; and what is missing, in words, or nothing.
 ///
@@ -31,11 +34,15 @@ pub fn dump() -> (Vec<(u32, Vec<StackFrame>)>, String) {
     let mut left = FRAMES_IN_ALL;
     let mut stacks = Vec::new();
     for (thread, addresses) in captured.threads {
-        let mut frames = Vec::new();
-        for address in addresses {
+        let mut frames: Vec<StackFrame> = Vec::new();
+        // The outermost return address is none.
+        for address in addresses.into_iter().filter(|address| *address > 0) {
             let named = names.entry(address).or_insert_with(|| symbols::of(address)).clone();
             frames.extend(named.into_iter().take(left - frames.len().min(left)));
         }
+        // What lies outside of it begins any thread.
+        let outermost = frames.iter().position(|frame| frame.function.contains(BEGINNING));
+        frames.truncate(outermost.unwrap_or(frames.len()));
         left -= frames.len();
         stacks.push((thread, frames));
     }

@@ -25,10 +25,9 @@ pub(crate) fn of(address: usize) -> Vec<StackFrame> {
 /// A path from where it begins to say something: a crate's folder rather than where it lay when the binary
 /// was built.
 fn short(path: &str) -> &str {
-    let parts: Vec<(usize, char)> = path.char_indices().filter(|(_, c)| *c == '/').collect();
-    // The crate, its folder of sources, the file.
-    let from = path.rfind("/src/").and_then(|src| parts.iter().rev().find(|(at, _)| *at < src));
-    from.map_or(path, |(at, _)| &path[at + 1..])
+    // The crate, its folder of sources, the file; or a folder and a file.
+    let from = path.rfind("/src/").or_else(|| path.rfind('/')).unwrap_or(0);
+    path[..from].rfind('/').filter(|_| path.starts_with('/')).map_or(path, |at| &path[at + 1..])
 }
 
 /// A name of bounded length; what is cut is in the middle of generic arguments.
@@ -48,6 +47,8 @@ mod tests {
     fn paths_and_names_are_short() {
         assert_eq!(short("/home/a/cohort/trainer/src/train.rs"), "trainer/src/train.rs");
         assert_eq!(short("/x/rayon-core-1.13.0/src/job.rs"), "rayon-core-1.13.0/src/job.rs");
+        assert_eq!(short("/home/a/cohort/cli/main.rs"), "cli/main.rs");
+        assert_eq!(short("trainer/src/train.rs"), "trainer/src/train.rs");
         assert_eq!(short("main.c"), "main.c");
         assert_eq!(clip(&"é".repeat(300)).len(), FUNCTION_BYTES_MAX - 4 + 3);
         assert_eq!(clip("a::b"), "a::b");

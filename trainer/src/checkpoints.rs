@@ -6,10 +6,13 @@
 //! for another's upload, and the coordinator is not needed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use api::control::Control;
 use api::events::CheckpointFact;
 use api::job::WhenBehind;
+use api::session::RankReport;
 use api::{JobSpec, Rank, Step};
 use checkpoint::{
     Manifest, ManifestInfo, Saver, SaverOptions, ShardEntry, TensorSlice, share_tensors,
@@ -53,6 +56,7 @@ impl Checkpoints {
         section: api::config::StoreSection,
         info: ManifestInfo,
         base: Option<&Manifest>,
+        control: &Control,
     ) -> Result<Self, TrainError> {
         let options = SaverOptions {
             uri: section.uri.clone(),
@@ -65,6 +69,7 @@ impl Checkpoints {
             incremental: spec.checkpoint.incremental,
         };
         let mut saver = Saver::start(options)?;
+        saver.abandon_when(patience(control.clone()));
         if let Some(base) = base {
             saver.base_on(base);
         }
@@ -208,6 +213,21 @@ impl Checkpoints {
 
     fn saver(&mut self) -> Result<&mut Saver, TrainError> {
         self.saver.as_mut().ok_or_else(gone)
+    }
+}
+
+/// A store that takes nothing must not keep this rank from its next generation; and how long it takes
+/// says nothing about the ranks: the leader is told, which would else take it for a hang.
+fn patience(control: Control) -> impl Fn(Duration) -> bool + Send + Sync {
+    let is_told = AtomicBool::new(false);
+    move |waited| {
+        let is_long = waited >= WAIT_WORTH_TELLING;
+        if is_long && !is_told.swap(is_long, Ordering::Relaxed) {
+            // Where the worker is gone, so is the process.
+            let _ = control.report(&RankReport::Busy { what: "the store".to_owned() });
+        }
+        is_told.store(is_long, Ordering::Relaxed);
+        control.is_interrupted()
     }
 }
 

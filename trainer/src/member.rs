@@ -175,7 +175,8 @@ impl Member {
         let mut info = self.info.clone();
         info.metrics.clear();
         let store = self.store.clone();
-        let checkpoints = Checkpoints::start(&held.spec, place, store, info, base.as_ref())?;
+        let checkpoints =
+            Checkpoints::start(&held.spec, place, store, info, base.as_ref(), &self.control)?;
         self.control.report(&RankReport::Running { step: held.step() })?;
         let bound = Bound::new(held, place, Box::new(communicator), checkpoints)?;
         let trainer = trainer.insert(Trainer::new(bound, self.control.clone(), &self.recorder));
