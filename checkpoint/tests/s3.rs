@@ -31,7 +31,7 @@ fn section(endpoint: &str) -> StoreSection {
             session_token: None,
             allow_http: true,
         },
-        encryption: Default::default(),
+        ..StoreSection::default()
     }
 }
 
