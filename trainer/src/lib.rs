@@ -23,6 +23,7 @@ mod place;
 mod rank;
 mod recovery;
 mod schedule;
+mod self_test;
 mod state;
 mod train;
 
@@ -30,4 +31,5 @@ pub use data_plane::{DataPlaneError, tcp_options};
 pub use device::{fingerprint, open as open_device};
 pub use error::TrainError;
 pub use rank::run_rank;
+pub use self_test::run_self_test;
 pub use train::{End, last_step};

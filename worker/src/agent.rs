@@ -75,7 +75,9 @@ impl Agent {
             CoordinatorMessage::Deliver { task, order } => self.deliver(task, order),
             CoordinatorMessage::Kill { task, reason } => self.kill(task, &reason),
             // The worker's own matter.
-            CoordinatorMessage::Drain { .. } | CoordinatorMessage::Undrain => {}
+            CoordinatorMessage::Drain { .. }
+            | CoordinatorMessage::Undrain
+            | CoordinatorMessage::Check { .. } => {}
         }
     }
 
