@@ -107,6 +107,9 @@ pub enum Command {
     /// One replica of an endpoint; started by a worker.
     #[command(hide = true)]
     Replica,
+    /// Test memory, arithmetic and devices of this host; started by a worker.
+    #[command(hide = true)]
+    SelfTest,
     /// One rank of `bench collective`; started by it.
     #[command(hide = true)]
     BenchRank,

@@ -35,6 +35,7 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Rank => return trainer::run_rank(),
         Command::Replica => return serve::run_replica(),
+        Command::SelfTest => return trainer::run_self_test(),
         Command::BenchRank => return commands::bench::run_rank(),
         _ => {}
     }

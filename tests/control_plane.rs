@@ -260,3 +260,28 @@ fn a_drained_worker_gives_its_job_away_and_takes_tasks_again() {
     up.signal(Signal::SIGTERM);
     up.finish().expect_code(0);
 }
+
+#[test]
+fn a_job_that_waited_for_as_long_as_it_may_ends_and_says_what_it_lacked() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let dir = folder.join("cluster");
+    let up = up(&dir, &[]);
+    let ask = |args: &[&str]| {
+        let mut command = cluster();
+        run(command.args(args).arg("--json").arg("--dir").arg(&dir))
+    };
+    let job = small_job(folder, "[resources]\nranks = 4\n");
+    let mut submit = cluster();
+    submit.arg("submit").arg(job).args(["--json", "--follow", "--set", "stop.max_wait=1s"]);
+    run(submit.arg("--dir").arg(&dir)).expect_code(8);
+    let job = ask(&["job", "small"]).expect_code(0).last_json();
+    assert_eq!(job["status"]["phase"], "stopped", "{job}");
+    let reason = job["status"]["reason"].as_str().expect("a reason");
+    assert!(reason.starts_with("waited ") && reason.contains("stop.max_wait = 1s"), "{reason}");
+    assert!(reason.contains("needs 4 slots, 2 slots free on 1 worker"), "{reason}");
+    assert!(reason.ends_with("`cluster resume small` queues it anew"), "{reason}");
+    ask(&["resume", "small"]).expect_code(0);
+    up.signal(Signal::SIGTERM);
+    up.finish().expect_code(0);
+}

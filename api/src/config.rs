@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::data_plane::STREAMS_MAX;
 use crate::document::{self, DocumentError};
 use crate::ids::{NodeId, Secret};
+use crate::price::{HostPrice, Market};
 use crate::units::{ByteSize, Span};
 
 /// The whole file.
@@ -125,6 +126,14 @@ pub struct WorkerSection {
     /// Time after which a rank whose process is stopped by a signal is killed, so that it can be
     /// replaced; "0s": never, for people who debug one.
     pub stopped_rank_timeout: Span,
+    /// How this host was got, "on-demand" or "spot": what a job used is summed by it.
+    pub market: Market,
+    /// What is paid for an hour of this host, all its slots together, in any currency that all workers
+    /// share; 0: not known, its ranks' time is counted without a price.
+    pub price_per_hour: f64,
+    /// What an hour of such a host costs on demand, to tell what was saved; 0: what is paid. Needed
+    /// on a spot host with a price.
+    pub on_demand_price_per_hour: f64,
     /// How this host learns that it is to be reclaimed.
     pub notices: NoticesSection,
 }
@@ -142,8 +151,47 @@ impl Default for WorkerSection {
             log_bytes: ByteSize(16 << 20),
             stop_timeout: Span::seconds(60),
             stopped_rank_timeout: Span::seconds(2),
+            market: Market::OnDemand,
+            price_per_hour: 0.0,
+            on_demand_price_per_hour: 0.0,
             notices: NoticesSection::default(),
         }
+    }
+}
+
+impl WorkerSection {
+    /// What it announces of its host's market and prices.
+    pub fn host_price(&self) -> HostPrice {
+        let known = |price: f64| (price > 0.0).then_some(price);
+        let (price, on_demand) = (self.price_per_hour, self.on_demand_price_per_hour);
+        HostPrice { market: self.market, price: known(price), on_demand: known(on_demand) }
+    }
+
+    /// What is wrong with its prices, if anything.
+    fn price_mistake(&self) -> Option<String> {
+        let (price, on_demand) = (self.price_per_hour, self.on_demand_price_per_hour);
+        let is_amount = |price: f64| price.is_finite() && price >= 0.0;
+        for (key, price) in [("price_per_hour", price), ("on_demand_price_per_hour", on_demand)] {
+            if !is_amount(price) {
+                return Some(format!(
+                    "worker.{key} = {price}: expected an amount such as 0.35, or 0 where it is not \
+                     known"
+                ));
+            }
+        }
+        if on_demand > 0.0 && price == 0.0 {
+            return Some(format!(
+                "worker.on_demand_price_per_hour = {on_demand} is set and worker.price_per_hour is \
+                 not: nothing says what is paid"
+            ));
+        }
+        if self.market == Market::Spot && price > 0.0 && on_demand == 0.0 {
+            return Some(format!(
+                "worker.market = \"spot\" with worker.price_per_hour = {price} and no \
+                 worker.on_demand_price_per_hour: nothing says what is saved; set both or neither"
+            ));
+        }
+        None
     }
 }
 
@@ -431,7 +479,8 @@ impl ClusterConfig {
         for member in &coordinator.members {
             self.check_listener("coordinator.members", member.address.ip())?;
         }
-        if let Some(mistake) = self.worker.notices.mistake() {
+        let worker = &self.worker;
+        if let Some(mistake) = worker.notices.mistake().or_else(|| worker.price_mistake()) {
             return fail(mistake);
         }
         self.check_data_plane()
@@ -582,6 +631,16 @@ mod tests {
         config.worker.data_streams = 9;
         let text = config.validate().expect_err("too many").to_string();
         assert_eq!(text, "worker.data_streams = 9: expected 1 to 8");
+        let mut config = ClusterConfig::default();
+        config.worker.market = Market::Spot;
+        config.worker.price_per_hour = 0.3;
+        let text = config.validate().expect_err("nothing to compare with").to_string();
+        assert!(text.contains("= 0.3 and no worker.on_demand_price_per_hour"), "{text}");
+        config.worker.on_demand_price_per_hour = 1.2;
+        assert!(config.validate().is_ok());
+        config.worker.price_per_hour = -1.0;
+        let text = config.validate().expect_err("no amount").to_string();
+        assert!(text.starts_with("worker.price_per_hour = -1: expected an amount"), "{text}");
         let mut config = ClusterConfig::default();
         config.serve.body_max = ByteSize(512 << 20);
         let text = config.validate().expect_err("too large").to_string();

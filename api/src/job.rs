@@ -19,6 +19,8 @@ use crate::units::Span;
 pub const LANES_DEFAULT: u32 = 8;
 /// Most lanes a job may ask for: partial sums are kept per open subtree, log2(lanes) of them.
 pub const LANES_MAX: u32 = 1024;
+/// Shortest `stop.max_wait`: placing a job on free slots takes some milliseconds, a busy leader more.
+const MAX_WAIT_MIN: Span = Span::seconds(1);
 
 /// A job, resolved and checked against everything that needs no tensors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -339,6 +341,10 @@ pub struct StopConditions {
     /// Running time over all generations, after which the job stops with a checkpoint.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_time: Option<Span>,
+    /// Time in the queue in all, at first and after interruptions, after which the job stops and keeps
+    /// its checkpoints. Absent: it waits for as long as it takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_wait: Option<Span>,
     /// A loss or gradient that is not a number.
     pub divergence: Divergence,
     /// Steps skipped in a row after which the job fails all the same.
@@ -351,6 +357,7 @@ impl Default for StopConditions {
             max_steps: None,
             max_epochs: None,
             max_time: None,
+            max_wait: None,
             divergence: Divergence::Stop,
             max_skips: const { NonZeroU32::new(10).expect("not zero") },
         }
@@ -541,6 +548,13 @@ impl JobSpec {
         if self.stop.max_steps == Some(0) || self.stop.max_epochs == Some(0) {
             return fail("stop.max_steps and stop.max_epochs must be at least 1".into());
         }
+        if let Some(wait) = self.stop.max_wait.filter(|wait| *wait < MAX_WAIT_MIN) {
+            return fail(format!(
+                "stop.max_wait = {wait}: the job would end before it could be placed; expected at \
+                 least {MAX_WAIT_MIN}, such as \"2h\", or no such line for a job that waits for \
+                 as long as it takes"
+            ));
+        }
         for (name, channel) in &self.channels {
             if !["file://", "s3://"].iter().any(|scheme| channel.uri.starts_with(scheme)) {
                 return fail(format!(
@@ -631,5 +645,9 @@ mod tests {
         assert!(error(SMALL, &["batch.microbatch=3"]).contains("does not divide"));
         assert!(error(SMALL, &["resources.rank=2"]).contains("did you mean `ranks`?"));
         assert!(error(SMALL, &["nonsense"]).contains("path=value"));
+        let wait = error(SMALL, &["stop.max_wait=0s"]);
+        assert!(wait.starts_with("stop.max_wait = 0s: the job would end before"), "{wait}");
+        assert!(error(SMALL, &["stop.max_wait=8hours"]).contains("\"2h\""));
+        assert!(parse(SMALL, &["stop.max_wait=2h"]).is_ok());
     }
 }

@@ -8,6 +8,7 @@
 pub mod config;
 pub mod connect;
 pub mod control;
+pub mod cost;
 pub mod data_plane;
 pub mod document;
 pub mod environment;
@@ -15,8 +16,10 @@ pub mod events;
 pub mod exit;
 pub mod finding;
 pub mod flight;
+pub mod health;
 pub mod ids;
 pub mod job;
+pub mod price;
 pub mod records;
 pub mod samples;
 pub mod schema;

@@ -9,9 +9,11 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cost::Cost;
 use crate::events::{CheckpointFact, ModelFact};
 use crate::ids::{Generation, Name, Rank, Step, TaskId};
 use crate::job::JobSpec;
+use crate::price::{HostPrice, SlotRate};
 use crate::session::ExitCause;
 
 /// Kind of [`JobRecord`]s; the id is the job's name.
@@ -170,6 +172,10 @@ pub struct JobStatus {
     pub reported: Step,
     /// Where its time went.
     pub goodput: Goodput,
+    /// What its ranks' time cost.
+    pub cost: Cost,
+    /// What a slot of the workers of the current gang costs.
+    pub rates: BTreeMap<Name, SlotRate>,
     /// Up to when, in milliseconds since the Unix epoch.
     pub accounted_ms: Option<u64>,
     /// What became of it, the newest moments.
@@ -193,6 +199,8 @@ pub struct JobStatus {
     /// What `elapsed_ms` was when a person last resumed the job: only what came after it counts
     /// towards `stop.max_time`.
     pub elapsed_at_resume_ms: u64,
+    /// What `goodput.queued_ms` was then: only what came after it counts towards `stop.max_wait`.
+    pub queued_at_resume_ms: u64,
     /// When it reached a terminal phase.
     pub ended_ms: Option<u64>,
 }
@@ -358,6 +366,10 @@ pub enum WorkerState {
     Drained,
     /// Its host may be reclaimed before long: its tasks go on, no others are placed on it.
     Avoided,
+    /// Its host is suspected and being checked: its tasks go on, no others are placed on it.
+    Checking,
+    /// The check of its host failed; it is checked again.
+    Unhealthy,
 }
 
 impl fmt::Display for WorkerState {
@@ -369,6 +381,8 @@ impl fmt::Display for WorkerState {
             Self::Draining => "draining",
             Self::Drained => "drained",
             Self::Avoided => "avoided",
+            Self::Checking => "checking",
+            Self::Unhealthy => "unhealthy",
         })
     }
 }
@@ -389,11 +403,14 @@ pub struct WorkerView {
     /// Whether it takes tasks, and what keeps it from it.
     #[serde(default)]
     pub state: WorkerState,
-    /// Why it is leaving, draining or avoided; else empty.
+    /// Why it is leaving, draining, avoided, checked or unhealthy; else empty.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
     /// Milliseconds until its lease runs out.
     pub lease_ms: u64,
+    /// Its host's market and prices.
+    #[serde(default)]
+    pub price: HostPrice,
     /// The tasks on it.
     pub tasks: Vec<String>,
     /// Free labels for people and tools.

@@ -17,6 +17,7 @@ use crate::events::{CheckpointFact, Evaluation, ModelFact, StepMetrics};
 use crate::flight::FlightLog;
 use crate::ids::{Generation, Name, NodeId, Rank, Secret, Step, TaskId};
 use crate::job::JobSpec;
+use crate::price::HostPrice;
 use crate::stacks::{StackDump, StackFrame};
 use crate::units::Span;
 
@@ -66,6 +67,14 @@ pub enum WorkerMessage {
     },
     /// What it said of leaving does not hold any more. Said again in each later session.
     Staying,
+    /// Answers a [`CoordinatorMessage::Check`]. Sent once and never again: a leader that does not
+    /// get it asks anew.
+    Checked {
+        /// The order's number.
+        request: u64,
+        /// What failed, a text each; empty: the host is fit.
+        failed: Vec<String>,
+    },
     /// Answers a [`RankOrder::Flight`]. Sent once and never again: an answer that is lost is lost.
     Flight {
         /// The order's number.
@@ -119,6 +128,13 @@ pub struct WorkerHello {
     pub host: String,
     /// Ranks it may run at once.
     pub slots: u32,
+    /// Its host's market and prices.
+    #[serde(default)]
+    pub price: HostPrice,
+    /// Why its host is to be checked before it gets work: what its last check found, or that it is
+    /// not done. Absent: it knows of nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unhealthy: Option<String>,
     /// Drawn anew at each start: a changed one tells that its former tasks are gone.
     pub incarnation: u64,
     /// The version of its binary.
@@ -331,6 +347,13 @@ pub enum CoordinatorMessage {
         task: TaskId,
         /// Whether the answer is kept beside the flight logs: the process is to be killed.
         keep: bool,
+    },
+    /// Check the host, and answer with a [`WorkerMessage::Checked`].
+    Check {
+        /// Comes back with the answer.
+        request: u64,
+        /// Why.
+        reason: String,
     },
     /// End a task's process group now; it answers with an exit event. Unknown tasks are ignored.
     Kill {

@@ -9,6 +9,7 @@ use coordinator::ClusterClient;
 use tokio_stream::StreamExt;
 
 use crate::args::{Global, Logs, Stop};
+use crate::commands::cost;
 use crate::context::Access;
 use crate::error::{CliError, Result};
 use crate::follow::{follow, outcome};
@@ -50,7 +51,9 @@ pub async fn show(global: &Global, name: &str) -> Result<()> {
     let name: Name = name.parse()?;
     let (version, job) = client(global).await?.job(&name).await?;
     if global.json {
-        output::json(&job);
+        let (spec, status) = (&job.spec, &job.status);
+        let cost = cost::document(status);
+        output::json(&serde_json::json!({ "spec": spec, "status": status, "cost": cost }));
         return Ok(());
     }
     let status = &job.status;
@@ -114,6 +117,7 @@ pub async fn show(global: &Global, name: &str) -> Result<()> {
         output::line(&format!("{key:<20} {value}"));
     }
     show_goodput(&status.goodput);
+    cost::show(status);
     show_history(&status.history);
     Ok(())
 }

@@ -5,6 +5,7 @@ pub mod bench;
 mod certs;
 mod chaos;
 mod checkpoints;
+mod cost;
 mod data;
 mod flight;
 mod jobs;
@@ -49,6 +50,6 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Bench(command) => bench::run(global, command).await,
         Command::Chaos(command) => chaos::run(global, command).await,
         // Started before the runtime, see `main`.
-        Command::Rank | Command::Replica | Command::BenchRank => Ok(()),
+        Command::Rank | Command::Replica | Command::SelfTest | Command::BenchRank => Ok(()),
     }
 }

@@ -11,6 +11,7 @@ use coordinator::ClusterClient;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::{Global, Resume, Submit};
+use crate::commands::cost;
 use crate::context::{Access, DIR_DEFAULT};
 use crate::embedded::{Embedded, EmbeddedOptions};
 use crate::error::{CliError, Result};
@@ -243,6 +244,7 @@ fn conclude(global: &Global, name: &Name, status: &JobStatus, store_uri: &str) -
             "restarts": status.restarts,
             "regroups": status.regroups,
             "goodput": status.goodput,
+            "cost": cost::document(status),
             "history": status.history,
             "model": model.as_ref().map(|(_, path)| path),
             "sha256": model.as_ref().map(|(fact, _)| &fact.sha256),

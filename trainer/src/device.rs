@@ -29,6 +29,15 @@ fn cuda(local_rank: u32) -> Result<Device, TrainError> {
     )))
 }
 
+/// CUDA devices of this host that can be opened.
+pub(crate) fn cuda_devices() -> u32 {
+    #[cfg(feature = "cuda")]
+    let found = Device::enumerate(burn::tensor::DeviceType::Cuda).into_vec().len() as u32;
+    #[cfg(not(feature = "cuda"))]
+    let found = 0;
+    found
+}
+
 #[cfg(not(feature = "cuda"))]
 fn cuda(_local_rank: u32) -> Result<Device, TrainError> {
     Err(TrainError::Job(

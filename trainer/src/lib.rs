@@ -24,6 +24,7 @@ mod rank;
 mod recovery;
 mod samples;
 mod schedule;
+mod self_test;
 mod state;
 mod train;
 
@@ -31,4 +32,5 @@ pub use data_plane::{DataPlaneError, tcp_options};
 pub use device::{fingerprint, open as open_device};
 pub use error::TrainError;
 pub use rank::run_rank;
+pub use self_test::run_self_test;
 pub use train::{End, last_step};

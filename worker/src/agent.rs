@@ -78,7 +78,9 @@ impl Agent {
                 self.tell_stacks(request, task, keep);
             }
             // The worker's own matter.
-            CoordinatorMessage::Drain { .. } | CoordinatorMessage::Undrain => {}
+            CoordinatorMessage::Drain { .. }
+            | CoordinatorMessage::Undrain
+            | CoordinatorMessage::Check { .. } => {}
         }
     }
 

@@ -107,6 +107,8 @@ struct Inner {
     /// Why it takes no tasks; none: it stays.
     leave: Option<Leave>,
     told: Told,
+    /// Why its host must pass a check before it gets work.
+    unhealthy: Option<String>,
     attached: bool,
 }
 
@@ -414,6 +416,16 @@ impl Ledger {
     pub(crate) fn leave_again(&self) {
         self.lock().told = Told::Unsaid;
         self.changed();
+    }
+
+    /// Why its host must pass a check before it gets work; none: nothing is known against it. Said
+    /// with the next hello.
+    pub(crate) fn set_unhealthy(&self, why: Option<String>) {
+        self.lock().unhealthy = why;
+    }
+
+    pub(crate) fn unhealthy(&self) -> Option<String> {
+        self.lock().unhealthy.clone()
     }
 
     pub(crate) fn lines(&self, task: &TaskId, lines: Vec<LogLine>) {

@@ -12,6 +12,7 @@ mod capture;
 mod error;
 mod flight;
 mod folder;
+mod health;
 mod leave;
 mod ledger;
 mod lines;

@@ -178,7 +178,8 @@ impl Session {
             .await
             .map_err(|error| lost(&error))?;
         let (sequence, tasks) = self.ledger.begin_session();
-        let hello = WorkerHello { tasks, ..self.options.hello.clone() };
+        let unhealthy = self.ledger.unhealthy();
+        let hello = WorkerHello { tasks, unhealthy, ..self.options.hello.clone() };
         let first = frame(sequence, &WorkerMessage::Hello(Box::new(hello)));
         frames.send(first).await.map_err(|error| lost(&error))?;
         let mut request = Request::new(ReceiverStream::new(outbound));

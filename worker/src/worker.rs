@@ -22,6 +22,7 @@ use crate::archive::Archive;
 use crate::error::WorkerError;
 use crate::flight::FlightKeeper;
 use crate::folder::Folder;
+use crate::health::{Checks, HostCheck};
 use crate::leave::{Leave, Leaves, task_limit};
 use crate::ledger::Ledger;
 use crate::notice::{Notice, Notices, Urgency};
@@ -117,8 +118,20 @@ impl Worker {
         let notices = Notices::start(&config.worker.notices);
         info!(worker = %options.name, slots = options.slots, "worker starts");
         let leaves = Leaves::default();
-        let running =
-            Running { agent, inbox, ledger, archive, flights, notices, leaves, stop_timeout };
+        let address = config.worker.data_address;
+        let check = HostCheck::new(options.dir.clone(), address, options.program.clone());
+        let checks = Checks::new(check, ledger.clone());
+        let running = Running {
+            agent,
+            inbox,
+            ledger,
+            archive,
+            flights,
+            notices,
+            leaves,
+            checks,
+            stop_timeout,
+        };
         running.run(session, shutdown).await
     }
 }
@@ -148,6 +161,8 @@ fn session_options(options: &WorkerOptions) -> Result<SessionOptions, WorkerErro
         name: options.name.clone(),
         host: host.trim().to_owned(),
         slots: options.slots,
+        price: options.config.worker.host_price(),
+        unhealthy: None,
         incarnation: u64::from_le_bytes(drawn),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         tasks: Vec::new(),
@@ -165,6 +180,7 @@ struct Running {
     flights: FlightKeeper,
     notices: Notices,
     leaves: Leaves,
+    checks: Checks,
     stop_timeout: Duration,
 }
 
@@ -297,6 +313,7 @@ impl Running {
                 self.ledger.leave_again();
                 self.agent.reopen();
             }
+            CoordinatorMessage::Check { request, reason } => self.checks.begin(request, &reason),
             order => self.agent.order(order),
         }
     }

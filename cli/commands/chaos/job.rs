@@ -9,6 +9,7 @@ use api::{ExitClass, Generation, Name};
 use coordinator::{ClusterClient, EventStream};
 use tokio_stream::StreamExt;
 
+use crate::commands::cost;
 use crate::commands::jobs::show_goodput;
 use crate::error::{CliError, Result};
 use crate::output;
@@ -114,6 +115,7 @@ pub fn document(job: &JobRecord) -> serde_json::Value {
         "failures": status.failures,
         "goodput": status.goodput.fraction(),
         "rank_time": status.goodput,
+        "cost": cost::document(status),
     })
 }
 
@@ -125,4 +127,5 @@ pub fn show(job: &JobRecord) {
         job.spec.name, status.phase, status.generation.0, status.restarts, status.regroups
     ));
     show_goodput(&status.goodput);
+    cost::show(status);
 }

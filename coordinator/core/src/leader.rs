@@ -13,10 +13,12 @@
 //! - a generation is placed only when nothing of the former one can still run.
 
 mod client;
+mod cost;
 mod decision;
 mod draft;
 mod gang;
 mod goodput;
+mod health;
 mod index;
 mod leave;
 mod reason;
@@ -30,6 +32,7 @@ mod spares;
 mod standing;
 mod starting;
 mod train;
+mod wait;
 mod watchdog;
 mod workers;
 
@@ -37,11 +40,11 @@ pub use decision::{Decision, Effect, Input, LeaderOptions, Millis, Refusal, Sess
 pub use reason::Reason;
 pub use workers::TaskPlace;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use api::ids::{Name, NodeId};
-use api::records::JobRecord;
+use api::records::{JobRecord, Moment};
 
 use self::draft::Draft;
 use self::gang::Gang;
@@ -61,6 +64,10 @@ pub struct Leader {
     now: Millis,
     index: Index,
     workers: BTreeMap<Name, Worker>,
+    /// Workers that were lost and are out of the list: their hosts are checked when they come back.
+    lost: BTreeSet<Name>,
+    /// What live jobs' histories lack until their records change.
+    untold: BTreeMap<Name, Vec<Moment>>,
     sessions: BTreeMap<SessionId, Name>,
     /// What it has seen of the current generation of every live workload.
     gangs: BTreeMap<Name, Gang>,
@@ -78,6 +85,8 @@ impl Leader {
             now,
             index: Index::default(),
             workers: BTreeMap::new(),
+            lost: BTreeSet::new(),
+            untold: BTreeMap::new(),
             sessions: BTreeMap::new(),
             gangs: BTreeMap::new(),
             unswept: VecDeque::new(),
@@ -151,6 +160,7 @@ impl Leader {
             index.get(name).is_some_and(|entry| entry.workload.generation() == gang.generation)
         };
         self.gangs.retain(|name, gang| is_current(name, gang));
+        self.untold.retain(|name, _| index.get(name).is_some());
         for (name, entry) in index.live() {
             let generation = entry.workload.generation();
             // Placed by an earlier leader, or not placed at all.
@@ -171,6 +181,7 @@ impl Leader {
     /// Moves every workload one step, until one of them has something to commit.
     fn move_on(&mut self, draft: &mut Draft, records: &Records, now: Millis) {
         self.expire(draft, now);
+        self.tend_health(draft, now);
         if !draft.has_writes() {
             self.advance(draft, records, now);
         }

@@ -5,13 +5,14 @@
 //! difference before you commit it. Commands:
 //!
 //! ```text
-//! submit NAME [ranks=2] [min=1 max=4] [wait=5s] [spares=1] [replace] [keep=1] [keep_every=200] [keep_best=1] [max_failures=0] [max_time=60s] [relaxed] [request=ID]
+//! submit NAME [ranks=2] [min=1 max=4] [wait=5s] [spares=1] [replace] [keep=1] [keep_every=200] [keep_best=1] [max_failures=0] [max_time=60s] [max_wait=60s] [relaxed] [request=ID]
 //! stop NAME | stop-endpoint NAME | resume NAME
 //! deploy NAME model=MODEL [listen=127.0.0.1:0] [request=ID]
-//! hello WORKER [slots=2] [host=H] [incarnation=1] [cluster=ID] [TASK[@PORT][~GENERATION][+peers][+state][+waits] …]
+//! hello WORKER [slots=2] [spot=0.3/1.2] [on_demand=1.2] [unhealthy=WHY] [host=H] [incarnation=1] [cluster=ID] [TASK[@PORT][~GENERATION][+peers][+state][+waits] …]
 //! detach WORKER | heartbeat WORKER | staying WORKER
 //! leaving WORKER [scope=drains|avoided] [CAUSE …]
 //! drain WORKER [deadline=120000] | undrain WORKER
+//! checked WORKER [late] [WHAT FAILED …]     answers its last check order, or one that nobody waits for
 //! listening TASK [on=WORKER] [fingerprint=F]    running TASK [STEP]    step TASK 7
 //! busy TASK    broken TASK [STEP] [blames=r1]    paused TASK STEP    ready TASK [fingerprint=F] (a spare)
 //! [of=g1] with any report: the generation it was made in; else the newest its process is part of
@@ -36,6 +37,7 @@ use std::path::Path;
 use api::events::{CheckpointFact, JobEvent, ModelFact, Slowest, StepMetrics, StepTime};
 use api::ids::{Generation, Name, Secret, Step as TrainStep, TaskId};
 use api::job::{BestMode, Determinism, Elastic, JobSpec, KeepBest, Ranks};
+use api::price::{HostPrice, Market};
 use api::records::{
     CheckpointRecord, EndpointRecord, EndpointSpec, JobRecord, KIND_CHECKPOINT, KIND_ENDPOINT,
     KIND_JOB, Placement,
@@ -130,6 +132,8 @@ struct Stage {
     sessions: u64,
     attached: BTreeMap<String, SessionId>,
     hosts: BTreeMap<TaskId, String>,
+    /// The number of each worker's last check order.
+    checks: BTreeMap<String, u64>,
 }
 
 /// The words of a command: plain ones and `key=value` pairs.
@@ -175,8 +179,8 @@ impl<'a> Words<'a> {
 
 impl Stage {
     fn new() -> Self {
-        let (attached, hosts) = (BTreeMap::new(), BTreeMap::new());
-        Self { shell: Shell::new(), sessions: 0, attached, hosts }
+        let (attached, hosts, checks) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Self { shell: Shell::new(), sessions: 0, attached, hosts, checks }
     }
 
     fn command(&mut self, line: &str) -> Vec<String> {
@@ -307,6 +311,17 @@ impl Stage {
                 let session = self.attached[words.at(1)];
                 Input::WorkerMessage { session, message: WorkerMessage::Staying }
             }
+            "checked" => {
+                let session = self.attached[words.at(1)];
+                let late = u64::from(words.has("late"));
+                let request = self.checks.get(words.at(1)).copied().unwrap_or_default() + late;
+                let failed = words.rest(2).replace("late", "");
+                let failed = (!failed.is_empty()).then_some(failed).into_iter().collect();
+                Input::WorkerMessage {
+                    session,
+                    message: WorkerMessage::Checked { request, failed },
+                }
+            }
             "drain" => Input::Drain { worker: name(), deadline_ms: words.number("deadline") },
             "undrain" => Input::Undrain { worker: name() },
             _ => self.task_event(words),
@@ -346,6 +361,8 @@ impl Stage {
             name: worker.parse().expect("a name"),
             host: text("host", &format!("host-of-{worker}")),
             slots: words.number("slots").unwrap_or(2) as u32,
+            price: price(words),
+            unhealthy: words.pairs.get("unhealthy").map(|text| (*text).to_owned()),
             incarnation: words.number("incarnation").unwrap_or(1),
             version: "0.1.0".into(),
             tasks,
@@ -496,6 +513,9 @@ impl Stage {
                 if let CoordinatorMessage::Start { task, .. } = message {
                     self.hosts.insert(task.clone(), worker.clone());
                 }
+                if let CoordinatorMessage::Check { request, .. } = message {
+                    self.checks.insert(worker.clone(), *request);
+                }
                 format!("to {worker}: {}", trace_message(message))
             }
             Effect::CloseSession { session, reason } => {
@@ -612,10 +632,24 @@ fn spec(words: &Words<'_>) -> JobSpec {
     if let Some(time) = words.pairs.get("max_time") {
         spec.stop.max_time = Some(time.parse().expect("a span"));
     }
+    if let Some(time) = words.pairs.get("max_wait") {
+        spec.stop.max_wait = Some(time.parse().expect("a span"));
+    }
     if words.has("relaxed") {
         spec.parallel.determinism = Determinism::Relaxed;
     }
     spec
+}
+
+/// "spot" or "spot=0.3/1.2", "on_demand=1.2"; else an on-demand host without a price.
+fn price(words: &Words<'_>) -> HostPrice {
+    let number = |text: &str| text.parse::<f64>().expect("a price");
+    if let Some((paid, on_demand)) = words.pairs.get("spot").and_then(|text| text.split_once('/')) {
+        let (price, on_demand) = (Some(number(paid)), Some(number(on_demand)));
+        return HostPrice { market: Market::Spot, price, on_demand };
+    }
+    let price = words.pairs.get("on_demand").map(|text| number(text));
+    HostPrice { market: Market::OnDemand, price, on_demand: None }
 }
 
 fn fact(job: &str, generation: Generation, step: u64, digest: &str) -> CheckpointFact {
@@ -759,6 +793,7 @@ fn trace_message(message: &CoordinatorMessage) -> String {
             format!("drain{within} ({reason})")
         }
         CoordinatorMessage::Undrain => "undrain".into(),
+        CoordinatorMessage::Check { reason, .. } => format!("check the host ({reason})"),
     }
 }
 

@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use api::events::{CheckpointFact, ModelFact};
 use api::ids::{Generation, Name, Rank, Secret, Step as TrainStep, TaskId};
 use api::job::JobSpec;
+use api::price::HostPrice;
 use api::records::{
     CheckpointRecord, EndpointSpec, KIND_CHECKPOINT, KIND_ENDPOINT, KIND_JOB, KIND_MODEL, Phase,
 };
@@ -57,6 +58,7 @@ fn random_histories_keep_the_invariants_and_come_to_rest() {
         assert!(seen.leaders > HISTORIES && seen.endpoints > HISTORIES / 4, "{seen:?}");
         assert!(seen.swept > HISTORIES, "{seen:?}");
         assert!(seen.leaves > HISTORIES / 2 && seen.drains > HISTORIES / 4, "{seen:?}");
+        assert!(seen.checks > HISTORIES, "{seen:?}");
     }
 }
 
@@ -81,6 +83,7 @@ struct Seen {
     leaders: u64,
     leaves: u64,
     drains: u64,
+    checks: u64,
     endpoints: u64,
     swept: u64,
 }
@@ -101,6 +104,7 @@ impl Seen {
         self.leaders += history.leaders;
         self.leaves += history.leaves;
         self.drains += history.drains;
+        self.checks += history.checks;
         self.endpoints += history.shell.endpoints().len() as u64;
         self.swept += history.swept;
     }
@@ -155,6 +159,8 @@ struct SimWorker {
     is_leaving: bool,
     /// Told to drain: it starts nothing more until it is told otherwise.
     is_draining: bool,
+    /// It was told to check its host, and the check has not passed.
+    unhealthy: Option<String>,
     /// When a leader last had a word of it.
     heard: Option<Millis>,
     tasks: BTreeMap<TaskId, Running>,
@@ -196,6 +202,8 @@ struct History {
     shell: Shell,
     random: ChaCha8Rng,
     is_busy: bool,
+    /// No more faults.
+    is_resting: bool,
     workers: BTreeMap<&'static str, SimWorker>,
     sessions: u64,
     searches: VecDeque<(Name, Generation, Option<TrainStep>)>,
@@ -208,6 +216,7 @@ struct History {
     leaders: u64,
     leaves: u64,
     drains: u64,
+    checks: u64,
 }
 
 fn play(seed: u64) -> History {
@@ -216,6 +225,7 @@ fn play(seed: u64) -> History {
         shell,
         random: ChaCha8Rng::seed_from_u64(seed),
         is_busy: !seed.is_multiple_of(2),
+        is_resting: false,
         workers: BTreeMap::new(),
         sessions: 0,
         searches: VecDeque::new(),
@@ -226,6 +236,7 @@ fn play(seed: u64) -> History {
         leaders: 1,
         leaves: 0,
         drains: 0,
+        checks: 0,
     };
     for (name, slots) in [("w1", 1), ("w2", 2), ("w3", 3)] {
         history.workers.insert(name, SimWorker { slots, incarnation: 1, ..SimWorker::default() });
@@ -428,6 +439,8 @@ impl History {
             name: name.parse().expect("a name"),
             host: name.into(),
             slots: worker.slots,
+            price: HostPrice::default(),
+            unhealthy: worker.unhealthy.clone(),
             incarnation: worker.incarnation,
             version: "0.1.0".into(),
             tasks,
@@ -495,6 +508,17 @@ impl History {
         if let Some(session) = self.workers[name].session {
             self.say(name, session, leaving(LeaveScope::Drains));
         }
+    }
+
+    /// The worker checks its host; one in four is unfit until the faults end.
+    fn check_host(&mut self, name: &'static str, request: u64) {
+        let is_fit = self.is_resting || self.below(4) > 0;
+        self.checks += 1;
+        let worker = self.workers.get_mut(name).expect("a worker");
+        worker.unhealthy = (!is_fit).then(|| "it failed its last check".to_owned());
+        let Some(session) = worker.session.filter(|_| !worker.is_frozen) else { return };
+        let failed = worker.unhealthy.clone().into_iter().collect();
+        self.say(name, session, WorkerMessage::Checked { request, failed });
     }
 
     fn undrain(&mut self, name: &'static str) {
@@ -833,6 +857,7 @@ impl History {
             CoordinatorMessage::Stacks { .. } => {}
             CoordinatorMessage::Drain { .. } => self.drain(name),
             CoordinatorMessage::Undrain => self.undrain(name),
+            CoordinatorMessage::Check { request, .. } => self.check_host(name, request),
             CoordinatorMessage::Kill { task, reason } => {
                 if worker.tasks.contains_key(&task) {
                     worker.end(&task, ExitCause::Killed { reason });
@@ -849,6 +874,7 @@ impl History {
     /// What must hold when a task is started, in the world and not only in the leader's books.
     fn check_start(&self, name: &str, task: &TaskId) {
         let worker = &self.workers[name];
+        assert_eq!(worker.unhealthy, None, "{task} starts on {name}");
         let others = worker.tasks.keys().filter(|other| *other != task).count();
         assert!(others < worker.slots as usize, "{task} on {name}: {:?}", worker.tasks.keys());
         // Where survivors go on, what is not one of them is fenced off by its generation and dies.
@@ -873,6 +899,7 @@ impl History {
     /// No more faults: every worker is there, every rank does its work, nobody asks for anything but
     /// the end of the endpoint. Every job must come to its end.
     fn rest(&mut self) {
+        self.is_resting = true;
         for worker in self.workers.values_mut() {
             worker.is_frozen = false;
         }

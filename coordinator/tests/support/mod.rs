@@ -167,6 +167,8 @@ pub fn hello(worker: &str, slots: u32, tasks: Vec<TaskView>) -> WorkerHello {
         name: name(worker),
         host: "test-host".into(),
         slots,
+        price: Default::default(),
+        unhealthy: None,
         incarnation: 7,
         version: "0.1.0".into(),
         tasks,

@@ -8,6 +8,7 @@
 mod fake;
 mod flights;
 mod harness;
+mod health;
 mod notices;
 mod restarts;
 mod sessions;

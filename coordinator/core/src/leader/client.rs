@@ -55,6 +55,7 @@ impl Leader {
             phase: Phase::Queued,
             reason: "submitted".into(),
             submitted_ms: now.0,
+            accounted_ms: Some(now.0),
             ..JobStatus::default()
         };
         let record = Arc::new(JobRecord { spec, status });
@@ -230,6 +231,7 @@ impl Leader {
             status.stop_asked = false;
             status.fails_with = None;
             status.elapsed_at_resume_ms = status.elapsed_ms;
+            status.queued_at_resume_ms = status.goodput.queued_ms;
             status.ended_ms = None;
         });
         Ok(RecordKey::new(KIND_JOB, name.as_str()))

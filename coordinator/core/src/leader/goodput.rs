@@ -9,6 +9,7 @@ use api::ids::{Name, Step};
 use api::records::{Goodput, JobRecord, JobStatus, Moment, Phase};
 
 use super::Leader;
+use super::cost;
 use super::decision::Millis;
 
 /// Moments kept in a record, the newest.
@@ -64,11 +65,13 @@ impl Leader {
     }
 
     /// Adds a moment to the history if the phase or the generation is another than before.
-    pub(super) fn remember(&self, name: &Name, status: &mut JobStatus) {
+    /// What it still lacks comes first.
+    pub(super) fn remember(&mut self, name: &Name, status: &mut JobStatus) {
+        status.history.extend(self.untold.remove(name).unwrap_or_default());
         let before =
             self.index.get(name).map(|entry| (entry.workload.phase(), entry.workload.generation()));
         if before == Some((status.phase, status.generation)) {
-            return;
+            return keep_newest(&mut status.history);
         }
         let (time_ms, generation, phase) = (self.now.0, status.generation, status.phase);
         let text = status.reason.clone();
@@ -84,6 +87,10 @@ pub(super) fn record_moment(history: &mut Vec<Moment>, mut moment: Moment) {
         text.truncate(end);
     }
     history.push(moment);
+    keep_newest(history);
+}
+
+fn keep_newest(history: &mut Vec<Moment>) {
     let surplus = history.len().saturating_sub(HISTORY_MAX);
     history.drain(..surplus);
 }
@@ -95,6 +102,9 @@ fn account(status: &mut JobStatus, unwritten: &Unwritten, now: Millis) {
     let elapsed = now.since(since);
     let ranks = status.gang.len() as u64;
     let in_all = elapsed.saturating_mul(ranks);
+    if status.phase.is_active() {
+        cost::charge(status, elapsed);
+    }
     let book = &mut status.goodput;
     match status.phase {
         Phase::Queued => book.queued_ms += elapsed,

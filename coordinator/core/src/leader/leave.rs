@@ -102,6 +102,12 @@ impl Worker {
             Some(_) => self.leave.state(!self.tasks.is_empty()),
             None => WorkerState::Away,
         };
+        // Whoever leaves gets nothing anyway.
+        if let (WorkerState::Attached | WorkerState::Avoided, Some(unfit)) =
+            (state, self.health.state())
+        {
+            return unfit;
+        }
         (state, self.leave.cause().to_owned())
     }
 
@@ -195,7 +201,10 @@ impl Leader {
                 }
                 draft.because(Reason::Remark(format!("worker `{name}` is to take tasks again")));
             }
-            WorkerState::Attached | WorkerState::Away => {
+            WorkerState::Attached
+            | WorkerState::Away
+            | WorkerState::Checking
+            | WorkerState::Unhealthy => {
                 draft.because(Reason::Remark(format!("worker `{name}` is not drained")));
             }
             WorkerState::Leaving | WorkerState::Avoided => {

@@ -32,6 +32,15 @@ pub enum Reason {
         /// Slots of all workers.
         total: u32,
     },
+    /// It lacks slots, and a worker gets no work because the check of its host failed.
+    Unfit {
+        /// The workload.
+        name: Name,
+        /// The worker.
+        worker: Name,
+        /// What failed.
+        why: String,
+    },
     /// Workloads submitted earlier are placed first.
     Behind,
     /// The former generation's tasks are not all gone.
@@ -105,7 +114,9 @@ impl Reason {
     pub(crate) fn for_status(&self) -> String {
         let text = self.to_string();
         let name = match self {
-            Self::NeedsSlots { name, .. } | Self::TooLarge { name, .. } => name,
+            Self::NeedsSlots { name, .. }
+            | Self::TooLarge { name, .. }
+            | Self::Unfit { name, .. } => name,
             _ => return text,
         };
         text.strip_prefix(&format!("`{name}` ")).map(str::to_owned).unwrap_or(text)
@@ -128,6 +139,9 @@ impl fmt::Display for Reason {
                  others may go first",
                 count(*needs as usize, "slot")
             ),
+            Self::Unfit { name, worker, why } => {
+                write!(f, "`{name}` waits for slots: `{worker}` failed its health check: {why}")
+            }
             Self::Behind => write!(f, "waiting for workloads submitted earlier"),
             Self::Clearing { name, generation, waits_for } => {
                 write!(f, "`{name}` waits for the end of {generation}: {waits_for}")

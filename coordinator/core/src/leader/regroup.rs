@@ -163,7 +163,7 @@ impl Leader {
     pub(super) fn spares(&self, job: &Name) -> Vec<Spare> {
         let is_usable = |spare: &&Spare| {
             let worker = self.workers.get(&spare.worker);
-            let worker = worker.filter(|w| !w.is_lost && !w.is_leaving);
+            let worker = worker.filter(|w| !w.is_lost && !w.is_leaving && w.health.is_fit());
             worker.is_some_and(|w| w.tasks.contains_key(&spare.task))
         };
         let spares = self.gangs.get(job).map(|gang| gang.spares.as_slice()).unwrap_or_default();

@@ -66,6 +66,9 @@ impl Leader {
                 self.staying(draft, worker);
                 true
             }
+            WorkerMessage::Checked { request, failed } => {
+                self.checked(draft, worker, request, &failed, now)
+            }
             // The lease was renewed already; logs stay with the shell; a second hello is a mistake.
             WorkerMessage::Heartbeat
             | WorkerMessage::Logs { .. }

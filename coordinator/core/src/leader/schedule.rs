@@ -101,10 +101,13 @@ impl Leader {
                     }
                 }
             };
+            if self.is_given_up(&reason, &entry, now) {
+                return self.give_up(draft, &entry, &free, now);
+            }
             // Passing states explain themselves in the log; what a person waits for is recorded.
             let is_for_people = match &reason {
                 Reason::NoWorker => self.is_past_grace(now),
-                Reason::NeedsSlots { .. } | Reason::TooLarge { .. } => true,
+                Reason::NeedsSlots { .. } | Reason::TooLarge { .. } | Reason::Unfit { .. } => true,
                 Reason::Behind => self.is_ready(&entry.workload),
                 _ => false,
             };
@@ -170,30 +173,35 @@ impl Leader {
         if let Some(gang) = place(free, most.min(available).max(needs)) {
             return Ok(gang);
         }
+        let kept_back = self.kept_back(&name);
         if free.is_empty() {
-            return wait(true, Reason::NoWorker);
+            return wait(true, kept_back.unwrap_or(Reason::NoWorker));
         }
         let total = self.slots_in_all();
         if needs > total {
             // Right after an election the cluster only looks small.
-            return wait(!self.is_past_grace(now), Reason::TooLarge { name, needs, total });
+            let reason = kept_back.unwrap_or(Reason::TooLarge { name, needs, total });
+            return wait(!self.is_past_grace(now), reason);
+        }
+        // Over in a moment, and no news for people.
+        if let Some(reason @ Reason::Waiting { .. }) = kept_back {
+            return wait(true, reason);
         }
         let (free, workers) = (free.values().sum(), free.len());
         wait(true, Reason::NeedsSlots { name, needs, free, total, workers })
     }
 
-    /// Slots of all workers, free or not. Detached ones count: they are expected back within their
-    /// lease.
+    /// Slots of all workers, free or not. Detached ones count, and those whose hosts are being checked:
+    /// they are expected back within their lease, or at once.
     pub(super) fn slots_in_all(&self) -> u32 {
-        let expected = self.workers.values().filter(|w| !w.is_lost && !w.is_leaving);
-        expected.map(|w| w.slots).sum()
+        let is_expected = |w: &&Worker| !w.is_lost && !w.is_leaving && !w.health.has_failed();
+        self.workers.values().filter(is_expected).map(|w| w.slots).sum()
     }
 
     /// Free slots of every worker that can be told to start something.
     pub(super) fn free_slots(&self) -> BTreeMap<Name, u32> {
         let used = self.occupancy();
-        let takes_tasks = |worker: &Worker| worker.session.is_some() && !worker.is_leaving;
-        let taking = self.workers.iter().filter(|(_, worker)| takes_tasks(worker));
+        let taking = self.workers.iter().filter(|(_, worker)| worker.takes_tasks());
         let free = taking.map(|(name, worker)| {
             let used = used.get(name).copied().unwrap_or(0);
             (name.clone(), worker.slots.saturating_sub(used))

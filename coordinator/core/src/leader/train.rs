@@ -49,7 +49,9 @@ impl Leader {
     /// Records a job as it is about to be, and tells its watchers.
     pub(super) fn put_job(&mut self, draft: &mut Draft, expect: Expect, mut job: Arc<JobRecord>) {
         let name = job.spec.name.clone();
-        self.remember(&name, &mut Arc::make_mut(&mut job).status);
+        let status = &mut Arc::make_mut(&mut job).status;
+        self.rate_gang(status);
+        self.remember(&name, status);
         let workload = Workload::Job(Arc::clone(&job));
         draft.put(workload.key(), expect, &*job);
         draft.publish(&name, JobEvent::Status(Box::new(job.status.clone())));

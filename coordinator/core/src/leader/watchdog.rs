@@ -225,7 +225,8 @@ impl Leader {
         match suspect {
             Some(rank) => {
                 let reason = format!("the gang hangs, and this rank holds it up: {text}");
-                gang.exited(rank, &place.worker, ExitCause::Killed { reason }, now);
+                gang.exited(rank, &place.worker, ExitCause::Killed { reason: reason.clone() }, now);
+                self.rank_failed(&place.worker, name, &reason, now);
             }
             // All meet again; should that not help, the job makes no progress.
             None => {

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use api::ids::{Generation, Name, Rank, Step, TaskId};
+use api::price::{HostPrice, SlotRate};
 use api::records::{KIND_JOB, WorkerView};
 use api::session::{CoordinatorMessage, ExitCause, LeaveScope, RankOrder, TaskView, WorkerHello};
 
@@ -15,12 +16,13 @@ use super::Leader;
 use super::decision::{Effect, Millis, SessionId};
 use super::draft::Draft;
 use super::gang::LastWords;
+use super::health::Health;
 use super::index::Workload;
 use super::leave::Leave;
 use super::reason::{Reason, count};
 
 /// Workers known at once; each keeps a stream open. More is a mistake or an attack.
-const WORKERS_MAX: usize = 4_096;
+pub(super) const WORKERS_MAX: usize = 4_096;
 /// Heartbeats within which a worker's word shows that its session lives: one may be late.
 const HEARTBEATS_FRESH: u64 = 2;
 /// How long a lost worker stays in the list, for people who wonder where it went.
@@ -129,6 +131,7 @@ pub struct TaskPlace {
 pub(super) struct Worker {
     host: String,
     pub(super) slots: u32,
+    price: HostPrice,
     incarnation: u64,
     pub(super) session: Option<SessionId>,
     heard: Millis,
@@ -138,7 +141,16 @@ pub(super) struct Worker {
     pub(super) is_leaving: bool,
     /// How and why.
     pub(super) leave: Leave,
+    /// Whether its host may be given work.
+    pub(super) health: Health,
     pub(super) tasks: BTreeMap<TaskId, Task>,
+}
+
+impl Worker {
+    /// What one of its slots costs.
+    pub(super) fn rate(&self) -> SlotRate {
+        self.price.per_slot(self.slots)
+    }
 }
 
 impl Leader {
@@ -153,7 +165,8 @@ impl Leader {
             draft.because(Reason::Remark(format!("refused worker `{}`: {reason}", hello.name)));
             return draft.effect(Effect::CloseSession { session, reason });
         }
-        let WorkerHello { name, host, slots, incarnation, tasks: views, .. } = hello;
+        let WorkerHello { name, host, slots, price, unhealthy, incarnation, tasks: views, .. } =
+            hello;
         let former = self.workers.remove(&name);
         if let Some(replaced) = former.as_ref().and_then(|worker| worker.session) {
             self.sessions.remove(&replaced);
@@ -162,7 +175,11 @@ impl Leader {
         }
         let mut known = BTreeMap::new();
         let (mut is_leaving, mut leave) = (false, Leave::default());
+        let mut health = Health::default();
         if let Some(former) = former {
+            // A worker that was started anew is on the same host.
+            health = former.health;
+            health.ask_again();
             if former.incarnation == incarnation {
                 (is_leaving, leave) = (former.is_leaving, former.leave);
                 known = former.tasks;
@@ -184,6 +201,13 @@ impl Leader {
                 self.ended(draft, &name, &task, lost_with(&reason), now);
             }
         }
+        if self.lost.remove(&name) {
+            health.suspect("it was lost and is back", std::iter::empty(), now);
+        }
+        if let Some(why) = unhealthy {
+            let jobs = views.iter().map(|view| view.task.workload.clone());
+            health.suspect(&why, jobs, now);
+        }
         let node = self.node;
         let heartbeat = self.options.heartbeat;
         draft.send(session, CoordinatorMessage::Welcome { node, heartbeat });
@@ -194,12 +218,14 @@ impl Leader {
         let worker = Worker {
             host,
             slots,
+            price,
             incarnation,
             session: Some(session),
             heard: now,
             is_lost: false,
             is_leaving,
             leave,
+            health,
             tasks,
         };
         // A rank that was lost with its worker lives: it goes on from what it holds.
@@ -354,7 +380,12 @@ impl Leader {
     /// Loses workers whose lease ran out.
     pub(super) fn expire(&mut self, draft: &mut Draft, now: Millis) {
         let lease = self.options.lease_ms;
-        self.workers.retain(|_, w| !(w.is_lost && now.since(w.heard) > LOST_SHOWN_MS));
+        let is_over = |w: &Worker| w.is_lost && now.since(w.heard) > LOST_SHOWN_MS;
+        for (name, worker) in self.workers.extract_if(.., |_, w| is_over(w)).collect::<Vec<_>>() {
+            if !worker.health.is_fit() {
+                self.remember_lost(name);
+            }
+        }
         let is_silent = |w: &Worker| !w.is_lost && now.since(w.heard) > lease;
         let silent: Vec<Name> = self
             .workers
@@ -366,6 +397,7 @@ impl Leader {
             let Some(worker) = self.workers.get_mut(&name) else { continue };
             worker.is_lost = true;
             let reason = format!("no word from `{name}` for {lease} ms");
+            worker.suspect(&format!("it was lost: {reason}"), now);
             let tasks = std::mem::take(&mut worker.tasks);
             if let Some(session) = worker.session.take() {
                 self.sessions.remove(&session);
@@ -388,9 +420,11 @@ impl Leader {
         cause: ExitCause,
         now: Millis,
     ) {
-        let host = self.workers.get_mut(worker);
-        let held_state =
-            host.and_then(|host| host.tasks.remove(task)).is_some_and(|t| t.holds_state);
+        let known = self.workers.get_mut(worker).and_then(|host| host.tasks.remove(task));
+        let held_state = known.as_ref().is_some_and(|known| known.holds_state);
+        if known.is_some_and(|known| !known.kill_told && !known.stop_told) {
+            self.rank_died(worker, &task.workload, &cause, now);
+        }
         self.spare_ended(draft, task, &cause, now);
         if let Some(rank) = self.rank_of(worker, task)
             && let Some(gang) = self.gangs.get_mut(&task.workload)
@@ -519,6 +553,7 @@ impl Leader {
                     true => 0,
                     false => self.options.lease_ms.saturating_sub(now.since(worker.heard)),
                 },
+                price: worker.price,
                 tasks: worker.tasks.keys().map(ToString::to_string).collect(),
                 labels: BTreeMap::new(),
             }

@@ -195,6 +195,10 @@ impl Shell {
             assert!(workers.is_sorted(), "ranks are numbered worker by worker: {:?}", job.status);
             workers.dedup();
         }
+        for job in &jobs {
+            let (used, book) = (job.status.cost.total().rank_ms, job.status.goodput.total_ms());
+            assert_eq!(used, book, "what ranks cost and what they did differ: {:?}", job.status);
+        }
         for job in jobs {
             assert_eq!(job.status.phase.is_terminal(), job.status.ended_ms.is_some(), "{job:?}");
         }
