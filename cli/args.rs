@@ -177,6 +177,9 @@ pub struct Flight {
     /// What was kept of an earlier generation; absent: the running one, else the newest kept.
     #[arg(long)]
     pub generation: Option<u64>,
+    /// What the threads of the ranks that run are in now.
+    #[arg(long, conflicts_with = "generation")]
+    pub stacks: bool,
 }
 
 /// `cluster stop`.

@@ -6,7 +6,8 @@ mod common;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
-use common::{Running, cluster, repository, run, small_job, up};
+use common::moto::{self, Moto};
+use common::{Running, cluster, eventually, free_ports, repository, roles, run, small_job, up};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -179,6 +180,111 @@ fn a_replay_whose_job_has_failed_says_so_by_its_code() {
     let mut fast = endless_replay(folder.path());
     let refused = run(fast.args(["--speed", "1e-20"])).expect_code(2);
     assert!(refused.stderr.contains("more than ten years"), "{refused:?}");
+}
+
+fn is_stopped(pid: nix::unistd::Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().unwrap_or_default().trim_start().starts_with('T')
+}
+
+#[test]
+fn a_disk_is_filled_for_a_while_and_then_empty_again() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("cluster");
+    let _cluster = up(&dir, &[]);
+    submit(folder.path(), &dir, 1_000_000);
+    let fill = folder.path().join("fill");
+    std::fs::create_dir(&fill).expect("made");
+    let bytes: u64 = 3 << 20;
+    let mut strikes = cluster();
+    strikes.args(["chaos", "run", "--faults", "fill-disk", "--json", "--every", "100ms"]);
+    strikes.args(["--duration", "1h", "--fill-bytes", "3MiB", "--fill"]).arg(&fill);
+    let mut strikes = Running::start(strikes.arg("--dir").arg(&dir));
+    strikes.wait_for("a fault", |event| event["event"] == "fault" && event["missed"].is_null());
+    let files = || {
+        let entries = std::fs::read_dir(&fill).expect("it is there").flatten();
+        entries.filter_map(|entry| Some(entry.metadata().ok()?.len())).collect::<Vec<u64>>()
+    };
+    eventually("a file of the size that was asked for", || files().contains(&bytes).then_some(()));
+    strikes.signal(nix::sys::signal::Signal::SIGTERM);
+    assert_eq!(strikes.finish().code, 130);
+    assert_eq!(files(), [0u64; 0], "it is gone with the run");
+}
+
+#[test]
+fn coordinators_are_killed_as_long_as_a_majority_is_left() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    roles::make_certificates(folder);
+    let ports = free_ports(3);
+    let config =
+        |node| roles::write_config(folder, &format!("c{node}"), node, ("127.0.0.1", &ports), "");
+    let mut coordinators = [1, 2, 3].map(|node| roles::start_coordinator(&config(node)));
+    let _worker = roles::start_worker(folder, "w1", 2, &ports);
+    let client = config(1);
+    let ask = |args: &[&str]| {
+        let mut command = cluster();
+        run(command.args(args).arg("--json").arg("--config").arg(&client))
+    };
+    eventually("a worker", || (ask(&["workers"]).stdout.lines().count() == 1).then_some(()));
+    let mut job = cluster();
+    job.arg("submit").arg(small_job(folder, "[resources]\nranks = 2\n"));
+    job.args(["--json", "--follow", "--set", "stop.max_steps=1500", "--config"]).arg(&client);
+    let mut following = Running::start(&mut job);
+    following.wait_for_step(3);
+
+    let mut strikes = cluster();
+    strikes.args(["chaos", "run", "--faults", "kill-coordinator", "--json", "--every", "200ms"]);
+    strikes.args(["--duration", "1h", "--config"]).arg(&client);
+    let ended = run(&mut strikes).expect_code(0);
+    let documents = documents(&ended.stdout);
+    let end = documents.last().expect("the end");
+    assert_eq!((&end["event"], &end["struck"]), (&"end".into(), &1.into()), "{ended:?}");
+    let faults = documents.iter().filter(|document| document["event"] == "fault");
+    let missed: Vec<&str> = faults.filter_map(|fault| fault["missed"].as_str()).collect();
+    assert!(!missed.is_empty(), "{ended:?}");
+    assert!(missed.iter().all(|why| why.contains("no majority would be left")), "{missed:?}");
+    assert_eq!((&end["phase"], &end["restarts"]), (&"succeeded".into(), &0.into()), "{end}");
+    following.finish().expect_code(0);
+    let living = coordinators.iter_mut().filter_map(|one| one.is_running().then_some(())).count();
+    assert_eq!(living, 2);
+
+    // What was killed comes back to the others when it is started again.
+    let gone = coordinators.iter_mut().position(|one| !one.is_running()).expect("one was killed");
+    let _back = roles::start_coordinator(&config(gone + 1));
+    let alone = roles::write_config(folder, "alone", 1, ("127.0.0.1", &ports[gone..=gone]), "");
+    eventually("it answers, and follows or leads", || {
+        let mut status = cluster();
+        let status = run(status.args(["status", "--json", "--config"]).arg(&alone));
+        let status = (status.code == 0).then(|| status.last_json())?;
+        (status["node"] == gone as u64 + 1 && status["leader"].as_u64() > Some(0)).then_some(())
+    });
+}
+
+#[test]
+fn the_store_s_server_is_slowed_down_and_goes_on_afterwards() {
+    let Some(server) = Moto::start() else { return };
+    server.make_bucket("throttled");
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = moto::config(folder.path(), &server.address, "throttled");
+    let dir = folder.path().join("cluster");
+    let config = config.to_str().expect("UTF-8");
+    let _cluster = up(&dir, &["--config", config]);
+    submit(folder.path(), &dir, 300);
+    let mut strikes = cluster();
+    strikes.args(["chaos", "run", "--faults", "throttle-store", "--json", "--every", "500ms"]);
+    strikes.args(["--duration", "1h", "--config", config, "--dir"]).arg(&dir);
+    let mut strikes = Running::start(&mut strikes);
+    let own = server.pid().as_raw();
+    strikes
+        .wait_for("its server is struck", |event| event["event"] == "fault" && event["pid"] == own);
+    eventually("it is stopped now and then", || is_stopped(server.pid()).then_some(()));
+    let ended = strikes.finish().expect_code(0);
+    let end = ended.last_json();
+    assert_eq!((&end["phase"], &end["restarts"]), (&"succeeded".into(), &0.into()), "{ended:?}");
+    eventually("it goes on", || (!is_stopped(server.pid())).then_some(()));
+    let mut verify = cluster();
+    run(verify.args(["checkpoint", "verify", "small", "--dir"]).arg(&dir)).expect_code(0);
 }
 
 #[test]

@@ -7,38 +7,19 @@ mod common;
 use std::path::Path;
 
 use common::{
-    Running, cluster, eventually, free_ports, run, small_job, submit_local, up, weights_digest,
+    Running, cluster, eventually, free_ports, roles, run, small_job, submit_local, up,
+    weights_digest,
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 fn write_config(folder: &Path, name: &str, node: usize, ports: &[u16]) -> std::path::PathBuf {
-    let tls = folder.join("tls");
-    let members: Vec<String> = ports
-        .iter()
-        .enumerate()
-        .map(|(i, port)| format!("{{ node = {}, address = \"127.0.0.1:{port}\" }}", i + 1))
-        .collect();
-    let text = format!(
-        "[cluster]\nid = \"three\"\ndir = \"{0}/{name}\"\ntoken_file = \"{1}/token\"\n\
-         [coordinator]\nnode = {node}\nmembers = [{2}]\n\
-         [store]\nuri = \"file://{0}/store\"\n\
-         [tls]\nca = \"{1}/ca.pem\"\ncertificate = \"{1}/host.pem\"\nkey = \"{1}/host.key\"\n",
-        folder.display(),
-        tls.display(),
-        members.join(", ")
-    );
-    let path = folder.join(format!("{name}.toml"));
-    std::fs::write(&path, text).expect("written");
-    path
+    roles::write_config(folder, name, node, ("127.0.0.1", ports), "")
 }
 
 /// A worker with one slot.
 fn start_worker(folder: &Path, name: &str, ports: &[u16]) -> Running {
-    let config = write_config(folder, name, 1, ports);
-    let mut command = cluster();
-    command.args(["worker", "--slots", "1", "--name", name]).arg("--config").arg(config);
-    Running::start(&mut command)
+    roles::start_worker(folder, name, 1, ports)
 }
 
 /// The job goes on from a checkpoint of the moment in which it was interrupted, which the leader
@@ -69,9 +50,7 @@ fn assert_undisturbed(folder: &Path, status: &Value) {
 fn a_worker_is_stopped_politely_and_its_job_goes_on_when_it_is_back() {
     let folder = tempfile::tempdir().expect("a folder");
     let folder = folder.path();
-    let mut certs = cluster();
-    certs.args(["certs", "--output"]).arg(folder.join("tls"));
-    run(&mut certs).expect_code(0);
+    roles::make_certificates(folder);
     let ports = free_ports(1);
     let client = write_config(folder, "c1", 1, &ports);
     let mut command = cluster();
@@ -166,9 +145,7 @@ fn a_cluster_in_one_process_is_interrupted_and_its_job_goes_on_by_itself() {
 fn the_leader_dies_and_training_does_not_notice() {
     let folder = tempfile::tempdir().expect("a folder");
     let folder = folder.path();
-    let mut certs = cluster();
-    certs.args(["certs", "--output"]).arg(folder.join("tls"));
-    run(&mut certs).expect_code(0);
+    roles::make_certificates(folder);
     let ports = free_ports(3);
     let mut coordinators: Vec<Running> = (1..=3)
         .map(|node| {

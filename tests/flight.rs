@@ -41,7 +41,6 @@ fn a_frozen_rank_is_named_and_the_survivors_of_a_killed_one_leave_their_logs() {
     let config = folder.path().join("cluster.toml");
     std::fs::write(&config, "[worker]\nstopped_rank_timeout = \"0s\"\n").expect("written");
     let config = config.to_str().expect("UTF-8");
-    // The last `--slots` counts.
     let up = up(&dir, &["--workers", "1", "--config", config]);
     ask(&dir, &["flight", "small"]).expect_code(3);
     let mut following = follow_job(folder.path(), &dir, 2);

@@ -3,7 +3,10 @@
 
 mod common;
 
-use common::{Running, cluster, eventually, repository, run, submit_local, weights_digest};
+use common::{
+    Running, cluster, eventually, repository, run, small_job, submit_local, up_with_slots,
+    weights_digest,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -135,6 +138,71 @@ fn a_rank_that_is_stopped_is_found_named_and_replaced() {
     let history = last["history"].as_array().expect("a list");
     let why = |moment: &Value| moment["text"].as_str().is_some_and(|text| text.contains(&named));
     assert!(history.iter().any(why), "{history:#?}");
+    // What it was in when it was found is kept beside the flight logs.
+    let kept = folder.path().join("store/jobs/rust-lm/flight/g1/r1.stacks.json");
+    let dump: Value = serde_json::from_slice(&std::fs::read(&kept).expect("kept")).expect("JSON");
+    assert_eq!(dump["pid"], before[1].as_raw(), "{dump}");
+    assert!(dump["absent"].as_str().is_some_and(|why| why.contains(&named)), "{dump}");
+    assert_eq!(dump["threads"][0]["state"], "stopped by a signal", "{dump}");
+}
+
+#[test]
+fn a_drained_rank_hands_its_work_over_and_no_step_is_lost() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let extra = "[resources]\nranks = 2\n[recovery]\nmax_failures = 0\n";
+    let job = small_job(folder, extra);
+    // None is due before the end: what the newcomer gets can only come from the rank that stays.
+    let sets = ["stop.max_steps=300", "checkpoint.every_steps=0"];
+    let undisturbed = run(&mut submit_local(&job, &folder.join("undisturbed"), &sets));
+    let expected = weights_digest(&undisturbed.expect_code(0));
+
+    let dir = folder.join("cluster");
+    let _up = up_with_slots(&dir, 1, &["--workers", "3"]);
+    let ask = |args: &[&str]| {
+        let mut command = cluster();
+        run(command.args(args).arg("--dir").arg(&dir)).expect_code(0)
+    };
+    let workers = || ask(&["workers", "--json"]).stdout.lines().count();
+    eventually("three workers", || (workers() == 3).then_some(()));
+    let mut submit = cluster();
+    submit.arg("submit").arg(&job).args(["--json", "--follow", "--dir"]).arg(&dir);
+    for set in sets {
+        submit.args(["--set", set]);
+    }
+    let mut following = Running::start(&mut submit);
+    following.wait_for_step(30);
+    let shown = ask(&["job", "small", "--json"]).last_json();
+    let worker = |rank: usize| {
+        let worker = shown["status"]["gang"][rank]["worker"].as_str();
+        worker.expect("a worker").to_owned()
+    };
+    let (drained, stays) = (worker(1), worker(0));
+    assert_ne!(drained, stays, "one slot each: {shown}");
+    ask(&["drain", &drained, "--deadline", "1m"]);
+    let status = following.wait_for("the next generation", |event| is_running(event, 2));
+    let gang = status["gang"].as_array().expect("a gang");
+    let places: Vec<&str> = gang.iter().filter_map(|place| place["worker"].as_str()).collect();
+    assert_eq!(places.len(), 2, "{status}");
+    assert!(places.contains(&stays.as_str()) && !places.contains(&drained.as_str()), "{status}");
+    assert_eq!((&status["regroups"], &status["restarts"]), (&1.into(), &1.into()), "{status}");
+    following.finish().expect_code(0);
+
+    let shown = ask(&["job", "small", "--json"]).last_json();
+    let status = &shown["status"];
+    assert_eq!(status["model"]["sha256"], expected.as_str(), "{status}");
+    assert_eq!((&status["failures"], &status["first_cause"]), (&0.into(), &Value::Null));
+    let goodput = &status["goodput"];
+    assert_eq!(goodput["steps_redone"], 0, "{goodput}");
+    assert_eq!(goodput["lost_ms"], 0, "{goodput}");
+    assert_eq!(goodput["steps"], 300, "each step once: {goodput}");
+    let cause = format!("`{drained}` is leaving");
+    let history = status["history"].as_array().expect("a history");
+    let names = |moment: &Value| moment["text"].as_str().is_some_and(|text| text.contains(&cause));
+    assert!(history.iter().any(names), "{history:#?}");
+    let text = ask(&["job", "small"]).stdout;
+    assert!(text.contains(&cause), "{text}");
+    assert!(text.contains("300 steps, 0 of them computed again"), "{text}");
 }
 
 #[test]
@@ -179,7 +247,7 @@ fn a_job_that_fails_at_the_same_step_again_and_again_ends_with_that_diagnosis() 
         });
         if status["phase"] == "failed" {
             let reason = status["reason"].as_str().unwrap_or_default();
-            assert!(reason.contains("3 failures without progress"), "{reason}");
+            assert!(reason.contains("3 failures without progress beyond step "), "{reason}");
             assert!(reason.contains("killed by signal 9"), "{reason}");
             break;
         }
@@ -187,6 +255,39 @@ fn a_job_that_fails_at_the_same_step_again_and_again_ends_with_that_diagnosis() 
     }
     let ended = running.finish();
     assert_ne!(ended.code, 0, "{ended:?}");
+}
+
+#[test]
+fn what_a_process_writes_that_began_as_a_spare_is_shown() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("cluster");
+    let up = up_with_slots(&dir, 3, &["--workers", "1"]);
+    let extra = "[resources]\nranks = 2\n[recovery]\nspares = 1\n";
+    let mut submit = cluster();
+    submit.arg("submit").arg(small_job(folder.path(), extra));
+    submit.args(["--json", "--follow", "--set", "stop.max_steps=400", "--dir"]).arg(&dir);
+    let mut following = Running::start(&mut submit);
+    let mut step = 5;
+    let mut gang: Vec<Pid> = Vec::new();
+    // One after the other, until the first spare is the rank that tells of the steps.
+    for generation in [2, 3] {
+        following.wait_for_step(step);
+        let ranks = processes(&up, 3);
+        if gang.is_empty() {
+            gang = ranks[..2].to_vec();
+        }
+        kill(gang.remove(0), Signal::SIGKILL).expect("it runs");
+        let status = following.wait_for("the next", |event| is_running(event, generation));
+        step = status["furthest"].as_u64().expect("a step") + 3;
+    }
+    following.finish().expect_code(0);
+    let mut logs = cluster();
+    let logs = run(logs.args(["logs", "small", "--json", "--dir"]).arg(&dir)).expect_code(0);
+    let lines = logs.stdout.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    let told = lines.filter(|line| line["rank"].as_u64() >= Some(2));
+    let texts: Vec<String> =
+        told.map(|line| line["text"].as_str().unwrap_or_default().to_owned()).collect();
+    assert!(texts.iter().any(|text| text.starts_with("step 400/400 loss")), "{}", logs.stdout);
 }
 
 #[test]

@@ -237,15 +237,29 @@ impl NoticesSection {
 const NOTICE_INTERVAL_MIN: Span = Span::millis(10);
 
 /// Where data, checkpoints, models and logs are remembered.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct StoreSection {
     /// `file://` folder or `s3://bucket/prefix`; empty: the folder `store` under cluster.dir.
     pub uri: String,
+    /// How long a checkpoint is written again and again while the store is full or does not answer,
+    /// before that fails the rank.
+    pub patience: Span,
     /// How to reach S3; also used for `s3://` data channels.
     pub s3: S3Section,
     /// The key under which checkpoints and models are encrypted.
     pub encryption: EncryptionSection,
+}
+
+impl Default for StoreSection {
+    fn default() -> Self {
+        Self {
+            uri: String::new(),
+            patience: Span::seconds(180),
+            s3: S3Section::default(),
+            encryption: EncryptionSection::default(),
+        }
+    }
 }
 
 /// The key under which checkpoints and models are encrypted; neither: they are not. The same on every

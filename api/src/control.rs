@@ -16,6 +16,7 @@ use std::time::Duration;
 use crate::flight::FlightLog;
 use crate::ids::Generation;
 use crate::session::{MESSAGE_BYTES_MAX, RankLine, RankOrder, RankReport};
+use crate::stacks::{StackFrame, TELLING_THREAD};
 
 /// The control socket cannot be used, or broke.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -29,6 +30,8 @@ const EXIT_ORPHANED: i32 = 10;
 type AbortHook = Box<dyn Fn(&str) + Send>;
 /// Gives the last operations, so many at most; called when the worker asks for the flight log.
 type FlightHook = Box<dyn Fn(usize) -> FlightLog + Send>;
+/// What the threads of this process are in, and what is missing of it.
+type StacksHook = fn() -> (Vec<(u32, Vec<StackFrame>)>, String);
 
 /// Both directions of the control socket; cheap to clone.
 #[derive(Clone)]
@@ -46,6 +49,7 @@ struct Shared {
     interrupted: AtomicBool,
     abort: Mutex<Option<AbortHook>>,
     flight: Mutex<Option<FlightHook>>,
+    stacks: Mutex<Option<StacksHook>>,
 }
 
 /// A task must not outlive its worker, whatever ends the worker: the kernel kills it then.
@@ -142,6 +146,29 @@ impl Control {
         *self.shared.flight.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(hook));
     }
 
+    /// From now on a question for the stacks is answered with what `hook` gives. It is called on a
+    /// thread of its own: to find the names takes longer than an abort may wait.
+    pub fn on_stacks(&self, hook: StacksHook) {
+        *self.shared.stacks.lock().unwrap_or_else(PoisonError::into_inner) = Some(hook);
+    }
+
+    fn answer_stacks(&self) {
+        let hook = *self.shared.stacks.lock().unwrap_or_else(PoisonError::into_inner);
+        let control = self.clone();
+        let answer = move || {
+            let (threads, absent) = match hook {
+                Some(hook) => hook(),
+                None => (Vec::new(), "it has just been started".to_owned()),
+            };
+            if let Err(error) = control.report(&RankReport::Stacks { threads, absent }) {
+                tracing::warn!(%error, "the stacks were not taken");
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name(TELLING_THREAD.into()).spawn(answer) {
+            tracing::warn!(%error, "no thread to tell the stacks");
+        }
+    }
+
     fn answer_flight(&self, request: u64, entries: u32) {
         let hook = self.shared.flight.lock().unwrap_or_else(PoisonError::into_inner);
         let log = hook.as_ref().map(|hook| Box::new(hook(entries as usize)));
@@ -206,6 +233,7 @@ fn handle(order: RankOrder, control: &Control, sender: &Sender<RankOrder>) {
             shared.pause.store(true, Ordering::Relaxed);
         }
         RankOrder::Flight { request, entries } => control.answer_flight(request, entries),
+        RankOrder::Stacks => control.answer_stacks(),
         RankOrder::Committed { step } => tracing::debug!(%step, "checkpoint committed"),
         RankOrder::Regroup(regroup) => {
             let reason = regroup.reason.clone();

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::flight::{FlightCall, FlightLog, FlightState};
 use crate::ids::{Generation, Name, Rank};
 use crate::records::Phase;
+use crate::stacks::StackDump;
 
 /// Ranks that a sentence names one by one; beyond, it says how many more.
 const RANKS_SHOWN: usize = 8;
@@ -32,6 +33,10 @@ pub struct FlightReport {
     pub findings: Vec<Finding>,
     /// The findings in words.
     pub verdict: Vec<String>,
+    /// What threads were in: of ranks that were asked now, else of those that were replaced because
+    /// they held their gang up.
+    #[serde(default)]
+    pub stacks: Vec<StackDump>,
 }
 
 /// One rank's log, or why there is none.

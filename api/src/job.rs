@@ -383,6 +383,9 @@ pub struct Recovery {
     pub hang_min: Span,
     /// What happens about a rank that is slower than its peers step after step.
     pub stragglers: Stragglers,
+    /// How long a rank must have been slower, for twenty steps on end at least, before that is worth
+    /// a word.
+    pub straggler_min: Span,
 }
 
 /// What happens about a rank that is slower than its peers step after step.
@@ -406,6 +409,7 @@ impl Default for Recovery {
             spares: 0,
             hang_min: Span::seconds(30),
             stragglers: Stragglers::Tell,
+            straggler_min: Span::seconds(20),
         }
     }
 }

@@ -21,6 +21,7 @@ pub mod records;
 pub mod samples;
 pub mod schema;
 pub mod session;
+pub mod stacks;
 pub mod units;
 
 /// Generated from `proto/`.

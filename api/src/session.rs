@@ -17,6 +17,7 @@ use crate::events::{CheckpointFact, Evaluation, ModelFact, StepMetrics};
 use crate::flight::FlightLog;
 use crate::ids::{Generation, Name, NodeId, Rank, Secret, Step, TaskId};
 use crate::job::JobSpec;
+use crate::stacks::{StackDump, StackFrame};
 use crate::units::Span;
 
 /// Longest line on a rank's control socket and largest session frame, in bytes.
@@ -73,6 +74,18 @@ pub enum WorkerMessage {
         task: TaskId,
         /// The log; absent when there is none.
         log: Option<Box<FlightLog>>,
+        /// Why there is none, where that is known.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        why: String,
+    },
+    /// Answers a [`CoordinatorMessage::Stacks`]. Sent once and never again, too.
+    Stacks {
+        /// The question's number.
+        request: u64,
+        /// Whose threads.
+        task: TaskId,
+        /// The dump; absent when there is none.
+        dump: Option<Box<StackDump>>,
         /// Why there is none, where that is known.
         #[serde(default, skip_serializing_if = "String::is_empty")]
         why: String,
@@ -310,6 +323,15 @@ pub enum CoordinatorMessage {
     },
     /// Takes a drain back. A worker that does not drain says that it stays.
     Undrain,
+    /// Say what the threads of a task's process are in.
+    Stacks {
+        /// Comes back with the answer.
+        request: u64,
+        /// Which one.
+        task: TaskId,
+        /// Whether the answer is kept beside the flight logs: the process is to be killed.
+        keep: bool,
+    },
     /// End a task's process group now; it answers with an exit event. Unknown tasks are ignored.
     Kill {
         /// Which one.
@@ -470,6 +492,8 @@ pub enum RankOrder {
         /// Operations wanted at most, the last ones.
         entries: u32,
     },
+    /// Answer at once with a [`RankReport::Stacks`], whatever the step loop is doing.
+    Stacks,
 }
 
 /// One line of a rank or replica to its worker: a report and the generation it was made in, so that
@@ -556,6 +580,13 @@ pub enum RankReport {
         request: u64,
         /// The log; absent when it has none yet.
         log: Option<Box<FlightLog>>,
+    },
+    /// What its threads are in, by their numbers. It stays with the worker, too.
+    Stacks {
+        /// Each thread's stack, the innermost frame first.
+        threads: Vec<(u32, Vec<StackFrame>)>,
+        /// What is missing, and why; empty where nothing is.
+        absent: String,
     },
 }
 

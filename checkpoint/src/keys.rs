@@ -55,11 +55,26 @@ pub fn flight(job: &Name, generation: Generation, rank: Rank) -> String {
 
 /// Reads a key that [`flight`] made; anything else is `None`.
 pub fn parse_flight(job: &Name, key: &str) -> Option<(Generation, Rank)> {
+    let (generation, rank) = parse_beside_flights(job, key, ".json")?;
+    (flight(job, generation, rank) == key).then_some((generation, rank))
+}
+
+/// The stacks that were kept of a rank, beside its flight log.
+pub fn stacks(job: &Name, generation: Generation, rank: Rank) -> String {
+    format!("{}/{generation}/{rank}.stacks.json", flights(job))
+}
+
+/// Reads a key that [`stacks`] made; anything else is `None`.
+pub fn parse_stacks(job: &Name, key: &str) -> Option<(Generation, Rank)> {
+    let (generation, rank) = parse_beside_flights(job, key, ".stacks.json")?;
+    (stacks(job, generation, rank) == key).then_some((generation, rank))
+}
+
+fn parse_beside_flights(job: &Name, key: &str, suffix: &str) -> Option<(Generation, Rank)> {
     let (generation, rank) =
         key.strip_prefix(&flights(job))?.strip_prefix("/g")?.split_once('/')?;
-    let rank = rank.strip_prefix('r')?.strip_suffix(".json")?;
-    let (generation, rank) = (Generation(generation.parse().ok()?), Rank(rank.parse().ok()?));
-    (flight(job, generation, rank) == key).then_some((generation, rank))
+    let rank = rank.strip_prefix('r')?.strip_suffix(suffix)?;
+    Some((Generation(generation.parse().ok()?), Rank(rank.parse().ok()?)))
 }
 
 /// What a manifest's key says about it.
@@ -113,6 +128,9 @@ mod tests {
         for bad in ["jobs/digits/flight/g7/r012.json", "jobs/digit/flight/g7/r1.json", "x"] {
             assert_eq!(parse_flight(&job, bad), None, "{bad:?} was accepted");
         }
+        let beside = stacks(&job, Generation(7), Rank(12));
+        assert_eq!(parse_stacks(&job, &beside), Some((Generation(7), Rank(12))));
+        assert_eq!((parse_flight(&job, &beside), parse_stacks(&job, &key)), (None, None));
     }
 
     #[test]

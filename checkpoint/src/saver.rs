@@ -7,7 +7,7 @@
 //! exists is whole.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use api::events::CheckpointFact;
@@ -84,6 +84,9 @@ pub enum SaveError {
     /// The saver itself failed.
     #[error("saving failed: {0}")]
     Background(String),
+    /// Whoever waited is wanted elsewhere.
+    #[error("the wait for the store was abandoned")]
+    Abandoned,
 }
 
 impl SaveError {
@@ -91,11 +94,14 @@ impl SaveError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Store(error) => error.is_retryable(),
-            Self::Background(_) => true,
+            Self::Background(_) | Self::Abandoned => true,
             _ => false,
         }
     }
 }
+
+/// How often it is looked whether a wait is to be given up.
+const ABANDONED_LOOK: Duration = Duration::from_millis(50);
 
 /// What a saver saves for, and where.
 #[derive(Clone, Debug)]
@@ -135,7 +141,11 @@ pub struct Saver {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    is_abandoned: OnceLock<IsAbandoned>,
 }
+
+/// Hears how long a wait has lasted, and tells whether it is to be given up.
+type IsAbandoned = Box<dyn Fn(Duration) -> bool + Send + Sync>;
 
 struct State {
     /// Arenas not in use; fewer than [`ARENAS_MAX`] exist until they are needed.
@@ -157,6 +167,7 @@ impl Shared {
 
     /// Waits until `ready` yields something, or an error from behind comes first.
     fn wait<T>(&self, mut ready: impl FnMut(&mut State) -> Option<T>) -> Result<T, SaveError> {
+        let begun = Instant::now();
         let mut state = self.lock();
         loop {
             if let Some(found) = ready(&mut state) {
@@ -165,7 +176,15 @@ impl Shared {
             if let Some(error) = state.errors.pop_front() {
                 return Err(error);
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            let Some(is_abandoned) = self.is_abandoned.get() else {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            if is_abandoned(begun.elapsed()) {
+                return Err(SaveError::Abandoned);
+            }
+            let waited = self.changed.wait_timeout(state, ABANDONED_LOOK);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -213,7 +232,11 @@ impl Saver {
             last_staged: None,
             former: incremental.then(|| ready(Former::default())),
             known: incremental.then(|| ready(BTreeSet::new())),
-            shared: Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() }),
+            shared: Arc::new(Shared {
+                state: Mutex::new(state),
+                changed: Condvar::new(),
+                is_abandoned: OnceLock::new(),
+            }),
             runtime: Some(runtime),
         })
     }
@@ -238,6 +261,16 @@ impl Saver {
                 shared.update(|state| state.arenas.push(arena));
             });
         }
+    }
+
+    /// From now on a wait for the store asks `is_abandoned` again and again, with how long it has lasted,
+    /// and ends with [`SaveError::Abandoned`] when that says so; what is under way is not touched. The
+    /// first one given counts.
+    pub fn abandon_when(
+        &mut self,
+        is_abandoned: impl Fn(Duration) -> bool + Send + Sync + 'static,
+    ) {
+        let _ = self.shared.is_abandoned.set(Box::new(is_abandoned));
     }
 
     /// Copies this rank's tensors and returns; its shard is written behind. Waits only when both

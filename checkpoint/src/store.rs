@@ -34,9 +34,6 @@ const LIST_MAX: usize = 1_000_000;
 const CREATE_ATTEMPTS_MAX: u32 = 4;
 /// Tries of anything else that may be done twice, over the library's retries of each request.
 const ATTEMPTS_MAX: u32 = 3;
-/// How long something that is written behind training is tried again: a store's outage of minutes
-/// must not end a job, and steps go on meanwhile.
-const PATIENCE: Duration = Duration::from_secs(180);
 /// Half the wait after the first failed try; doubled at each further one.
 const BACKOFF: Duration = Duration::from_millis(100);
 /// The longest wait is 3.2 seconds: BACKOFF, doubled so often.
@@ -49,7 +46,8 @@ pub struct Store {
     /// What `s3://bucket/prefix` puts before every key; empty in a folder.
     prefix: Path,
     place: Arc<Place>,
-    /// How long what is written behind training is tried again.
+    /// How long what is written behind training is tried again: an outage of minutes must not end a
+    /// job, and steps go on meanwhile.
     patience: Duration,
     /// What tells the key apart under which checkpoints and models are encrypted, if they are.
     key_id: Option<Arc<str>>,
@@ -89,7 +87,7 @@ impl Store {
         if let Some(path) = uri.strip_prefix("file://") {
             let (inner, folder) = local::open(uri, FsPath::new(path))?;
             let place = Arc::new(Place::Folder(folder));
-            return Ok(Self::plain(inner, Path::default(), place, PATIENCE));
+            return Ok(Self::plain(inner, Path::default(), place, section.patience.0));
         }
         let Some(rest) = uri.strip_prefix("s3://") else {
             return Err(bad("expected `file:///folder` or `s3://bucket/prefix`"));
@@ -100,7 +98,7 @@ impl Store {
         }
         let prefix = Path::parse(prefix).map_err(|error| bad(&error.to_string()))?;
         let (inner, place) = s3::open(&section.s3, bucket)?;
-        Ok(Self::plain(inner, prefix, Arc::new(place), PATIENCE))
+        Ok(Self::plain(inner, prefix, Arc::new(place), section.patience.0))
     }
 
     fn plain(

@@ -5,12 +5,13 @@ mod support;
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use api::Step;
 use api::job::Compression;
 use async_trait::async_trait;
-use checkpoint::{Saver, Store};
+use checkpoint::{SaveError, Saver, Store};
 use futures::stream::BoxStream;
 use object_store::memory::InMemory;
 use object_store::path::Path;
@@ -103,5 +104,24 @@ fn whoever_stages_faster_than_the_store_writes_waits_with_two_copies_in_memory()
     assert_eq!(written.len(), 1, "a third arena was filled before one came back");
     permits.add_permits(2);
     assert!(saver.wait_shard(Step(3)).is_ok());
+    saver.finish().expect("finishes");
+}
+
+#[test]
+fn a_wait_for_a_store_that_takes_nothing_is_given_up_when_asked() {
+    let permits = Arc::new(Semaphore::new(0));
+    let gate = Gate { inner: InMemory::new(), permits: permits.clone() };
+    let store = Store::with_inner(Arc::new(gate), "a store behind a gate");
+    let mut saver = Saver::with_store(store, options(0, 1, Compression::None)).expect("starts");
+    let is_wanted = Arc::new(AtomicBool::new(true));
+    let asked = is_wanted.clone();
+    saver.abandon_when(move |_| asked.load(Ordering::Relaxed));
+    let state = State::new(3, 4000);
+    saver.stage(Step(1), &state.slices()).expect("stages");
+    assert_eq!(saver.wait_shard(Step(1)), Err(SaveError::Abandoned));
+    // What was under way was not touched.
+    is_wanted.store(false, Ordering::Relaxed);
+    permits.add_permits(1);
+    assert!(saver.wait_shard(Step(1)).is_ok());
     saver.finish().expect("finishes");
 }

@@ -1,9 +1,10 @@
 //! `cluster flight`: what the ranks of a job are doing, or were doing when they ended.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use api::finding::{FlightReport, FlightSource, RankFlight, seconds};
 use api::flight::{FlightEntry, FlightLog};
+use api::stacks::{StackDump, ThreadStack};
 use api::{ExitClass, Name};
 
 use crate::args::{Flight, Global};
@@ -18,10 +19,11 @@ const ENTRIES_SHOWN: usize = 40;
 pub async fn show(global: &Global, args: &Flight) -> Result<()> {
     let name: Name = args.name.parse()?;
     let (access, _) = Access::find(global)?;
-    let mut report = access.connect().await?.flight(&name, args.generation).await?;
+    let mut report = access.connect().await?.flight(&name, args.generation, args.stacks).await?;
     if let Some(rank) = args.rank {
         let count = report.ranks.len();
         report.ranks.retain(|flight| flight.rank.0 == rank);
+        report.stacks.retain(|dump| dump.rank.0 == rank);
         if report.ranks.is_empty() {
             let text = format!("job `{name}` has no rank {rank}: it has ranks 0 to {}", count - 1);
             return Err(CliError::new(ExitClass::NotFound, text));
@@ -35,6 +37,7 @@ pub async fn show(global: &Global, args: &Flight) -> Result<()> {
     if args.rank.is_some() {
         report.ranks.iter().filter_map(|flight| flight.log.as_ref()).for_each(print_entries);
     }
+    report.stacks.iter().for_each(print_stacks);
     Ok(())
 }
 
@@ -108,6 +111,39 @@ fn entry_row(log: &FlightLog, entry: &FlightEntry) -> Vec<String> {
         entry.tag.clone(),
         entry.error.clone().unwrap_or_default(),
     ]
+}
+
+/// What the threads of one rank were in; threads with the same stack together.
+fn print_stacks(dump: &StackDump) {
+    let ago = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let ago = ago.saturating_sub(Duration::from_millis(dump.taken_ms));
+    let absent = match dump.absent.as_str() {
+        "" => String::new(),
+        why => format!(" ({why})"),
+    };
+    output::line("");
+    output::line(&format!(
+        "threads of rank {} of generation {} on {}, process {}, {} ago{absent}:",
+        dump.rank.0,
+        dump.generation.0,
+        dump.host,
+        dump.pid,
+        seconds(nanoseconds(ago))
+    ));
+    let mut alike: Vec<Vec<&ThreadStack>> = Vec::new();
+    for thread in &dump.threads {
+        let key = |thread: &ThreadStack| (thread.position(), thread.frames.clone());
+        match alike.iter_mut().find(|known| known.first().map(|t| key(t)) == Some(key(thread))) {
+            Some(known) => known.push(thread),
+            None => alike.push(vec![thread]),
+        }
+    }
+    for threads in alike {
+        let name = |t: &&ThreadStack| format!("`{}` {} ({} ms)", t.name, t.id, t.cpu_ms);
+        let names: Vec<String> = threads.iter().map(name).collect();
+        output::line(&format!("  {}: {}", names.join(", "), threads[0].position()));
+        threads[0].frames.iter().for_each(|frame| output::line(&format!("    {frame}")));
+    }
 }
 
 fn nanoseconds(time: Duration) -> u64 {

@@ -316,7 +316,8 @@ impl ClusterClient {
         follow_events(self.clone(), pb::WatchRequest { job: job.to_string() }).await
     }
 
-    /// The flight logs of a job's ranks, of one generation if it is given, and what they say.
+    /// The flight logs of a job's ranks, of one generation if it is given, and what they say; with what
+    /// the ranks' threads are in now if `stacks`.
     ///
     /// # Errors
     /// `NotFound`, or `Conflict` when the job has not run or has no flight log.
@@ -324,8 +325,9 @@ impl ClusterClient {
         &self,
         job: &Name,
         generation: Option<u64>,
+        stacks: bool,
     ) -> Result<FlightReport, ClientError> {
-        let request = pb::FlightRequest { job: job.to_string(), generation };
+        let request = pb::FlightRequest { job: job.to_string(), generation, stacks };
         from_json(&self.call(request, async |mut rpc, r| rpc.flight(r).await).await?.json)
     }
 

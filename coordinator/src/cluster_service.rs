@@ -26,7 +26,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
 use crate::coordinator::Validate;
-use crate::flight::FlightDesk;
+use crate::flight::{FlightDesk, WantedStacks};
 use crate::leadership::{Leadership, Leaderships};
 use crate::log_stream::{LogSources, Workload};
 use crate::peers::{FORWARDED_KEY, Peers};
@@ -284,7 +284,8 @@ impl ClusterService {
             return Err(self.not_found(KIND_JOB, &request.job));
         };
         let generation = request.generation.map(Generation);
-        let report = self.desk.report(leadership, &job, generation).await?;
+        let stacks = if request.stacks { WantedStacks::Live } else { WantedStacks::Kept };
+        let report = self.desk.report(leadership, &job, generation, stacks).await?;
         let json = serde_json::to_vec(&report);
         Ok(pb::FlightReply { json: json.map_err(|error| Status::internal(error.to_string()))? })
     }

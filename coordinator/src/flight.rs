@@ -11,8 +11,10 @@ use std::time::Duration;
 
 use api::finding::{FlightReport, FlightSource, RankFlight};
 use api::flight::{FLIGHT_ENTRIES_MAX, FLIGHT_LOG_BYTES_MAX, FlightLog};
+use api::job::LANES_MAX;
 use api::records::JobRecord;
 use api::session::FLIGHT_LAST;
+use api::stacks::{STACKS_BYTES_MAX, StackDump};
 use api::{Generation, Name, Rank, TaskId};
 use checkpoint::{Store, StoreError, keys};
 use coordinator_core::flight::findings;
@@ -20,12 +22,16 @@ use futures::stream::{self, StreamExt as _};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
 use tonic::Status;
+use tracing::debug;
 
-use crate::leadership::Leadership;
+use crate::leadership::{LeaderQuestion, Leadership};
 use crate::status::leadership_lost;
 
 /// A running rank answers within a few milliseconds, or is starved or out of reach.
 const ANSWER_WAIT: Duration = Duration::from_secs(2);
+/// A worker knows what a rank's threads are in within two seconds, if not from the rank then from the
+/// kernel.
+const STACKS_WAIT: Duration = Duration::from_secs(3);
 /// A store that takes longer for one request counts as one that has nothing: the caller is told so
 /// before it gives up.
 const STORE_WAIT: Duration = Duration::from_secs(3);
@@ -39,8 +45,28 @@ const ENTRIES_MIN: usize = 16;
 /// Generations of a job whose logs are kept, the newest.
 const GENERATIONS_KEPT: usize = 8;
 
-/// A rank's log, or why it has none.
-type Told = Result<Box<FlightLog>, String>;
+/// What a rank was asked for, or why there is none.
+type Told = Result<Answer, String>;
+
+/// The answer to one kind of question.
+#[derive(Debug)]
+pub(crate) enum Answer {
+    /// What it remembers of its collective operations.
+    Flight(Box<FlightLog>),
+    /// What its threads are in.
+    Stacks(Box<StackDump>),
+}
+
+/// Which stacks belong to a report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WantedStacks {
+    /// None.
+    None,
+    /// Those that were kept of ranks that were replaced.
+    Kept,
+    /// Those of the ranks that run, now.
+    Live,
+}
 
 /// Questions that wait for answers.
 pub(crate) struct Questions {
@@ -91,9 +117,9 @@ struct Question {
 }
 
 impl Question {
-    /// The answers of so many ranks, or those that came in time.
-    async fn answers(&mut self, count: usize) -> BTreeMap<TaskId, Told> {
-        let deadline = Instant::now() + ANSWER_WAIT;
+    /// The answers of so many ranks, or those that came within `wait`.
+    async fn answers(&mut self, count: usize, wait: Duration) -> BTreeMap<TaskId, Told> {
+        let deadline = Instant::now() + wait;
         let mut answers = BTreeMap::new();
         while answers.len() < count
             && let Ok(Some((task, told))) = timeout_at(deadline, self.inbox.recv()).await
@@ -123,6 +149,7 @@ impl FlightDesk {
         leadership: &Leadership,
         job: &JobRecord,
         wanted: Option<Generation>,
+        stacks: WantedStacks,
     ) -> Result<FlightReport, Status> {
         let (name, status) = (&job.spec.name, &job.status);
         if status.generation == Generation(0) {
@@ -151,9 +178,21 @@ impl FlightDesk {
             notes.push(format!("the logs that were kept cannot be listed: {why}"));
             BTreeMap::new()
         });
+        let stacks = match stacks {
+            WantedStacks::None => Vec::new(),
+            WantedStacks::Live => {
+                self.ask_stacks(leadership, name, generation, None, false).await?
+            }
+            WantedStacks::Kept => self.read_stacks(name, wanted).await.unwrap_or_else(|why| {
+                notes.push(format!("the stacks that were kept cannot be read: {why}"));
+                Vec::new()
+            }),
+        };
         if asked == 0 && wanted.is_none() && !kept.contains_key(&generation) {
-            let newest = kept.keys().rev().find(|kept| **kept < generation);
-            generation = *newest.ok_or_else(|| {
+            let newest = kept.keys().rev().find(|kept| **kept < generation).copied();
+            // One that hung may have left its stacks only.
+            let newest = newest.or_else(|| stacks.first().map(|dump| dump.generation));
+            generation = newest.ok_or_else(|| {
                 let why = notes.first().map(|note| format!("; {note}")).unwrap_or_default();
                 Status::failed_precondition(format!(
                     "job `{name}` has no flight log: none of its ranks runs, and none that failed \
@@ -171,7 +210,7 @@ impl FlightDesk {
         let findings = findings(generation, &ranks);
         let verdict = findings.iter().map(ToString::to_string).collect();
         let (job, phase) = (name.clone(), status.phase);
-        Ok(FlightReport { job, phase, generation, ranks, notes, findings, verdict })
+        Ok(FlightReport { job, phase, generation, ranks, notes, findings, verdict, stacks })
     }
 
     /// Asks the ranks that run; returns how many they are.
@@ -186,10 +225,11 @@ impl FlightDesk {
         let mut question = self.questions.ask(job, ranks.len());
         let entries = u32::try_from(entries).unwrap_or(u32::MAX);
         let number = question.number;
-        let places = leadership.ask_flight(job.clone(), generation, number, entries).await?;
+        let asked = LeaderQuestion::Flight { entries };
+        let places = leadership.ask_ranks(job.clone(), generation, number, asked).await?;
         let reached = places.iter().filter(|place| place.session.is_some()).count();
         let mut answers = tokio::select! {
-            answers = question.answers(reached) => answers,
+            answers = question.answers(reached, ANSWER_WAIT) => answers,
             // The sessions ended with it: silence would say nothing of the ranks.
             () = leadership.over.cancelled() => return Err(leadership_lost()),
         };
@@ -200,11 +240,12 @@ impl FlightDesk {
             flight.worker = Some(place.worker.clone());
             flight.host = place.host.clone();
             match answers.remove(&place.task) {
-                Some(Ok(log)) => {
+                Some(Ok(Answer::Flight(log))) => {
                     flight.absent.clear();
                     flight.source = FlightSource::Live;
                     flight.log = Some(*log);
                 }
+                Some(Ok(Answer::Stacks(_))) => flight.absent = "it told something else".into(),
                 Some(Err(why)) => flight.absent = why,
                 None if place.session.is_none() => {
                     flight.absent = format!("its worker `{}` is not connected", place.worker);
@@ -221,9 +262,62 @@ impl FlightDesk {
         Ok(places.len())
     }
 
+    /// Asks ranks that run, or only one, what their threads are in; what comes in time, by rank. `keep`
+    /// has their workers keep it, too.
+    pub(crate) async fn ask_stacks(
+        &self,
+        leadership: &Leadership,
+        job: &Name,
+        generation: Generation,
+        only: Option<Rank>,
+        keep: bool,
+    ) -> Result<Vec<StackDump>, Status> {
+        let mut question = self.questions.ask(job, LANES_MAX as usize);
+        let asked = LeaderQuestion::Stacks { only, keep };
+        let number = question.number;
+        let places = leadership.ask_ranks(job.clone(), generation, number, asked).await?;
+        let reached = places.iter().filter(|place| place.session.is_some()).count();
+        let answers = tokio::select! {
+            answers = question.answers(reached, STACKS_WAIT) => answers,
+            () = leadership.over.cancelled() => return Err(leadership_lost()),
+        };
+        let mut dumps: Vec<StackDump> = Vec::new();
+        for (task, told) in answers {
+            match told {
+                Ok(Answer::Stacks(dump)) => dumps.push(*dump),
+                Ok(Answer::Flight(_)) => {}
+                Err(why) => debug!(%task, why, "no stacks"),
+            }
+        }
+        dumps.sort_by_key(|dump| dump.rank);
+        Ok(dumps)
+    }
+
+    /// The stacks that were kept of one generation: the given one, else the newest that left some.
+    async fn read_stacks(
+        &self,
+        job: &Name,
+        wanted: Option<Generation>,
+    ) -> Result<Vec<StackDump>, String> {
+        let kept = in_time(list(&self.store, job, keys::parse_stacks)).await?;
+        let newest = wanted.or_else(|| kept.keys().next_back().copied());
+        let Some((generation, ranks)) = newest.and_then(|wanted| kept.get_key_value(&wanted))
+        else {
+            return Ok(Vec::new());
+        };
+        let mut dumps = Vec::new();
+        for rank in ranks {
+            let key = keys::stacks(job, *generation, *rank);
+            let bytes = in_time(self.store.get_bounded(&key, STACKS_BYTES_MAX)).await?;
+            dumps.push(serde_json::from_slice(&bytes).map_err(|error| error.to_string())?);
+        }
+        dumps.sort_by_key(|dump: &StackDump| dump.rank);
+        Ok(dumps)
+    }
+
     /// Which logs were kept, by generation.
     async fn list(&self, job: &Name) -> Result<BTreeMap<Generation, Vec<Rank>>, String> {
-        in_time(list_kept(&self.store, job)).await
+        in_time(list(&self.store, job, keys::parse_flight)).await
     }
 
     /// Reads what was kept of ranks that have not told their log.
@@ -284,27 +378,39 @@ impl FlightDesk {
     }
 }
 
-async fn list_kept(
+/// Reads a key, if it is of the kind that is looked for.
+type ParseKey = fn(&Name, &str) -> Option<(Generation, Rank)>;
+
+/// Makes a key of one kind.
+type MakeKey = fn(&Name, Generation, Rank) -> String;
+
+/// What was kept of a job, by generation.
+async fn list(
     store: &Store,
     job: &Name,
+    parse: ParseKey,
 ) -> Result<BTreeMap<Generation, Vec<Rank>>, StoreError> {
     let listed = store.list(&keys::flights(job)).await?;
     let mut kept: BTreeMap<Generation, Vec<Rank>> = BTreeMap::new();
     for object in listed {
-        if let Some((generation, rank)) = keys::parse_flight(job, &object.key) {
+        if let Some((generation, rank)) = parse(job, &object.key) {
             kept.entry(generation).or_default().push(rank);
         }
     }
     Ok(kept)
 }
 
-/// Deletes the logs of all but the newest generations that left some. What may go once may go for
-/// ever: newer ones only push it further out.
+/// Deletes the logs of all but the newest generations that left some, and their stacks likewise. What may
+/// go once may go for ever: newer ones only push it further out.
 pub(crate) async fn drop_old_flights(store: &Store, job: &Name) -> Result<(), StoreError> {
-    for (generation, ranks) in list_kept(store, job).await?.into_iter().rev().skip(GENERATIONS_KEPT)
-    {
-        for rank in ranks {
-            store.delete(&keys::flight(job, generation, rank)).await?;
+    let kinds: [(ParseKey, MakeKey); 2] =
+        [(keys::parse_flight, keys::flight), (keys::parse_stacks, keys::stacks)];
+    for (parse, key) in kinds {
+        let kept = list(store, job, parse).await?;
+        for (generation, ranks) in kept.into_iter().rev().skip(GENERATIONS_KEPT) {
+            for rank in ranks {
+                store.delete(&key(job, generation, rank)).await?;
+            }
         }
     }
     Ok(())
@@ -350,15 +456,19 @@ mod tests {
         let last = GENERATIONS_KEPT as u64 + 3;
         for generation in 1..=last {
             for rank in [0, 11] {
-                let key = keys::flight(&job, Generation(generation), Rank(rank));
-                store.put(&key, "{}".into()).await.expect("stored");
+                for key in [keys::flight, keys::stacks] {
+                    let key = key(&job, Generation(generation), Rank(rank));
+                    store.put(&key, "{}".into()).await.expect("stored");
+                }
             }
         }
         drop_old_flights(&store, &job).await.expect("deletes");
-        let kept = list_kept(&store, &job).await.expect("lists");
-        let generations: Vec<u64> = kept.keys().map(|generation| generation.0).collect();
-        assert_eq!(generations, (4..=last).collect::<Vec<_>>());
-        assert!(kept.values().all(|ranks| *ranks == [Rank(0), Rank(11)]));
+        for parse in [keys::parse_flight as ParseKey, keys::parse_stacks] {
+            let kept = list(&store, &job, parse).await.expect("lists");
+            let generations: Vec<u64> = kept.keys().map(|generation| generation.0).collect();
+            assert_eq!(generations, (4..=last).collect::<Vec<_>>());
+            assert!(kept.values().all(|ranks| *ranks == [Rank(0), Rank(11)]));
+        }
     }
 
     fn task(generation: u64, rank: u32) -> TaskId {
@@ -373,13 +483,16 @@ mod tests {
         let mut question = questions.ask(&job, 3);
         let number = question.number;
         assert_ne!(number, FLIGHT_LAST);
-        let log = |rank| Ok(Box::new(FlightLog { rank: Rank(rank), ..FlightLog::default() }));
+        let log = |rank| {
+            let log = FlightLog { rank: Rank(rank), ..FlightLog::default() };
+            Ok(Answer::Flight(Box::new(log)))
+        };
         questions.answer(number, &task(2, 0), log(0));
         let other = TaskId { workload: "b".parse().expect("a name"), ..task(2, 1) };
         questions.answer(number, &other, log(1));
         questions.answer(number + 1, &task(2, 1), log(1));
         questions.answer(number, &task(2, 2), Err("it has just been started".into()));
-        let answers = question.answers(2).await;
+        let answers = question.answers(2, ANSWER_WAIT).await;
         let told: Vec<_> = answers.iter().map(|(task, log)| (task.rank.0, log.is_ok())).collect();
         assert_eq!(told, [(0, true), (2, false)]);
         drop(question);
@@ -387,6 +500,6 @@ mod tests {
         questions.answer(number, &task(2, 1), log(1));
         let mut question = questions.ask(&job, 1);
         questions.answer(question.number, &task(2, 0), log(0));
-        assert_eq!(question.answers(1).await.len(), 1, "nothing more is waited for");
+        assert_eq!(question.answers(1, ANSWER_WAIT).await.len(), 1, "nothing more is waited for");
     }
 }

@@ -43,16 +43,24 @@ pub(crate) enum LeaderInput {
     Workers { reply: oneshot::Sender<Vec<WorkerView>> },
     /// A person drains a worker or takes that back; tells how the worker stands then.
     Drain { input: Input, worker: Name, reply: oneshot::Sender<Result<WorkerView, Status>> },
-    /// Ask every rank of a job for its flight log; tells where they run.
-    Flight {
+    /// Ask ranks of a job; tells where those run that are asked.
+    Ranks {
         job: Name,
         generation: Generation,
         /// The question's number.
         request: u64,
-        /// Operations wanted at most of each.
-        entries: u32,
+        question: LeaderQuestion,
         reply: oneshot::Sender<Vec<TaskPlace>>,
     },
+}
+
+/// What the ranks of a job are asked. It is no fact: the answers come past the log.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum LeaderQuestion {
+    /// Their flight logs, with so many operations at most.
+    Flight { entries: u32 },
+    /// What their threads are in, or those of one rank only; whether their workers keep it.
+    Stacks { only: Option<Rank>, keep: bool },
 }
 
 /// A client's request and where its answer goes.
@@ -104,16 +112,16 @@ impl Leadership {
         self.ask(LeaderInput::Drain { input, worker, reply }, answer).await?
     }
 
-    /// Has every rank of a job asked for its flight log; tells where they run.
-    pub(crate) async fn ask_flight(
+    /// Has ranks of a job asked; tells where those run that are.
+    pub(crate) async fn ask_ranks(
         &self,
         job: Name,
         generation: Generation,
         request: u64,
-        entries: u32,
+        question: LeaderQuestion,
     ) -> Result<Vec<TaskPlace>, Status> {
         let (reply, answer) = oneshot::channel();
-        self.ask(LeaderInput::Flight { job, generation, request, entries, reply }, answer).await
+        self.ask(LeaderInput::Ranks { job, generation, request, question, reply }, answer).await
     }
 
     async fn ask<T>(&self, input: LeaderInput, answer: oneshot::Receiver<T>) -> Result<T, Status> {

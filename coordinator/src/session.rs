@@ -20,7 +20,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, info, warn};
 
-use crate::flight::Questions;
+use crate::flight::{Answer, Questions};
 use crate::leadership::{LeaderInput, Leadership, Leaderships};
 use crate::logs::LogWindow;
 use crate::peers::Peers;
@@ -329,7 +329,11 @@ impl Reader {
             }
             WorkerMessage::Flight { request, task, log, why } => {
                 // No fact: nobody waits for its acknowledgement.
-                self.questions.answer(request, &task, log.ok_or(why));
+                self.questions.answer(request, &task, log.map(Answer::Flight).ok_or(why));
+                Ok(())
+            }
+            WorkerMessage::Stacks { request, task, dump, why } => {
+                self.questions.answer(request, &task, dump.map(Answer::Stacks).ok_or(why));
                 Ok(())
             }
             WorkerMessage::Hello(_) => {

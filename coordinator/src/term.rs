@@ -11,6 +11,7 @@ use api::events::{CheckpointFact, JobEvent};
 use api::ids::Step;
 use api::records::{JobRecord, KIND_JOB};
 use api::session::{Assignment, CoordinatorMessage, RankOrder};
+use api::stacks::StackDump;
 use api::{Generation, Name, pb};
 use checkpoint::Store;
 use coordinator_core::flight::suspect;
@@ -24,8 +25,8 @@ use tonic::Status;
 use tracing::{debug, error, info, warn};
 
 use crate::adopt::find_unrecorded;
-use crate::flight::FlightDesk;
-use crate::leadership::{ClientRequest, LeaderInput, Leadership};
+use crate::flight::{FlightDesk, WantedStacks};
+use crate::leadership::{ClientRequest, LeaderInput, LeaderQuestion, Leadership};
 use crate::raft_node::{ProposeError, RaftHandle, RaftStatus};
 use crate::random::RandomError;
 use crate::secrets::GangSecrets;
@@ -161,13 +162,24 @@ impl Term {
                 let input = Input::Diagnosed { job, generation, suspect, text };
                 self.decide(input, None).await?.committed
             }
-            LeaderInput::Flight { job, generation, request, entries, reply } => {
-                let places = self.leader.places(&job, generation);
+            LeaderInput::Ranks { job, generation, request, question, reply } => {
+                let mut places = self.leader.places(&job, generation);
+                if let LeaderQuestion::Stacks { only: Some(only), .. } = question {
+                    places.retain(|place| place.rank == only);
+                }
                 for place in &places {
                     let Some(session) = place.session else { continue };
                     let task = place.task.clone();
-                    let order = RankOrder::Flight { request, entries };
-                    self.send(session, CoordinatorMessage::Deliver { task, order })?;
+                    let message = match question {
+                        LeaderQuestion::Flight { entries } => {
+                            let order = RankOrder::Flight { request, entries };
+                            CoordinatorMessage::Deliver { task, order }
+                        }
+                        LeaderQuestion::Stacks { keep, .. } => {
+                            CoordinatorMessage::Stacks { request, task, keep }
+                        }
+                    };
+                    self.send(session, message)?;
                 }
                 // The client may have left.
                 let _ = reply.send(places);
@@ -395,14 +407,25 @@ impl Term {
         let (feeds, over) = (Arc::clone(&self.options.feeds), self.options.over.clone());
         tokio::spawn(async move {
             let leadership = Leadership { inputs, feeds, over };
-            let (suspect, text) = match desk.report(&leadership, &record, None).await {
-                Ok(report) => {
-                    let text = report.verdict.first().cloned();
-                    let text = text.unwrap_or_else(|| "the flight logs show nothing amiss".into());
-                    (suspect(&report.findings), text)
-                }
-                Err(status) => (None, format!("no flight logs: {}", status.message())),
+            let (suspect, mut text) =
+                match desk.report(&leadership, &record, None, WantedStacks::None).await {
+                    Ok(report) => {
+                        let text = report.verdict.first().cloned();
+                        let text =
+                            text.unwrap_or_else(|| "the flight logs show nothing amiss".into());
+                        (suspect(&report.findings), text)
+                    }
+                    Err(status) => (None, format!("no flight logs: {}", status.message())),
+                };
+            // Now or never: the answer has it killed.
+            let dumps = match suspect {
+                None => Ok(Vec::new()),
+                only => desk.ask_stacks(&leadership, &job, generation, only, true).await,
             };
+            let dumps = dumps.unwrap_or_default();
+            if let Some(innermost) = dumps.first().and_then(StackDump::innermost) {
+                text = format!("{text}; its {innermost}");
+            }
             let answer = LeaderInput::Diagnosed { job, generation, suspect, text };
             // The term may have ended; the next leader looks for itself.
             let _ = leadership.inputs.send(answer).await;

@@ -16,7 +16,7 @@ type Asked = JoinHandle<Result<FlightReport, ClientError>>;
 
 fn ask(client: &ClusterClient, job: &str) -> Asked {
     let (client, job) = (client.clone(), name(job));
-    tokio::spawn(async move { client.flight(&job, None).await })
+    tokio::spawn(async move { client.flight(&job, None, false).await })
 }
 
 async fn answered(asked: Asked) -> Result<FlightReport, ClientError> {
@@ -96,7 +96,7 @@ async fn what_has_no_flight_log_is_told_clearly() {
     let over = answered(ask(&client, "a")).await.expect_err("nothing was kept");
     assert_eq!(over.exit_class(), ExitClass::Conflict, "{over}");
     assert!(over.to_string().contains("no flight log"), "{over}");
-    let newer = client.flight(&name("a"), Some(9)).await.expect_err("no such generation");
+    let newer = client.flight(&name("a"), Some(9), false).await.expect_err("no such generation");
     assert_eq!(newer.exit_class(), ExitClass::Usage, "{newer}");
 
     let listen = rank_address(Rank(0));

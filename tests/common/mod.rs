@@ -5,6 +5,9 @@
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub mod moto;
+pub mod roles;
+
 use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -264,8 +267,14 @@ pub fn small_job(folder: &Path, extra: &str) -> PathBuf {
 
 /// A cluster in the folder `dir` with one worker of two slots, once it answers; `extra` goes to `up`.
 pub fn up(dir: &Path, extra: &[&str]) -> Running {
+    up_with_slots(dir, 2, extra)
+}
+
+/// [`up`] with so many slots for each worker.
+pub fn up_with_slots(dir: &Path, slots: u32, extra: &[&str]) -> Running {
     let mut command = cluster();
-    command.args(["up", "--port", "0", "--slots", "2", "--json", "--dir"]).arg(dir).args(extra);
+    command.args(["up", "--port", "0", "--json", "--slots", &slots.to_string(), "--dir"]);
+    command.arg(dir).args(extra);
     let mut up = Running::start(&mut command);
     up.wait_for("up", |event| event["event"] == "up");
     up

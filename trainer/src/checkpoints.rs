@@ -7,11 +7,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use api::control::Control;
 use api::events::CheckpointFact;
 use api::job::WhenBehind;
 use api::samples::SampleTally;
+use api::session::RankReport;
 use api::{JobSpec, Rank, Step};
 use checkpoint::{
     Manifest, ManifestInfo, Saver, SaverOptions, ShardEntry, Store, TensorSlice, share_tensors,
@@ -63,6 +66,7 @@ impl Checkpoints {
         store: Store,
         info: ManifestInfo,
         base: Option<&Manifest>,
+        control: &Control,
     ) -> Result<Self, TrainError> {
         let options = SaverOptions {
             job: spec.name.clone(),
@@ -73,6 +77,7 @@ impl Checkpoints {
             incremental: spec.checkpoint.incremental,
         };
         let mut saver = Saver::with_store(store, options)?;
+        saver.abandon_when(patience(control.clone()));
         if let Some(base) = base {
             saver.base_on(base);
         }
@@ -103,15 +108,10 @@ impl Checkpoints {
         share_tensors(&lengths, self.world_size)[self.rank.0 as usize].clone()
     }
 
-    /// Whether the checkpoint before is still being written somewhere.
-    pub fn is_behind(&self) -> bool {
-        self.pending.is_some()
-    }
-
     /// Whether a checkpoint that is due now is left out, as the job says, since the one before is
     /// still being written. The same on every rank, which all count the same shards.
     pub fn skips(&self) -> bool {
-        self.when_behind == WhenBehind::Skip && self.is_behind()
+        self.when_behind == WhenBehind::Skip && self.pending.is_some()
     }
 
     /// Copies the state into memory; writing goes on behind training. A checkpoint still pending is
@@ -234,6 +234,21 @@ impl Checkpoints {
 
     fn saver(&mut self) -> Result<&mut Saver, TrainError> {
         self.saver.as_mut().ok_or_else(gone)
+    }
+}
+
+/// A store that takes nothing must not keep this rank from its next generation; and how long it takes
+/// says nothing about the ranks: the leader is told, which would else take it for a hang.
+fn patience(control: Control) -> impl Fn(Duration) -> bool + Send + Sync {
+    let is_told = AtomicBool::new(false);
+    move |waited| {
+        let is_long = waited >= WAIT_WORTH_TELLING;
+        if is_long && !is_told.swap(is_long, Ordering::Relaxed) {
+            // Where the worker is gone, so is the process.
+            let _ = control.report(&RankReport::Busy { what: "the store".to_owned() });
+        }
+        is_told.store(is_long, Ordering::Relaxed);
+        control.is_interrupted()
     }
 }
 

@@ -33,7 +33,7 @@ pub enum TrainError {
     Collective(#[from] collective::CollectiveError),
     /// A checkpoint or the model could not be written.
     #[error(transparent)]
-    Save(#[from] checkpoint::SaveError),
+    Save(checkpoint::SaveError),
     /// The state could not be restored.
     #[error(transparent)]
     Restore(#[from] checkpoint::RestoreError),
@@ -64,6 +64,19 @@ impl TrainError {
         match self {
             Self::Collective(error) => error.peer(),
             _ => None,
+        }
+    }
+}
+
+impl From<checkpoint::SaveError> for TrainError {
+    fn from(error: checkpoint::SaveError) -> Self {
+        match error {
+            // It waits no longer because its group is broken off: that is what happened.
+            checkpoint::SaveError::Abandoned => {
+                let reason = "the wait for the store was abandoned: its group is broken off".into();
+                Self::Collective(collective::CollectiveError::Aborted { reason })
+            }
+            error => Self::Save(error),
         }
     }
 }

@@ -175,7 +175,8 @@ impl Member {
         let mut info = self.info.clone();
         info.metrics.clear();
         let store = self.store.clone();
-        let mut checkpoints = Checkpoints::start(&held.spec, place, store, info, base.as_ref())?;
+        let mut checkpoints =
+            Checkpoints::start(&held.spec, place, store, info, base.as_ref(), &self.control)?;
         if held.spec.checkpoint.every_steps > 0
             && let Some(state) = &held.state
         {

@@ -37,6 +37,11 @@ pub fn run_rank() -> ExitCode {
             return ExitCode::from(ExitClass::Usage.code());
         }
     };
+    match stacks::install() {
+        Ok(()) => control.on_stacks(stacks::dump),
+        // Nothing but a dump is lost by it.
+        Err(error) => eprintln!("rank: its stacks cannot be told: {error}"),
+    }
     let mut recorder = None;
     match run(&control, orders, &mut recorder) {
         Ok(()) => ExitCode::SUCCESS,

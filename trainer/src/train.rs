@@ -405,10 +405,6 @@ impl Trainer {
     fn stage(&mut self, held: &Held) -> Result<(), TrainError> {
         let Some(state) = &held.state else { return Err(stateless()) };
         self.recorder.set_tag(format_args!("checkpoint at step {}", state.step.0));
-        if self.bound.checkpoints.is_behind() {
-            // The store is waited for, however long it takes: the gang does not hang.
-            self.busy("a checkpoint")?;
-        }
         let mut metrics = held.progress.metrics.clone();
         if held.progress.evaluated != Some(state.step) {
             // What an earlier step was worth says nothing about this one.

@@ -74,6 +74,9 @@ impl Agent {
             CoordinatorMessage::Start { task, assignment } => self.start(task, assignment),
             CoordinatorMessage::Deliver { task, order } => self.deliver(task, order),
             CoordinatorMessage::Kill { task, reason } => self.kill(task, &reason),
+            CoordinatorMessage::Stacks { request, task, keep } => {
+                self.tell_stacks(request, task, keep);
+            }
             // The worker's own matter.
             CoordinatorMessage::Drain { .. } | CoordinatorMessage::Undrain => {}
         }
@@ -156,7 +159,7 @@ impl Agent {
             match &order {
                 RankOrder::Peers { .. } => self.shared.ledger.peers_given(&task),
                 RankOrder::Regroup(regroup) => {
-                    handle.joins(regroup.generation);
+                    handle.joins(regroup.generation, regroup.rank);
                     self.shared.ledger.joins(&task, regroup.generation);
                 }
                 _ => {}
@@ -176,6 +179,23 @@ impl Agent {
             RankOrder::Stop { reason } | RankOrder::Abort { reason } => self.absent(&task, &reason),
             _ => self.absent(&task, "it is not on this worker"),
         }
+    }
+
+    fn tell_stacks(&self, request: u64, task: TaskId, keep: bool) {
+        let shared = Arc::clone(&self.shared);
+        let Some(handle) = self.running.get(&task) else {
+            let why = "it is not on its worker: it waits to be started, or has just ended".into();
+            let answer = WorkerMessage::Stacks { request, task, dump: None, why };
+            return shared.ledger.answer(&answer);
+        };
+        let keep = keep.then(|| (shared.flights.clone(), task.workload.clone()));
+        handle.tell_stacks(keep, move |told| {
+            let (dump, why) = match told {
+                Ok(dump) => (Some(Box::new(dump)), String::new()),
+                Err(why) => (None, why),
+            };
+            shared.ledger.answer(&WorkerMessage::Stacks { request, task, dump, why });
+        });
     }
 
     /// Why a task cannot tell its flight log, where this worker knows better than to wait for it.

@@ -1,11 +1,14 @@
-//! Keeps the last flight log of a rank that failed or is killed in the object store, so that it can
-//! be read when the rank is gone. Best effort: nothing waits for it but the end of the worker.
+//! Keeps the last flight log of a rank that failed or is killed, and what the threads of one that hangs
+//! were in, in the object store, so that it can be read when the rank is gone. Best effort: nothing waits
+//! for it but the end of the worker.
 
 use std::time::Duration;
 
-use api::TaskId;
 use api::flight::FlightLog;
+use api::stacks::StackDump;
+use api::{Name, TaskId};
 use checkpoint::{Store, keys};
+use serde::Serialize;
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
@@ -27,17 +30,26 @@ impl FlightKeeper {
 
     /// Begins to write a task's last log of a generation; a later one of the same rank replaces it.
     pub(crate) fn keep(&self, task: &TaskId, log: &FlightLog) {
-        let key = keys::flight(&task.workload, log.generation, log.rank);
-        let json = match serde_json::to_vec(log) {
+        self.put(keys::flight(&task.workload, log.generation, log.rank), log);
+    }
+
+    /// Begins to write what a job's rank was in; a later dump of the same rank and generation replaces
+    /// it.
+    pub(crate) fn keep_stacks(&self, job: &Name, dump: &StackDump) {
+        self.put(keys::stacks(job, dump.generation, dump.rank), dump);
+    }
+
+    fn put(&self, key: String, document: &impl Serialize) {
+        let json = match serde_json::to_vec(document) {
             Ok(json) => json,
-            Err(error) => return warn!(%task, %error, "a flight log is not JSON"),
+            Err(error) => return warn!(key, %error, "not kept: it is no JSON"),
         };
-        let (store, task) = (self.store.clone(), task.clone());
+        let store = self.store.clone();
         self.puts.spawn(async move {
             match timeout(PUT_TIMEOUT, store.put(&key, json.into())).await {
-                Ok(Ok(())) => debug!(%task, key, "kept the flight log"),
-                Ok(Err(error)) => warn!(%task, %error, "the flight log is not kept"),
-                Err(_) => warn!(%task, "the flight log is not kept: the store does not answer"),
+                Ok(Ok(())) => debug!(key, "kept"),
+                Ok(Err(error)) => warn!(key, %error, "not kept"),
+                Err(_) => warn!(key, "not kept: the store does not answer"),
             }
         });
     }

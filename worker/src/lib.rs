@@ -19,9 +19,11 @@ mod notice;
 mod process;
 mod session;
 mod spool;
+mod stacks;
 mod stopped;
 mod strays;
 mod task;
+mod threads;
 mod worker;
 
 pub use error::WorkerError;

@@ -46,6 +46,8 @@ struct Process {
     is_zombie: bool,
     is_stopped: bool,
     is_traced: bool,
+    /// Processor time of all its threads, in clock ticks.
+    ticks: u64,
 }
 
 fn process(pid: i32) -> Option<Process> {
@@ -57,6 +59,7 @@ fn process(pid: i32) -> Option<Process> {
         is_zombie: matches!(*fields.first()?, "Z" | "X"),
         is_stopped: *fields.first()? == "T",
         is_traced: *fields.first()? == "t",
+        ticks: fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?,
         group: fields.get(2)?.parse().ok()?,
         start_ticks: fields.get(19)?.parse().ok()?,
     })
@@ -68,9 +71,11 @@ pub(crate) fn is_stopped(pid: u32) -> bool {
     process.is_some_and(|process| process.is_stopped || process.is_traced)
 }
 
-/// Whether a process is stopped by a signal. One that a debugger holds has a person who minds it.
-pub(crate) fn is_stopped_by_signal(pid: u32) -> bool {
-    i32::try_from(pid).ok().and_then(process).is_some_and(|process| process.is_stopped)
+/// The processor time that a process has used, in clock ticks, if it is stopped by a signal. One that a
+/// debugger holds has a person who minds it.
+pub(crate) fn stopped_by_signal(pid: u32) -> Option<u64> {
+    let process = i32::try_from(pid).ok().and_then(process)?;
+    process.is_stopped.then_some(process.ticks)
 }
 
 fn boot_id() -> String {

@@ -17,7 +17,8 @@ use api::session::{
     Assignment, ExitCause, FLIGHT_LAST, MESSAGE_BYTES_MAX, RankLine, RankOrder, RankReport,
     WorkerMessage,
 };
-use api::{Generation, TaskId};
+use api::stacks::StackDump;
+use api::{Generation, Name, Rank, TaskId};
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -34,6 +35,7 @@ use crate::flight::FlightKeeper;
 use crate::ledger::Ledger;
 use crate::process::{Launch, Spawner, Started};
 use crate::spool::Spooler;
+use crate::stacks::{self, Answer, Subject};
 use crate::stopped::StopWatch;
 use crate::strays::{RankRecord, is_stopped};
 
@@ -78,6 +80,24 @@ pub(crate) struct Surroundings {
     pub(crate) flights: FlightKeeper,
 }
 
+/// What a process was last told to be; not always what it was started as.
+struct PlaceNow {
+    generation: AtomicU64,
+    rank: AtomicU32,
+}
+
+impl PlaceNow {
+    fn get(&self) -> (Generation, Rank) {
+        let (generation, rank) = (&self.generation, &self.rank);
+        (Generation(generation.load(Ordering::Relaxed)), Rank(rank.load(Ordering::Relaxed)))
+    }
+
+    fn subject(&self, pid: u32) -> Subject {
+        let (generation, rank) = self.get();
+        Subject { pid, generation, rank }
+    }
+}
+
 /// How the agent reaches a running task.
 pub(crate) struct TaskHandle {
     orders: mpsc::Sender<RankOrder>,
@@ -85,8 +105,8 @@ pub(crate) struct TaskHandle {
     stop_timeout: Duration,
     /// 0 until its process runs.
     pid: Arc<AtomicU32>,
-    /// The generation it was last told to be in.
-    generation: AtomicU64,
+    place: Arc<PlaceNow>,
+    stacks: Answer,
     /// It waits beside its gang for a place in it, whatever generation that is in.
     is_spare: AtomicBool,
     is_rank: bool,
@@ -95,12 +115,13 @@ pub(crate) struct TaskHandle {
 impl TaskHandle {
     /// The generation it was last told to be in: a process may outlive the one it was started in.
     pub(crate) fn generation(&self) -> Generation {
-        Generation(self.generation.load(Ordering::Relaxed))
+        self.place.get().0
     }
 
-    /// It is told to be in another generation.
-    pub(crate) fn joins(&self, generation: Generation) {
-        self.generation.store(generation.0, Ordering::Relaxed);
+    /// It is told to be in another generation, perhaps as another rank.
+    pub(crate) fn joins(&self, generation: Generation, rank: Rank) {
+        self.place.generation.store(generation.0, Ordering::Relaxed);
+        self.place.rank.store(rank.0, Ordering::Relaxed);
         self.is_spare.store(false, Ordering::Relaxed);
     }
 
@@ -134,6 +155,28 @@ impl TaskHandle {
                 // A full queue: it reads nothing, and is killed when its time is up.
                 let _ = orders.try_send(order);
             }
+        });
+    }
+
+    /// Tells, from a task of its own, what its threads are in. `keep`: where that is kept too, with
+    /// whose it is.
+    pub(crate) fn tell_stacks(
+        &self,
+        keep: Option<(FlightKeeper, Name)>,
+        told: impl FnOnce(Result<StackDump, String>) + Send + 'static,
+    ) {
+        let subject = self.place.subject(self.pid.load(Ordering::Relaxed));
+        let (answer, orders, is_rank) = (self.stacks.clone(), self.orders.clone(), self.is_rank);
+        tokio::spawn(async move {
+            let ask = || is_rank && orders.try_send(RankOrder::Stacks).is_ok();
+            let dump = match subject.pid {
+                0 => Err("it is being started".to_owned()),
+                _ => stacks::dump(subject, &answer, ask).await,
+            };
+            if let (Some((keeper, job)), Ok(dump)) = (&keep, &dump) {
+                keeper.keep_stacks(job, dump);
+            }
+            told(dump);
         });
     }
 
@@ -197,6 +240,8 @@ pub(crate) struct Task {
     own_orders: mpsc::Sender<RankOrder>,
     kill: watch::Receiver<Option<String>>,
     pid: Arc<AtomicU32>,
+    place: Arc<PlaceNow>,
+    stacks: Answer,
 }
 
 /// The credentials that a rank needs, out of the worker's environment where the file has none.
@@ -233,16 +278,24 @@ impl Task {
         let stop_timeout = shared.stop_timeout;
         let own_orders = orders_sender.clone();
         let pid = Arc::new(AtomicU32::new(0));
+        let place = Arc::new(PlaceNow {
+            generation: AtomicU64::new(id.generation.0),
+            rank: AtomicU32::new(id.rank.0),
+        });
+        let stacks = Answer::default();
         let handle = TaskHandle {
             orders: orders_sender,
             kill: kill_sender,
             stop_timeout,
             pid: pid.clone(),
-            generation: AtomicU64::new(id.generation.0),
+            place: Arc::clone(&place),
+            stacks: stacks.clone(),
             is_spare: AtomicBool::new(assignment.is_spare()),
             is_rank: matches!(*assignment, Assignment::Train(_)),
         };
-        (Self { id, assignment, record, shared, orders, own_orders, kill, pid }, handle)
+        let task =
+            Self { id, assignment, record, shared, orders, own_orders, kill, pid, place, stacks };
+        (task, handle)
     }
 
     /// Runs it to its end, which is in the ledger when this returns.
@@ -289,6 +342,7 @@ impl Task {
             kill: self.kill.clone(),
             failed: failed.clone(),
             said_last: said_last.clone(),
+            stacks: self.stacks.clone(),
         };
         let mut reports = tokio::spawn(reader.run(read));
         let (_, nothing) = mpsc::channel(1);
@@ -317,6 +371,10 @@ impl Task {
                 reason = stop_watch.stopped(), if is_watched => {
                     is_watched = false;
                     warn!(task = %id, reason, "killing a task that can do nothing");
+                    // It cannot say what it was in; the kernel can, at once.
+                    if let Ok(dump) = stacks::from_kernel(self.place.subject(pid), &reason) {
+                        shared.flights.keep_stacks(&id.workload, &dump);
+                    }
                     halted = Some(reason);
                     guard.0.kill();
                 }
@@ -427,6 +485,7 @@ struct Reader {
     failed: Arc<Mutex<Option<Failed>>>,
     /// Wakes when the task's last flight log is here.
     said_last: Arc<Notify>,
+    stacks: Answer,
 }
 
 impl Reader {
@@ -451,6 +510,9 @@ impl Reader {
             match line {
                 RankLine { report: RankReport::Flight { request, log }, .. } => {
                     self.flight(request, log);
+                }
+                RankLine { report: RankReport::Stacks { threads, absent }, .. } => {
+                    self.stacks.give((threads, absent));
                 }
                 line => {
                     if let RankReport::Failed { message, retryable, .. } = &line.report {

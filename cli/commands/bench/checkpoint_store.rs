@@ -260,8 +260,7 @@ impl<'a> Plain<'a> {
         forget(self.store, shard)?;
         let begun = Instant::now();
         let mut file = File::open(&path).map_err(|error| at(&path, &error))?;
-        let mut blocks = buffer.chunks_mut(BLOCK_BYTES);
-        while let Some(block) = blocks.next() {
+        for block in buffer.chunks_mut(BLOCK_BYTES) {
             file.read_exact(block).map_err(|error| at(&path, &error))?;
         }
         Ok(begun.elapsed().as_secs_f64())

@@ -753,6 +753,7 @@ fn trace_message(message: &CoordinatorMessage) -> String {
             format!("{task} {order}")
         }
         CoordinatorMessage::Kill { task, reason } => format!("kill {task} ({reason})"),
+        CoordinatorMessage::Stacks { task, .. } => format!("stacks of {task}"),
         CoordinatorMessage::Drain { deadline, reason } => {
             let within = deadline.map(|span| format!(" within {span}")).unwrap_or_default();
             format!("drain{within} ({reason})")

@@ -829,6 +829,8 @@ impl History {
                     _ => {}
                 }
             }
+            // Asked past the leader's decisions.
+            CoordinatorMessage::Stacks { .. } => {}
             CoordinatorMessage::Drain { .. } => self.drain(name),
             CoordinatorMessage::Undrain => self.undrain(name),
             CoordinatorMessage::Kill { task, reason } => {

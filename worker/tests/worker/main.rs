@@ -11,4 +11,5 @@ mod harness;
 mod notices;
 mod restarts;
 mod sessions;
+mod stacks;
 mod tasks;

@@ -69,7 +69,8 @@ impl Leader {
             // The lease was renewed already; logs stay with the shell; a second hello is a mistake.
             WorkerMessage::Heartbeat
             | WorkerMessage::Logs { .. }
-            | WorkerMessage::Flight { .. } => false,
+            | WorkerMessage::Flight { .. }
+            | WorkerMessage::Stacks { .. } => false,
             WorkerMessage::Hello(_) => {
                 draft.because(Reason::Remark(format!("`{worker}` said hello twice")));
                 false
@@ -251,12 +252,13 @@ impl Leader {
             }
             RankReport::Checkpoint(fact) => self.checkpoint(draft, records, now, who, fact),
             RankReport::Finished(fact) => self.finished(draft, now, who, fact),
-            // A flight log stays with the worker.
+            // Flight logs and stacks stay with the worker.
             RankReport::Step(_)
             | RankReport::Evaluation(_)
             | RankReport::Busy { .. }
             | RankReport::Ready { .. }
-            | RankReport::Flight { .. } => {}
+            | RankReport::Flight { .. }
+            | RankReport::Stacks { .. } => {}
         }
     }
 

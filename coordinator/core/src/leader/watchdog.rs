@@ -34,9 +34,7 @@ const BEATS_MIN: u64 = 3;
 const DIAGNOSIS_WAIT_MS: u64 = 15_000;
 /// A rank is a straggler when its microbatches take this many times the median of all ranks' …
 const SLOW: f64 = 1.5;
-/// … for so long …
-const SLOW_MS: u64 = 20_000;
-/// … and so many steps on end.
+/// … so many steps on end, and at least for `recovery.straggler_min`.
 const SLOW_STEPS: u64 = 20;
 
 /// When a gang's steps were reported.
@@ -171,7 +169,8 @@ impl Leader {
         let policy = job.spec.recovery.stragglers;
         let Some(gang) = self.gangs.get_mut(&name) else { return false };
         let Some(straggler) = gang.pace.straggler.clone() else { return false };
-        let is_lasting = now.since(straggler.since) >= SLOW_MS && straggler.steps >= SLOW_STEPS;
+        let min = u64::try_from(job.spec.recovery.straggler_min.0.as_millis()).unwrap_or(u64::MAX);
+        let is_lasting = now.since(straggler.since) >= min && straggler.steps >= SLOW_STEPS;
         let rank = straggler.rank;
         if !is_lasting || policy == Stragglers::Ignore || !gang.pace.told.insert(rank) {
             return false;
