@@ -165,8 +165,7 @@ fn a_replay_that_nobody_reads_any_more_ends_with_all_it_has_started() {
     let started = children(nix::unistd::Pid::from_raw(replay.id() as i32));
     drop(reader);
     let ended = replay.wait_with_output().expect("it ends");
-    let told = String::from_utf8_lossy(&ended.stderr).into_owned();
-    assert!(told.contains("cannot write the result"), "{ended:?}");
+    assert_eq!(ended.status.code(), Some(141), "as SIGPIPE would end it: {ended:?}");
     assert_gone(&started);
 }
 
@@ -174,7 +173,8 @@ fn a_replay_that_nobody_reads_any_more_ends_with_all_it_has_started() {
 fn a_replay_whose_job_has_failed_says_so_by_its_code() {
     let folder = tempfile::tempdir().expect("a folder");
     let job = small_job(folder.path(), "");
-    std::fs::remove_file(folder.path().join("text.txt")).expect("it was there");
+    // Not one sample: no other attempt helps.
+    std::fs::write(folder.path().join("text.txt"), "x").expect("written");
     let ended = run(endless_replay(folder.path()).arg("--job").arg(job)).expect_code(7);
     assert_eq!(ended.last_json()["phase"], "failed", "{ended:?}");
     let mut fast = endless_replay(folder.path());

@@ -44,6 +44,11 @@ const LONGEST: Duration = Duration::from_secs(10 * 366 * 86_400);
 
 /// Runs a job on nodes that come and go, and says what became of their time.
 pub async fn replay(global: &Global, args: &ChaosReplay, trace: &Trace) -> Result<()> {
+    let last = Duration::try_from_secs_f64(trace.end_ms() as f64 / 1e3 / args.speed);
+    if !last.is_ok_and(|last| last <= LONGEST) {
+        let text = format!("--speed {}: the trace would take more than ten years", args.speed);
+        return Err(CliError::usage(text));
+    }
     let mut signals = Signals::new()?;
     let folder = make_folder()?;
     let ended = tokio::select! {
@@ -74,11 +79,6 @@ async fn replay_in(
     folder: &Path,
 ) -> Result<()> {
     let peak = trace.statistics().peak;
-    let last = Duration::try_from_secs_f64(trace.end_ms() as f64 / 1e3 / args.speed);
-    if !last.is_ok_and(|last| last <= LONGEST) {
-        let text = format!("--speed {}: the trace would take more than ten years", args.speed);
-        return Err(CliError::usage(text));
-    }
     let spec = job_for(args.job.as_deref(), peak, folder)?;
     let (config_file, access) = configure(folder)?;
     let mut coordinator = start(&config_file, folder, "coordinator", &["coordinator"])?;
