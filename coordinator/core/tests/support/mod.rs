@@ -123,6 +123,18 @@ impl Shell {
         self.records.read(KIND_JOB, name).expect("readable").map(|(_, job)| job)
     }
 
+    /// Whether a task of a worker is a rank of its job's current generation.
+    #[allow(dead_code, reason = "the golden scripts do not ask")]
+    pub fn is_member(&self, worker: &str, task: &api::ids::TaskId) -> bool {
+        let job = self.job(task.workload.as_str());
+        job.is_some_and(|job| {
+            let (name, status) = (&job.spec.name, &job.status);
+            status.gang.iter().any(|place| {
+                place.worker.as_str() == worker && place.task(name, status.generation) == *task
+            })
+        })
+    }
+
     pub fn endpoint(&self, name: &str) -> Option<EndpointRecord> {
         self.records.read(KIND_ENDPOINT, name).expect("readable").map(|(_, endpoint)| endpoint)
     }
