@@ -1,5 +1,7 @@
 //! `cluster bench train`: the step time and throughput of a job file on this machine.
 
+use std::time::Instant;
+
 use api::config::ClusterConfig;
 use api::events::{JobEvent, StepMetrics};
 use serde::Serialize;
@@ -29,6 +31,9 @@ struct TrainReport {
     data: f64,
     compute: f64,
     communication: f64,
+    /// Part of the time that lies between steps: agreeing on stops, pauses and checkpoints, comparing
+    /// ranks, reporting. What surviving faults costs while there are none.
+    between_steps: f64,
     start_to_first_step: f64,
     memory_bytes_rank0: u64,
     fingerprint: String,
@@ -41,7 +46,7 @@ pub async fn run(global: &Global, args: BenchTrain) -> Result<()> {
         return Err(CliError::usage("--steps 0: expected at least 1"));
     }
     // From the command's start, as the peer is timed: the cluster's own start is part of the wait.
-    let begin = std::time::Instant::now();
+    let begin = Instant::now();
     overrides.extend([
         format!("stop.max_steps={}", steps + warmup),
         "checkpoint.every_steps=0".into(),
@@ -60,7 +65,7 @@ pub async fn run(global: &Global, args: BenchTrain) -> Result<()> {
                 match event? {
                     JobEvent::Step(metrics) => {
                         first.get_or_insert_with(|| begin.elapsed().as_secs_f64());
-                        seen.push(metrics);
+                        seen.push((metrics, Instant::now()));
                     }
                     JobEvent::Status(status) => {
                         fingerprint = status.fingerprint.clone().or(fingerprint);
@@ -75,8 +80,9 @@ pub async fn run(global: &Global, args: BenchTrain) -> Result<()> {
             Ok((first.unwrap_or_default(), seen, fingerprint.unwrap_or_default()))
         })
         .await?;
-    let measured: Vec<&StepMetrics> =
-        seen.iter().filter(|metrics| metrics.step.0 > warmup).collect();
+    let told = seen.iter().filter(|(metrics, _)| metrics.step.0 > warmup);
+    let between_steps = between(&told.clone().collect::<Vec<_>>());
+    let measured: Vec<&StepMetrics> = told.map(|(metrics, _)| metrics).collect();
     if measured.is_empty() {
         return Err(CliError::internal("no step was measured"));
     }
@@ -101,6 +107,7 @@ pub async fn run(global: &Global, args: BenchTrain) -> Result<()> {
         data: median(|m| m.time.data),
         compute: median(|m| m.time.compute),
         communication: median(|m| m.time.communication),
+        between_steps,
         start_to_first_step: first,
         memory_bytes_rank0: measured.iter().map(|m| m.memory_bytes).max().unwrap_or(0),
         fingerprint,
@@ -116,6 +123,7 @@ pub async fn run(global: &Global, args: BenchTrain) -> Result<()> {
         format!("{:.0}", report.samples_per_second),
         format!("{:.0}", report.tokens_per_second),
         format!("{:.1} ms", report.communication * 1e3),
+        format!("{:.2} %", report.between_steps * 100.0),
         format!("{:.2} s", report.start_to_first_step),
         output::bytes(report.memory_bytes_rank0),
     ]];
@@ -126,9 +134,19 @@ pub async fn run(global: &Global, args: BenchTrain) -> Result<()> {
         "samples/s",
         "tokens/s",
         "comm",
+        "between steps",
         "first step",
         "memory",
     ];
     output::table(&header, rows, "nothing measured");
     Ok(())
+}
+
+/// The part of the time from the first report to the last that no step took.
+fn between(told: &[&(StepMetrics, Instant)]) -> f64 {
+    let [(_, first), rest @ ..] = told else { return 0.0 };
+    let Some((_, last)) = rest.last() else { return 0.0 };
+    let all = last.duration_since(*first).as_secs_f64();
+    let steps: f64 = rest.iter().map(|(metrics, _)| metrics.time.total).sum();
+    (1.0 - steps / all).max(0.0)
 }
