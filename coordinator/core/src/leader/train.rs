@@ -376,7 +376,8 @@ impl Leader {
             let text = format!(
                 "{what}: {} without progress{}, recovery.max_failures = {allowed}",
                 super::reason::count(failures as usize, "failure"),
-                match job.status.furthest.0 {
+                // Where no generation has begun since, the last step of the one before.
+                match job.status.furthest.max(job.status.reported).0 {
                     0 => String::new(),
                     step => format!(" beyond step {step}"),
                 }
