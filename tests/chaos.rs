@@ -226,7 +226,10 @@ fn coordinators_are_killed_as_long_as_a_majority_is_left() {
         let mut command = cluster();
         run(command.args(args).arg("--json").arg("--config").arg(&client))
     };
-    eventually("a worker", || (ask(&["workers"]).stdout.lines().count() == 1).then_some(()));
+    eventually("a worker", || {
+        let listed = ask(&["workers"]);
+        (listed.code == 0 && listed.stdout.lines().count() == 1).then_some(())
+    });
     let mut job = cluster();
     job.arg("submit").arg(small_job(folder, "[resources]\nranks = 2\n"));
     job.args(["--json", "--follow", "--set", "stop.max_steps=1500", "--config"]).arg(&client);
@@ -273,7 +276,7 @@ fn the_store_s_server_is_slowed_down_and_goes_on_afterwards() {
     submit(folder.path(), &dir, 300);
     let mut strikes = cluster();
     strikes.args(["chaos", "run", "--faults", "throttle-store", "--json", "--every", "500ms"]);
-    strikes.args(["--duration", "1h", "--config", config, "--dir"]).arg(&dir);
+    strikes.args(["--duration", "1h", "--dir"]).arg(&dir);
     let mut strikes = Running::start(&mut strikes);
     let own = server.pid().as_raw();
     strikes

@@ -20,7 +20,7 @@ use super::gang::{Spare, clip};
 use super::index::Workload;
 use super::regroup::lowest_free;
 use super::train::budget_used;
-use super::workers::{Stage, Task};
+use super::workers::{Stage, Task, Worker};
 
 impl Leader {
     /// Starts as many spares as the gang lacks ranks, and those that the job wants beside it, as far
@@ -47,11 +47,13 @@ impl Leader {
         // The last ones first: they have come least far.
         gang.spares.truncate(wanted);
         free.retain(|worker, _| gang.shunned.allows(worker, now));
-        if let Some(straggler) = gang.replacing {
-            // Its host is as slow for another process.
-            let place = job.status.gang.iter().find(|place| place.rank == straggler);
-            free.retain(|worker, _| place.is_none_or(|place| place.worker != *worker));
-        }
+        let straggler = gang.replacing.and_then(|straggler| {
+            let place = job.status.gang.iter().find(|place| place.rank == straggler)?;
+            // Its host may be as slow for another process; where there is no other, it is tried.
+            let is_other = |(name, host): (&Name, &Worker)| *name != place.worker && !host.is_lost;
+            self.workers.iter().any(is_other).then(|| place.worker.clone())
+        });
+        free.retain(|worker, _| Some(worker) != straggler.as_ref());
         let gone: BTreeSet<Rank> = gang.gone().collect();
         let mut starts: Vec<(Name, u32, Rank)> = Vec::new();
         for _ in gang.spares.len()..wanted {

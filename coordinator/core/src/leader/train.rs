@@ -589,7 +589,8 @@ fn too_many(what: &str, failures: u32, status: &JobStatus, allowed: u32) -> Stri
     format!(
         "{what}: {} without progress{}, recovery.max_failures = {allowed}",
         super::reason::count(failures as usize, "failure"),
-        match status.furthest.0 {
+        // Where no generation has begun since, the last step of the one before.
+        match status.furthest.max(status.reported).0 {
             0 => String::new(),
             step => format!(" beyond step {step}"),
         }
