@@ -173,8 +173,10 @@ fn a_replay_that_nobody_reads_any_more_ends_with_all_it_has_started() {
 fn a_replay_whose_job_has_failed_says_so_by_its_code() {
     let folder = tempfile::tempdir().expect("a folder");
     let job = small_job(folder.path(), "");
-    // Not one sample: no other attempt helps.
-    std::fs::write(folder.path().join("text.txt"), "x").expect("written");
+    // It diverges within a few steps: no other attempt helps.
+    let text = std::fs::read_to_string(&job).expect("readable");
+    let text = text.replace("learning_rate = 0.003", "learning_rate = 10.0\noptimizer = \"sgd\"");
+    std::fs::write(&job, text + "[evaluate]\nevery_steps = 0\n").expect("written");
     let ended = run(endless_replay(folder.path()).arg("--job").arg(job)).expect_code(7);
     assert_eq!(ended.last_json()["phase"], "failed", "{ended:?}");
     let mut fast = endless_replay(folder.path());
