@@ -133,15 +133,16 @@ impl Member {
         place: &Place,
         error: &CollectiveError,
     ) -> Result<Place, TrainError> {
+        // What this rank was doing is kept, whoever broke the group off.
+        let mut log = self.recorder.snapshot();
+        log.ending = Some(error.to_string());
+        let flight = RankReport::Flight { request: FLIGHT_LAST, log: Some(Box::new(log)) };
+        self.control.report(&flight)?;
         // An order to regroup is what broke it: nobody needs to be told.
         if let Some(next) = self.newer_place(place) {
             return Ok(next);
         }
         println!("the group broke: {error}");
-        let mut log = self.recorder.snapshot();
-        log.ending = Some(error.to_string());
-        let flight = RankReport::Flight { request: FLIGHT_LAST, log: Some(Box::new(log)) };
-        self.control.report(&flight)?;
         self.control.report(&RankReport::Broken {
             step: held.state.as_ref().map(|state| state.step),
             message: error.to_string(),
