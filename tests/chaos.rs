@@ -172,13 +172,20 @@ fn a_replay_that_nobody_reads_any_more_ends_with_all_it_has_started() {
 #[test]
 fn a_replay_whose_job_has_failed_says_so_by_its_code() {
     let folder = tempfile::tempdir().expect("a folder");
+    // What it reads is this command's own: the ranks have no such file, and no other attempt helps.
     let job = small_job(folder.path(), "");
-    // It diverges within a few steps: no other attempt helps.
-    let text = std::fs::read_to_string(&job).expect("readable");
-    let text = text.replace("learning_rate = 0.003", "learning_rate = 10.0\noptimizer = \"sgd\"");
-    std::fs::write(&job, text + "[evaluate]\nevery_steps = 0\n").expect("written");
-    let ended = run(endless_replay(folder.path()).arg("--job").arg(job)).expect_code(7);
-    assert_eq!(ended.last_json()["phase"], "failed", "{ended:?}");
+    let text = std::fs::File::open(folder.path().join("text.txt")).expect("written");
+    let spec = std::fs::read_to_string(&job).expect("written");
+    let spec = spec.replace("file://text.txt", "file:///proc/self/fd/0");
+    std::fs::write(&job, spec).expect("written");
+    let mut replay = endless_replay(folder.path());
+    // A minute, if it does not fail.
+    let ended = replay.args(["--speed", "60", "--job"]).arg(job).stdin(text).output();
+    let ended = ended.expect("it starts");
+    assert_eq!(ended.status.code(), Some(7), "{ended:?}");
+    let told = documents(&String::from_utf8_lossy(&ended.stdout));
+    let last = told.last().expect("the end");
+    assert_eq!((&last["event"], &last["phase"]), (&"end".into(), &"failed".into()), "{last}");
     let mut fast = endless_replay(folder.path());
     let refused = run(fast.args(["--speed", "1e-20"])).expect_code(2);
     assert!(refused.stderr.contains("more than ten years"), "{refused:?}");

@@ -55,7 +55,10 @@ fn a_host_that_lost_its_data_folder_gets_no_rank_until_it_is_mended() {
 
     // The host vanishes, and comes back without its disk.
     worker.signal(Signal::SIGSTOP);
-    eventually("it is lost", || view().filter(|view| view["lease_ms"] == 0));
+    following.wait_for("it is lost", |event| {
+        let reason = event["reason"].as_str().unwrap_or_default();
+        event["phase"] == "queued" && reason.contains("worker lost")
+    });
     let data = folder.join("cluster/worker-w1");
     let aside = folder.join("aside");
     std::fs::rename(&data, &aside).expect("moved");

@@ -2,6 +2,9 @@
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 
+/// The thread that waits has begun to by then.
+const LOOKS_MAX: u32 = 1_000;
+
 #[inline(never)]
 fn waits_for_a_word(inbox: &Receiver<()>) {
     inbox.recv().expect_err("the sender goes");
@@ -33,19 +36,20 @@ fn threads_that_wait_and_threads_that_compute_are_found_where_they_are() {
     let computing_id = ids.recv().expect("it runs");
     // More than once: slots are used again. The thread that waits may just be on its way.
     for _ in 0..3 {
-        loop {
+        for look in 1.. {
             let (threads, absent) = stacks::dump();
             let has = |id: u32, function: &str| {
                 let (_, frames) = threads.iter().find(|(known, _)| *known == id).expect("told");
                 frames.iter().any(|frame| frame.function.contains(function))
             };
             assert_eq!(absent, "");
-            assert!(has(computing_id, "dump::computes"), "{threads:#?}");
+            assert!(has(computing_id, "computes"), "{threads:#?}");
             let all = threads.iter().flat_map(|(_, frames)| frames);
             assert!(!all.clone().any(|frame| frame.function.contains("capture::note")));
-            if has(waiting_id, "dump::waits_for_a_word") {
+            if has(waiting_id, "waits_for_a_word") {
                 break;
             }
+            assert!(look < LOOKS_MAX, "{threads:#?}");
         }
     }
     drop((release, stop));

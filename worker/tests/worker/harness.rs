@@ -182,6 +182,16 @@ impl Attachment {
         parse(&frame)
     }
 
+    /// The next message that is no heartbeat.
+    pub async fn news(&mut self) -> WorkerMessage {
+        loop {
+            match self.message().await {
+                WorkerMessage::Heartbeat => {}
+                message => return message,
+            }
+        }
+    }
+
     /// The next fact, over whatever output comes before it.
     pub async fn fact(&mut self) -> (TaskId, TaskEvent) {
         loop {

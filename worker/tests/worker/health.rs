@@ -18,7 +18,7 @@ fn replace_program(host: &Host, script: &str) {
 async fn check(session: &mut Attachment, number: u64) -> Vec<String> {
     let reason = "it was lost".to_owned();
     session.order(CoordinatorMessage::Check { request: number, reason }).await;
-    match session.message().await {
+    match session.news().await {
         WorkerMessage::Checked { request, failed } => {
             assert_eq!(request, number);
             failed

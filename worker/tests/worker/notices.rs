@@ -152,7 +152,7 @@ async fn a_host_at_risk_is_avoided_for_as_long_as_it_is() {
     session.started(&other).await;
     session.listening(&other).await;
     fake.tell(|told| told.rebalance = None);
-    assert_eq!(session.message().await, WorkerMessage::Staying);
+    assert_eq!(session.news().await, WorkerMessage::Staying);
     worker.shut_down();
     assert_eq!(leaving(&mut session).await.0, LeaveScope::Ends);
     session.acknowledge(session.last).await;
@@ -187,14 +187,14 @@ async fn a_drained_worker_stays_and_takes_nothing_until_it_is_undrained() {
     let mut session = coordinator.welcomed().await;
     assert_eq!(leaving(&mut session).await.0, LeaveScope::Drains);
     session.order(CoordinatorMessage::Undrain).await;
-    assert_eq!(session.message().await, WorkerMessage::Staying);
+    assert_eq!(session.news().await, WorkerMessage::Staying);
     let next = task(3, 0);
     session.start(&next).await;
     session.started(&next).await;
     session.listening(&next).await;
     // Undrained already: said again, so that whoever asks knows.
     session.order(CoordinatorMessage::Undrain).await;
-    assert_eq!(session.message().await, WorkerMessage::Staying);
+    assert_eq!(session.news().await, WorkerMessage::Staying);
     worker.shut_down();
     assert_eq!(leaving(&mut session).await.0, LeaveScope::Ends);
     has_stopped(&mut session).await;
