@@ -52,7 +52,8 @@ fn threads_that_wait_and_threads_that_compute_are_found_where_they_are() {
             assert!(look < LOOKS_MAX, "{threads:#?}");
         }
     }
-    drop((release, stop));
+    stop.send(()).expect("it listens");
+    drop(release);
     waiting.join().expect("no panic");
     computing.join().expect("no panic");
 }
