@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::{
-    Finished, Running, cluster, eventually, run, small_job, submit_local, up, up_with_slots,
-    weights_digest,
+    Finished, Running, cluster, eventually, run, small_job, submit, submit_local, up,
+    up_with_slots, weights_digest,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -30,15 +30,6 @@ fn blind_cluster(folder: &Path, extra: &[&str]) -> (Running, PathBuf) {
 fn ask(dir: &Path, args: &[&str]) -> Finished {
     let mut command = cluster();
     run(command.args(args).arg("--dir").arg(dir))
-}
-
-fn submit(job: &Path, dir: &Path, sets: &[&str]) -> Running {
-    let mut submit = cluster();
-    submit.arg("submit").arg(job).args(["--json", "--follow", "--dir"]).arg(dir);
-    for set in sets {
-        submit.args(["--set", set]);
-    }
-    Running::start(&mut submit)
 }
 
 fn pid_of(ranks: &[(u32, Pid)], rank: u32) -> Pid {

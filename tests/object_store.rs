@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 
+use common::moto::config;
 use common::{Running, cluster, run, small_job, submit_local, weights_digest};
 use nix::sys::signal::{Signal, kill};
 
@@ -35,16 +36,6 @@ fn http(address: &str, method: &str, path: &str, body: &[u8]) -> (u16, Vec<u8>) 
     let status = String::from_utf8_lossy(&answer[..split]);
     let status = status.split_whitespace().nth(1).and_then(|s| s.parse().ok()).expect("a status");
     (status, answer[split..].to_vec())
-}
-
-fn config(folder: &Path, endpoint: &str, bucket: &str) -> PathBuf {
-    let path = folder.join("cluster.toml");
-    let text = format!(
-        "[store]\nuri = \"s3://{bucket}/prefix\"\n[store.s3]\nendpoint = \"http://{endpoint}\"\n\
-         access_key_id = \"test\"\nsecret_access_key = \"test-secret\"\nallow_http = true\n"
-    );
-    std::fs::write(&path, text).expect("written");
-    path
 }
 
 #[test]

@@ -265,6 +265,16 @@ pub fn small_job(folder: &Path, extra: &str) -> PathBuf {
     path
 }
 
+/// Submits a job to the cluster in the folder `dir`, and follows it.
+pub fn submit(job: &Path, dir: &Path, sets: &[&str]) -> Running {
+    let mut submit = cluster();
+    submit.arg("submit").arg(job).args(["--json", "--follow", "--dir"]).arg(dir);
+    for set in sets {
+        submit.args(["--set", set]);
+    }
+    Running::start(&mut submit)
+}
+
 /// A cluster in the folder `dir` with one worker of two slots, once it answers; `extra` goes to `up`.
 pub fn up(dir: &Path, extra: &[&str]) -> Running {
     up_with_slots(dir, 2, extra)

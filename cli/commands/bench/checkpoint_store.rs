@@ -151,7 +151,8 @@ impl Bench {
         let (warm, step) = (Step(2 * round as u64 + 1), Step(2 * round as u64 + 2));
         // Provides the memory, as a job does behind its first steps; never committed.
         saver.stage(warm, &tensors).map_err(failed)?;
-        saver.wait_shard(warm).map_err(failed)?;
+        let unused = saver.wait_shard(warm).map_err(failed)?;
+        Handle::current().block_on(self.store.delete(&unused.key))?;
         let begun = Instant::now();
         saver.stage(step, &tensors).map_err(failed)?;
         let staged = begun.elapsed().as_secs_f64();
