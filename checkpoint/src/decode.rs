@@ -7,17 +7,14 @@
 use std::io::{self, Write};
 
 use api::job::Compression;
-use bytes::Bytes;
-use futures::{StreamExt, stream};
+use futures::StreamExt;
+use tokio::task::JoinError;
 
+use crate::ahead::read_ahead;
 use crate::error::StoreError;
 use crate::manifest::ShardEntry;
 use crate::store::{Store, with_retries};
 
-/// Bytes asked for at once.
-const CHUNK_BYTES: u64 = 8 << 20;
-/// Chunks fetched ahead; with the one before, the memory that reading takes.
-const CHUNKS_AHEAD: usize = 4;
 /// Largest window a shard may make the decompressor allocate, as a power of two; our level needs
 /// less.
 const WINDOW_LOG_MAX: u32 = 24;
@@ -58,15 +55,22 @@ pub(crate) async fn read_shard(
     let mut hasher = blake3::Hasher::new();
     // The first thing wrong inside; the checksum, which says more, is awaited before it is told.
     let mut wrong: Option<io::Error> = None;
-    let mut chunks = stream::iter(chunks(entry.stored_bytes))
-        .map(|(start, end)| fetch(store, &entry.key, start, end))
-        .buffered(CHUNKS_AHEAD);
+    let mut chunks = read_ahead(store, &entry.key, entry.stored_bytes);
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk?;
-        hasher.update(&chunk);
+        // Beside what is done with the bytes, so that reading is bound by the store.
+        let hashed = chunk.clone();
+        let hashing = tokio::task::spawn_blocking(move || {
+            hasher.update(&hashed);
+            hasher
+        });
         if wrong.is_none() {
             wrong = decoder.write_all(&chunk).err();
         }
+        let failed = |error: JoinError| {
+            store.attempt("read", &entry.key).unavailable(error.to_string(), false)
+        };
+        hasher = hashing.await.map_err(failed)?;
     }
     let found = hasher.finalize().to_hex();
     if found.as_str() != entry.blake3 {
@@ -79,24 +83,6 @@ pub(crate) async fn read_shard(
         return Err(corrupt(error.to_string()));
     }
     decoder.finish().map_err(|error| corrupt(error.to_string()))
-}
-
-fn chunks(bytes: u64) -> impl Iterator<Item = (u64, u64)> {
-    (0..bytes.div_ceil(CHUNK_BYTES))
-        .map(move |i| (i * CHUNK_BYTES, bytes.min((i + 1) * CHUNK_BYTES)))
-}
-
-/// Fetches on a task of its own, so that chunks arrive while earlier ones are decoded.
-async fn fetch(store: &Store, key: &str, start: u64, end: u64) -> Result<Bytes, StoreError> {
-    let (task_store, task_key) = (store.clone(), key.to_owned());
-    let task =
-        tokio::spawn(
-            async move { with_retries(|| task_store.get_range(&task_key, start..end)).await },
-        );
-    match task.await {
-        Ok(chunk) => chunk,
-        Err(error) => Err(store.attempt("read", key).unavailable(error.to_string(), false)),
-    }
 }
 
 /// Undoes the compression.

@@ -324,7 +324,8 @@ impl Attempt<'_> {
         }
     }
 
-    fn io(self, error: &io::Error) -> StoreError {
+    /// Puts an error of this host's own into one of our classes.
+    pub(crate) fn io(self, error: &io::Error) -> StoreError {
         use io::ErrorKind as K;
         match error.kind() {
             K::PermissionDenied | K::ReadOnlyFilesystem => {

@@ -11,10 +11,13 @@
 //! [`Store`] and the functions in `tools` are asynchronous (coordinator, worker, command line);
 //! [`Saver`] and [`Restore`] block and own their runtime (a rank's step loop).
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+mod ahead;
+mod crc;
 mod decode;
 mod diff;
+mod direct;
 mod download;
 mod error;
 mod export;
@@ -26,6 +29,7 @@ mod local;
 mod manifest;
 mod nonce;
 mod plan;
+mod priority;
 mod probe;
 mod read;
 mod references;

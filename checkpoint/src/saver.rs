@@ -23,9 +23,10 @@ use crate::format::{self, FormatError, TensorPiece, TensorSlice};
 use crate::former::Former;
 use crate::manifest::{Manifest, ManifestInfo, ShardEntry};
 use crate::nonce::nonce;
+use crate::priority::behind_training;
 use crate::staging::{self, ARENAS_MAX, Staged};
 use crate::store::Store;
-use crate::upload::write_object;
+use crate::upload::{Content, write_object};
 use crate::write::{write_manifest, write_shard};
 use crate::{keys, local};
 
@@ -213,6 +214,7 @@ impl Saver {
         let runtime = Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("checkpoint")
+            .on_thread_start(behind_training)
             .enable_all()
             .build()
             .map_err(|error| SaveError::Background(error.to_string()))?;
@@ -449,21 +451,21 @@ impl Saver {
         self.shared.next_error()?;
         let shapes = format::shapes(tensors)?;
         let staged = Staged::copy(&format::whole(tensors, &shapes), Vec::new(), false)?;
-        let pieces = staged.pieces(Bytes::new());
+        let weights = Content::of(staged.pieces());
         let mut hasher = Sha256::new();
-        for piece in &pieces {
+        for piece in &weights.pieces {
             hasher.update(piece);
         }
         let sha256 = hex(&hasher.finalize());
         let folder = keys::model(&self.options.job, self.options.generation);
-        let descriptor = [Bytes::copy_from_slice(descriptor_json)];
+        let descriptor = Content::of(vec![Bytes::copy_from_slice(descriptor_json)]);
         let weights_key = format!("{folder}/{}", keys::MODEL_WEIGHTS);
         let descriptor_key = format!("{folder}/{}", keys::MODEL_DESCRIPTOR);
         let store = &self.store;
         let runtime = self.runtime.as_ref().expect("the runtime is present until drop");
         runtime.block_on(async {
             store.check_key_once().await?;
-            write_object(store, &weights_key, &pieces, Compression::None).await?;
+            write_object(store, &weights_key, &weights, Compression::None).await?;
             write_object(store, &descriptor_key, &descriptor, Compression::None).await
         })?;
         Ok((folder, sha256, staged.bytes()))

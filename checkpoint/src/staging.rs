@@ -16,6 +16,8 @@ use crate::tiles::{self, TileSums};
 pub(crate) const ARENAS_MAX: usize = 2;
 /// What one thread copies at once: small beside a tensor, so that all threads of the rank have work.
 const BLOCK_BYTES: usize = 1 << 20;
+/// What is checked in all ways before the next: less than a processor's second cache.
+const CHECKED_BYTES: usize = 256 << 10;
 /// Pages are never smaller.
 const PAGE_BYTES: usize = 4096;
 
@@ -38,6 +40,15 @@ pub(crate) struct Staged {
     spans: Vec<Range<usize>>,
 }
 
+/// What parts of a shard's tensors are checked by.
+#[derive(Clone, Debug)]
+pub(crate) struct Checksums {
+    /// The end of the file.
+    pub bytes: Bytes,
+    /// CRC32C of each tensor's and way's checksums, in the file's order.
+    own: Arc<[u32]>,
+}
+
 /// Lets the arena's memory be sent without another copy.
 struct Shared(Arc<Vec<u8>>);
 
@@ -49,7 +60,7 @@ impl AsRef<[u8]> for Shared {
 
 impl Staged {
     /// Copies pieces into `arena`, whose former content is dropped and whose memory is reused. With
-    /// checks, the file ends with [`checksums`](Self::checksums).
+    /// checks, the file ends with [`Checksums`].
     pub fn copy(
         pieces: &[TensorPiece<'_>],
         mut arena: Vec<u8>,
@@ -101,26 +112,37 @@ impl Staged {
         Ok(())
     }
 
-    /// Computes what is stored to check parts of the tensors by, and notes its own checksums in the
-    /// entries.
-    pub fn checksums(&mut self) -> Bytes {
-        let mut all = Vec::new();
-        for (entry, span) in self.tensors.iter_mut().zip(&self.spans) {
-            let length = entry.place().length;
-            let data = &self.arena[span.clone()];
-            for checks in &mut entry.checks {
-                let mut sums = TileSums::new(&length, &checks.tile, entry.dtype.bytes());
-                sums.update(data);
-                let bytes = tiles::to_bytes(&sums.finish());
-                checks.crc32c = crc32c::crc32c(&bytes);
-                all.extend_from_slice(&bytes);
+    /// What computes the [`Checksums`], on whatever thread it is called.
+    pub fn checksums(&self) -> impl FnOnce() -> Checksums + Send + 'static {
+        let (arena, spans) = (self.arena.clone(), self.spans.clone());
+        let ways: Vec<(Vec<u64>, u64, Vec<Vec<u64>>)> = self.tensors.iter().map(ways_of).collect();
+        move || {
+            let (mut all, mut own) = (Vec::new(), Vec::new());
+            for ((length, element_bytes, tiles), span) in ways.into_iter().zip(spans) {
+                let new = |tile: &Vec<u64>| TileSums::new(&length, tile, element_bytes);
+                let mut sums: Vec<TileSums> = tiles.iter().map(new).collect();
+                // All ways of one block while it is in the processor's cache.
+                for block in arena[span].chunks(CHECKED_BYTES) {
+                    sums.iter_mut().for_each(|sums| sums.update(block));
+                }
+                for sums in sums {
+                    let bytes = tiles::to_bytes(&sums.finish());
+                    own.push(crc32c::crc32c(&bytes));
+                    all.extend_from_slice(&bytes);
+                }
             }
+            Checksums { bytes: all.into(), own: own.into() }
         }
-        all.into()
     }
 
-    /// The file, without copying the arena; `checksums` are its end.
-    pub fn pieces(&self, checksums: Bytes) -> Vec<Bytes> {
+    /// Notes in the entries what the checksums are themselves checked by.
+    pub fn note(&mut self, checksums: &Checksums) {
+        let checks = self.tensors.iter_mut().flat_map(|entry| &mut entry.checks);
+        checks.zip(checksums.own.iter()).for_each(|(checks, own)| checks.crc32c = *own);
+    }
+
+    /// The file up to its [`Checksums`], without copying the arena.
+    pub fn pieces(&self) -> Vec<Bytes> {
         let arena = Bytes::from_owner(Shared(self.arena.clone()));
         let mut runs: Vec<Range<usize>> = Vec::new();
         for span in self.spans.iter().filter(|span| !span.is_empty()) {
@@ -130,14 +152,19 @@ impl Staged {
             }
         }
         let data = runs.into_iter().map(|run| arena.slice(run));
-        let pieces = std::iter::once(self.header.clone()).chain(data).chain([checksums]);
+        let pieces = std::iter::once(self.header.clone()).chain(data);
         pieces.filter(|piece| !piece.is_empty()).collect()
+    }
+
+    /// Length of the checksums.
+    pub fn checksum_bytes(&self) -> u64 {
+        self.tensors.iter().map(TensorEntry::check_bytes).sum()
     }
 
     /// Length of the file.
     pub fn bytes(&self) -> u64 {
-        let bytes = |entry: &TensorEntry| entry.bytes + entry.check_bytes();
-        self.header.len() as u64 + self.tensors.iter().map(bytes).sum::<u64>()
+        let data: u64 = self.tensors.iter().map(|entry| entry.bytes).sum();
+        self.header.len() as u64 + data + self.checksum_bytes()
     }
 
     /// The memory, for the next copy; new if something still holds it.
@@ -146,12 +173,24 @@ impl Staged {
     }
 }
 
+/// A stored part's elements along each dimension, bytes of one, and the tiles it is checked in.
+fn ways_of(entry: &TensorEntry) -> (Vec<u64>, u64, Vec<Vec<u64>>) {
+    let tiles = entry.checks.iter().map(|checks| checks.tile.clone()).collect();
+    (entry.place().length, entry.dtype.bytes(), tiles)
+}
+
 #[cfg(test)]
 mod tests {
     use safetensors::SafeTensors;
 
     use super::*;
     use crate::format::TensorSlice;
+
+    fn checked_file(staged: &mut Staged) -> Vec<u8> {
+        let checksums = staged.checksums()();
+        staged.note(&checksums);
+        [staged.pieces().concat(), checksums.bytes.to_vec()].concat()
+    }
 
     #[test]
     fn a_second_copy_reuses_the_memory_and_gives_the_same_bytes() {
@@ -163,15 +202,14 @@ mod tests {
         let shapes = format::shapes(&tensors).expect("agree");
         let pieces = format::whole(&tensors, &shapes);
         let first = Staged::copy(&pieces, Vec::new(), false).expect("copies");
-        let file: Vec<u8> = first.pieces(Bytes::new()).concat();
+        let file: Vec<u8> = first.pieces().concat();
         assert_eq!(file, format::safetensors_bytes(&tensors).expect("writes"));
         assert_eq!(first.bytes(), file.len() as u64);
         let arena = first.into_arena();
         let address = arena.as_ptr();
         assert_eq!(arena.capacity(), 8000);
         let mut second = Staged::copy(&pieces, arena, true).expect("copies");
-        let checksums = second.checksums();
-        let checked = second.pieces(checksums).concat();
+        let checked = checked_file(&mut second);
         assert_eq!(checked.len() as u64, second.bytes());
         let theirs = SafeTensors::deserialize(&checked).expect("a safetensors file");
         assert_eq!(theirs.tensor("b").expect("there").data(), bytemuck::cast_slice::<_, u8>(&data));
@@ -192,8 +230,7 @@ mod tests {
             let mut staged = Staged::copy(&pieces, Vec::new(), true).expect("copies");
             staged.hash();
             staged.retain(stays).expect("fits");
-            let checksums = staged.checksums();
-            let file = staged.pieces(checksums).concat();
+            let file = checked_file(&mut staged);
             assert_eq!(file.len() as u64, staged.bytes(), "mask {mask}");
             let theirs = SafeTensors::deserialize(&file).expect("a safetensors file");
             for (index, name) in names.iter().enumerate() {

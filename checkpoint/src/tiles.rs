@@ -8,6 +8,7 @@
 //! a tile's width each. Blocks of consecutive bytes would serve a reader of rows only: whoever wants
 //! a few columns of every row would have to read whole blocks around each.
 
+use crate::crc;
 use crate::slice::Slice;
 
 /// Smallest tile: its checksum is an eighth of it, which only the smallest tensors pay.
@@ -15,6 +16,8 @@ const TILE_BYTES_MIN: u64 = 32;
 /// Tile of a piece of [`PIECE_BYTES`]: the checksums of one way to divide it are 1/128 of it.
 const TILE_BYTES: u64 = 512;
 const PIECE_BYTES: u64 = 1 << 20;
+/// Tiles of a row up to so many bytes are taken all at once.
+const THIN_BYTES_MAX: u64 = 16;
 /// Bytes of one checksum.
 pub(crate) const CHECKSUM_BYTES: u64 = 4;
 
@@ -130,13 +133,27 @@ impl TileSums {
         };
         let (row_bytes, tile_bytes) = (*row_bytes, (*tile_bytes).max(1));
         while !bytes.is_empty() {
+            let left = (row_bytes - self.within).min(bytes.len() as u64);
             let column = self.within / tile_bytes;
-            let end = ((column + 1) * tile_bytes).min(row_bytes);
-            let taken = (end - self.within).min(bytes.len() as u64);
-            let Some(sum) = self.sums.get_mut(self.row_tile + column as usize) else { return };
-            let (run, rest) = bytes.split_at(taken as usize);
-            *sum = crc32c::crc32c_append(*sum, run);
-            bytes = rest;
+            let first = self.row_tile + column as usize;
+            let begun = self.within - column * tile_bytes;
+            let taken = if tile_bytes <= THIN_BYTES_MAX && begun == 0 && left > tile_bytes {
+                let count = left / tile_bytes;
+                let tiles = first..first + count as usize;
+                let Some(sums) = self.sums.get_mut(tiles) else { return };
+                crc::append_each(
+                    sums,
+                    &bytes[..(count * tile_bytes) as usize],
+                    tile_bytes as usize,
+                );
+                count * tile_bytes
+            } else {
+                let taken = left.min(tile_bytes - begun);
+                let Some(sum) = self.sums.get_mut(first) else { return };
+                *sum = crc::append(*sum, &bytes[..taken as usize]);
+                taken
+            };
+            bytes = &bytes[taken as usize..];
             self.within += taken;
             if self.within == row_bytes {
                 self.within = 0;

@@ -7,11 +7,14 @@ use std::io::{self, Write};
 
 use api::job::Compression;
 use bytes::{Bytes, BytesMut};
-use futures::StreamExt;
+use futures::future::{BoxFuture, Shared};
 use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
 use object_store::{MultipartUpload, PutPayload, UploadPart};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
+use crate::direct;
 use crate::error::StoreError;
 use crate::store::Store;
 
@@ -30,7 +33,43 @@ const ZSTD_LEVEL: i32 = 1;
 /// Input handed to zstd at once; fixed, so that the output is a function of the input alone.
 const ZSTD_INPUT_BYTES: usize = 1 << 20;
 
+/// From here on an object goes to a folder around the system's cache; what is smaller waits longer
+/// for the disk than its copy takes.
+const DIRECT_BYTES_MIN: u64 = 1 << 20;
+/// Why an object has no end.
+const NO_END: &str = "its checksums were not computed";
+
 const _: () = assert!(SINGLE_PUT_BYTES_MAX >= PART_BYTES);
+
+/// What an object is made of.
+#[derive(Clone)]
+pub(crate) struct Content {
+    /// All but its end.
+    pub pieces: Vec<Bytes>,
+    /// Length of the end.
+    pub end_bytes: u64,
+    /// What is computed while the rest is on its way; none when that failed.
+    pub end: Shared<BoxFuture<'static, Option<Bytes>>>,
+}
+
+impl Content {
+    /// One whose end is there already.
+    pub fn of(pieces: Vec<Bytes>) -> Self {
+        let end = async { Some(Bytes::new()) };
+        Self { pieces, end_bytes: 0, end: end.boxed().shared() }
+    }
+
+    fn bytes(&self) -> u64 {
+        total(&self.pieces) + self.end_bytes
+    }
+
+    async fn end(&self, store: &Store, key: &str) -> Result<Bytes, StoreError> {
+        self.end
+            .clone()
+            .await
+            .ok_or_else(|| store.attempt("write", key).unavailable(NO_END.into(), true))
+    }
+}
 
 /// What was written.
 #[derive(Clone, Debug)]
@@ -39,17 +78,17 @@ pub(crate) struct Stored {
     pub blake3: String,
 }
 
-/// Writes an object made of `pieces`, repeating what can be repeated.
+/// Writes an object, repeating what can be repeated.
 pub(crate) async fn write_object(
     store: &Store,
     key: &str,
-    pieces: &[Bytes],
+    content: &Content,
     compression: Compression,
 ) -> Result<Stored, StoreError> {
     let attempt = || async {
         match compression {
-            Compression::None => write_plain(store, key, pieces).await,
-            Compression::Zstd => write_zstd(store, key, pieces).await,
+            Compression::None => write_plain(store, key, content).await,
+            Compression::Zstd => write_zstd(store, key, content).await,
         }
     };
     store.patiently(attempt).await
@@ -65,38 +104,55 @@ fn part_bytes(total: u64) -> u64 {
     total.div_ceil(PARTS_MAX).next_multiple_of(1 << 20).max(PART_BYTES)
 }
 
-async fn write_plain(store: &Store, key: &str, pieces: &[Bytes]) -> Result<Stored, StoreError> {
-    let hashed = pieces.to_vec();
+async fn write_plain(store: &Store, key: &str, content: &Content) -> Result<Stored, StoreError> {
+    let bytes = content.bytes();
+    if let Some(folder) = store.folder().filter(|_| store.key_id().is_none())
+        && bytes >= DIRECT_BYTES_MIN
+    {
+        let (root, path, content) = (folder.to_owned(), folder.join(key), content.clone());
+        let end = async move { content.end.await.ok_or_else(|| io::Error::other(NO_END)) };
+        let (runtime, pieces) = (Handle::current(), content.pieces);
+        let written = tokio::task::spawn_blocking(move || {
+            direct::write_file(&root, &path, &pieces, || runtime.block_on(end))
+        });
+        let failed = |error: io::Error| store.attempt("write", key).io(&error);
+        let blake3 = joined(store, key, written).await?.map_err(failed)?;
+        return Ok(Stored { bytes, blake3 });
+    }
+    let hashed = content.pieces.clone();
     let hash = tokio::task::spawn_blocking(move || {
         let mut hasher = blake3::Hasher::new();
         for piece in &hashed {
             hasher.update(piece);
         }
-        hasher.finalize().to_hex().to_string()
+        hasher
     });
-    let bytes = total(pieces);
-    // A folder takes any size in one call without copying it, unless it is encrypted on the way.
-    let is_folder = store.folder().is_some() && store.key_id().is_none();
-    if bytes <= SINGLE_PUT_BYTES_MAX || is_folder {
-        store.put_payload(key, pieces.iter().cloned().collect()).await?;
+    if bytes <= SINGLE_PUT_BYTES_MAX {
+        let end = content.end(store, key).await?;
+        store.put_payload(key, content.pieces.iter().cloned().chain([end]).collect()).await?;
     } else {
         let mut parts = Parts::begin(store, key).await?;
-        let sent = send_slices(&mut parts, pieces, part_bytes(bytes)).await;
+        let sent = send_slices(&mut parts, content, part_bytes(bytes)).await;
         parts.end(sent).await?;
     }
-    Ok(Stored { bytes, blake3: joined(store, key, hash).await? })
+    let mut hasher = joined(store, key, hash).await?;
+    hasher.update(&content.end(store, key).await?);
+    Ok(Stored { bytes, blake3: hasher.finalize().to_hex().to_string() })
 }
 
-/// Cuts the pieces into parts of equal size (some servers insist on that) without copying.
+/// Cuts the content into parts of equal size (some servers insist on that) without copying.
 async fn send_slices(
     parts: &mut Parts<'_>,
-    pieces: &[Bytes],
+    content: &Content,
     part_bytes: u64,
 ) -> Result<(), StoreError> {
     let mut part = Vec::new();
     let mut missing = part_bytes as usize;
-    for piece in pieces {
-        let mut rest = piece.clone();
+    for index in 0..=content.pieces.len() {
+        let mut rest = match content.pieces.get(index) {
+            Some(piece) => piece.clone(),
+            None => content.end(parts.store, parts.key).await?,
+        };
         while !rest.is_empty() {
             let slice = rest.split_to(missing.min(rest.len()));
             missing -= slice.len();
@@ -113,10 +169,11 @@ async fn send_slices(
     Ok(())
 }
 
-async fn write_zstd(store: &Store, key: &str, pieces: &[Bytes]) -> Result<Stored, StoreError> {
+async fn write_zstd(store: &Store, key: &str, content: &Content) -> Result<Stored, StoreError> {
     let (sender, mut receiver) = mpsc::channel(PARTS_QUEUED);
-    let input = pieces.to_vec();
-    let part_bytes = part_bytes(crate::manifest::stored_bytes_max(total(pieces))) as usize;
+    // A frame is a function of all that it holds.
+    let input = [content.pieces.clone(), vec![content.end(store, key).await?]].concat();
+    let part_bytes = part_bytes(crate::manifest::stored_bytes_max(content.bytes())) as usize;
     let compressor = tokio::task::spawn_blocking(move || compress(&input, part_bytes, sender));
     let sent = send_compressed(store, key, &mut receiver).await;
     // A compressor whose receiver is gone stops by itself.

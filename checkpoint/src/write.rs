@@ -15,7 +15,7 @@ use crate::manifest::{self, Manifest, ShardEntry};
 use crate::saver::{SaveError, SaverOptions};
 use crate::staging::Staged;
 use crate::store::Store;
-use crate::upload::write_object;
+use crate::upload::{Content, write_object};
 
 /// Shards looked up at once before a manifest is written.
 const LOOKUPS_AT_ONCE: usize = 16;
@@ -33,14 +33,20 @@ pub(crate) async fn write_shard(
     if options.compression == Compression::Zstd {
         key.push_str(".zst");
     }
-    let (former, checksums) = tokio::task::block_in_place(|| {
-        let reused = former.map(|former| former.reuse(staged)).transpose()?;
-        Ok::<_, SaveError>((reused.unwrap_or_default(), staged.checksums()))
-    })?;
-    let pieces = staged.pieces(checksums);
+    let former = match former {
+        Some(former) => tokio::task::block_in_place(|| former.reuse(staged))?,
+        None => Vec::new(),
+    };
     store.check_key_once().await?;
-    let stored = write_object(store, &key, &pieces, options.compression).await?;
-    drop(pieces);
+    let computing = tokio::task::spawn_blocking(staged.checksums());
+    let checksums = computing.map(Result::ok).boxed().shared();
+    let end = checksums.clone().map(|found| Some(found?.bytes)).boxed().shared();
+    let content = Content { pieces: staged.pieces(), end_bytes: staged.checksum_bytes(), end };
+    let stored = write_object(store, &key, &content, options.compression).await?;
+    drop(content);
+    if let Some(checksums) = checksums.await {
+        staged.note(&checksums);
+    }
     Ok(ShardEntry {
         rank: options.rank,
         key,
