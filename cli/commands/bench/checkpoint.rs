@@ -1,6 +1,7 @@
 //! `cluster bench checkpoint`: what checkpoints cost, and how fast they are written and read.
 
 use api::config::ClusterConfig;
+use checkpoint::Store;
 use serde::Serialize;
 
 use super::checkpoint_store::{self, StoreSample};
@@ -109,7 +110,12 @@ pub async fn run(global: &Global, args: BenchCheckpoint) -> Result<()> {
                 )
                 .await
             })
-            .await?;
+            .await;
+            if !config.store.uri.is_empty() {
+                let store = Store::open(&config.store, &config.store.uri)?;
+                checkpoint_training::clean(&store, every, rounds).await?;
+            }
+            let samples = samples?;
             Some(TrainingReport {
                 ranks,
                 global_batch: spec.batch.global.get(),

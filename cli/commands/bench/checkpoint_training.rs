@@ -2,8 +2,9 @@
 
 use std::time::Instant;
 
-use api::JobSpec;
 use api::events::{JobEvent, StepMetrics};
+use api::{JobSpec, Name};
+use checkpoint::Store;
 use coordinator::ClusterClient;
 use serde::Serialize;
 use tokio_stream::StreamExt;
@@ -54,6 +55,21 @@ impl Run {
     }
 }
 
+/// A job's name; in a store that others use it is nobody else's.
+fn job_name(round: usize, every: u64) -> Result<Name> {
+    Ok(format!("bench-{}-{round}-every-{every}", std::process::id()).parse()?)
+}
+
+/// Removes what the jobs of `rounds` rounds wrote to a store that is not gone with their cluster.
+pub async fn clean(store: &Store, every: u64, rounds: usize) -> Result<()> {
+    for (round, every) in (1..=rounds).flat_map(|round| [(round, 0), (round, every)]) {
+        for object in store.list(&format!("jobs/{}", job_name(round, every)?)).await? {
+            store.delete(&object.key).await?;
+        }
+    }
+    Ok(())
+}
+
 /// Runs the job `rounds` times each way.
 pub async fn measure(
     client: &ClusterClient,
@@ -98,7 +114,7 @@ async fn run(
     round: usize,
 ) -> Result<Run> {
     let mut spec = spec.clone();
-    spec.name = format!("bench-{round}-every-{every}").parse()?;
+    spec.name = job_name(round, every)?;
     spec.stop.max_steps = Some(WARMUP + steps);
     spec.checkpoint.every_steps = every;
     client.submit(&spec).await?;
