@@ -7,13 +7,12 @@
 #![allow(unsafe_code)]
 
 /// From here on the library's several streams at once are faster than one.
-#[cfg(target_arch = "x86_64")]
-const SHORT_BYTES_MAX: usize = 256;
+pub(crate) const SHORT_BYTES_MAX: usize = 256;
 
 /// Appends to each sum the next `width` bytes of `bytes`, which has as many for every sum.
 pub(crate) fn append_each(sums: &mut [u32], bytes: &[u8], width: usize) {
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("sse4.2") && matches!(width, 2 | 4 | 8) {
+    if (2..=SHORT_BYTES_MAX).contains(&width) && is_x86_feature_detected!("sse4.2") {
         // SAFETY: the processor has SSE 4.2, which is all that the function asks for.
         return unsafe { x86::append_each(sums, bytes, width) };
     }
@@ -45,8 +44,12 @@ mod x86 {
             4 => sums.iter_mut().zip(bytes.as_chunks().0).for_each(|(sum, run)| {
                 *sum = !_mm_crc32_u32(!*sum, u32::from_le_bytes(*run));
             }),
-            _ => sums.iter_mut().zip(bytes.as_chunks().0).for_each(|(sum, run)| {
+            8 => sums.iter_mut().zip(bytes.as_chunks().0).for_each(|(sum, run)| {
                 *sum = !(_mm_crc32_u64(u64::from(!*sum), u64::from_le_bytes(*run)) as u32);
+            }),
+            // One run's sum does not wait for another's: the processor has several under way.
+            _ => sums.iter_mut().zip(bytes.chunks_exact(width)).for_each(|(sum, run)| {
+                *sum = append(*sum, run);
             }),
         }
     }
@@ -73,7 +76,7 @@ mod tests {
             let expected = crc32c::crc32c_append(17, &bytes[..length]);
             assert_eq!(append(17, &bytes[..length]), expected, "{length}");
         }
-        for width in [1, 2, 3, 4, 8, 16] {
+        for width in [1, 2, 3, 4, 8, 16, 88, 95, 256, 300] {
             let mut sums: Vec<u32> = (0..bytes.len() / width).map(|i| i as u32 * 7).collect();
             let expected: Vec<u32> = sums
                 .iter()

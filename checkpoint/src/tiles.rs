@@ -16,8 +16,6 @@ const TILE_BYTES_MIN: u64 = 32;
 /// Tile of a piece of [`PIECE_BYTES`]: the checksums of one way to divide it are 1/128 of it.
 const TILE_BYTES: u64 = 512;
 const PIECE_BYTES: u64 = 1 << 20;
-/// Tiles of a row up to so many bytes are taken all at once.
-const THIN_BYTES_MAX: u64 = 16;
 /// Bytes of one checksum.
 pub(crate) const CHECKSUM_BYTES: u64 = 4;
 
@@ -137,22 +135,23 @@ impl TileSums {
             let column = self.within / tile_bytes;
             let first = self.row_tile + column as usize;
             let begun = self.within - column * tile_bytes;
-            let taken = if tile_bytes <= THIN_BYTES_MAX && begun == 0 && left > tile_bytes {
-                let count = left / tile_bytes;
-                let tiles = first..first + count as usize;
-                let Some(sums) = self.sums.get_mut(tiles) else { return };
-                crc::append_each(
-                    sums,
-                    &bytes[..(count * tile_bytes) as usize],
-                    tile_bytes as usize,
-                );
-                count * tile_bytes
-            } else {
-                let taken = left.min(tile_bytes - begun);
-                let Some(sum) = self.sums.get_mut(first) else { return };
-                *sum = crc::append(*sum, &bytes[..taken as usize]);
-                taken
-            };
+            let taken =
+                if tile_bytes <= crc::SHORT_BYTES_MAX as u64 && begun == 0 && left > tile_bytes {
+                    let count = left / tile_bytes;
+                    let tiles = first..first + count as usize;
+                    let Some(sums) = self.sums.get_mut(tiles) else { return };
+                    crc::append_each(
+                        sums,
+                        &bytes[..(count * tile_bytes) as usize],
+                        tile_bytes as usize,
+                    );
+                    count * tile_bytes
+                } else {
+                    let taken = left.min(tile_bytes - begun);
+                    let Some(sum) = self.sums.get_mut(first) else { return };
+                    *sum = crc::append(*sum, &bytes[..taken as usize]);
+                    taken
+                };
             bytes = &bytes[taken as usize..];
             self.within += taken;
             if self.within == row_bytes {
