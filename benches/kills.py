@@ -98,6 +98,8 @@ def main():
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default=",".join(JOBS))
+    parser.add_argument("--set", action="append", default=[], help="a setting of the disturbed run, such as "
+                        "recovery.join_behind_above=0B")
     args = parser.parse_args()
     failed = False
     for name in args.only.split(","):
@@ -110,7 +112,8 @@ def main():
                 sys.exit(alone.stderr)
             expected = digest(alone.stdout.strip().split("\n"))
             begun = time.time()
-            line = command(args.binary, job, sets, os.path.join(folder, "many"), steps, "{ min = 1, max = 8 }")
+            many = os.path.join(folder, "many")
+            line = command(args.binary, job, sets + args.set, many, steps, "{ min = 1, max = 8 }")
             lines, kills, sizes, generation, code = disturbed(line, args.kills, args.seed)
             found = digest(lines) if code == 0 else f"exit code {code}: {lines[-1] if lines else ''}"
             status = json.loads(lines[-1]) if code == 0 else {}

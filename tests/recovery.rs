@@ -4,7 +4,7 @@
 mod common;
 
 use common::{
-    Running, cluster, eventually, repository, run, small_job, submit_local, up_with_slots,
+    Running, cluster, eventually, repository, run, small_job, submit, submit_local, up_with_slots,
     weights_digest,
 };
 use nix::sys::signal::{Signal, kill};
@@ -222,6 +222,52 @@ fn an_elastic_gang_shrinks_at_once_and_grows_again() {
     assert_eq!(status["failures"], 0, "to grow is no failure: {status}");
     let finished = running.finish().expect_code(0);
     assert_eq!(weights_digest(&finished), expected);
+}
+
+#[test]
+fn newcomers_get_the_state_behind_a_step_that_the_others_make() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let extra = "[resources]\nranks = { min = 1, max = 3 }\n\
+                 [recovery]\nmax_failures = 10\njoin_behind_above = \"0B\"\n";
+    let job = small_job(folder, extra);
+    // Nothing is due that would have the state sent at once.
+    let sets = ["stop.max_steps=600", "checkpoint.every_steps=0"];
+    let alone = [&sets[..], &["resources.ranks=1"]].concat();
+    let undisturbed = run(&mut submit_local(&job, &folder.join("undisturbed"), &alone));
+    let undisturbed = undisturbed.expect_code(0);
+    let expected = weights_digest(&undisturbed);
+
+    let dir = folder.join("cluster");
+    let up = up_with_slots(&dir, 3, &["--workers", "1"]);
+    let mut following = submit(&job, &dir, &sets);
+    let mut generation = 0;
+    // One newcomer beside two that hold the state, then two beside one.
+    for victims in [&[1][..], &[0, 2]] {
+        let status = following.wait_for("three ranks", |event| {
+            is_running(event, generation + 1) && event["gang"].as_array().map(Vec::len) == Some(3)
+        });
+        generation = status["generation"].as_u64().expect("a generation");
+        following.wait_for_step(status["furthest"].as_u64().expect("a step") + 3);
+        let ranks = processes(&up, 3);
+        victims.iter().for_each(|rank| kill(ranks[*rank], Signal::SIGKILL).expect("it runs"));
+    }
+    following.wait_for("three again", |event| {
+        is_running(event, generation + 1) && event["gang"].as_array().map(Vec::len) == Some(3)
+    });
+    following.finish().expect_code(0);
+    let ask = |args: &[&str]| {
+        let mut command = cluster();
+        run(command.args(args).arg("--dir").arg(&dir)).expect_code(0)
+    };
+    let shown = ask(&["job", "small", "--json"]).last_json();
+    let model = &shown["status"]["model"];
+    assert_eq!(model["sha256"], expected.as_str(), "{shown}");
+    assert_eq!(model["samples"], undisturbed.last_json()["samples"], "{shown}");
+    let logs = ask(&["logs", "small", "--json"]).stdout;
+    let sent = logs.lines().filter(|line| line.contains("the state of step ")).count();
+    assert!(sent >= 2, "{sent} states went behind a step: {logs}");
+    assert!(logs.contains("to be sent behind the next step to r"), "{logs}");
 }
 
 #[test]

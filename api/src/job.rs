@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::document::{self, DocumentError};
 use crate::ids::{Name, Step};
 use crate::schema::{AlgorithmSchema, SchemaError, Value};
-use crate::units::Span;
+use crate::units::{ByteSize, Span};
 
 /// Lanes of the fixed reduction tree unless the job says otherwise.
 pub const LANES_DEFAULT: u32 = 8;
@@ -393,6 +393,9 @@ pub struct Recovery {
     /// How long a rank must have been slower, for twenty steps on end at least, before that is worth
     /// a word.
     pub straggler_min: Span,
+    /// A state larger than this goes to ranks that join behind the first step with them, which the
+    /// others compute without them; a smaller one goes at once, while all wait.
+    pub join_behind_above: ByteSize,
 }
 
 /// What happens about a rank that is slower than its peers step after step.
@@ -417,6 +420,8 @@ impl Default for Recovery {
             hang_min: Span::seconds(30),
             stragglers: Stragglers::Tell,
             straggler_min: Span::seconds(20),
+            // At 10 Gb/s on the wire in 54 ms: less than it costs that ranks idle for a step.
+            join_behind_above: ByteSize(64 << 20),
         }
     }
 }

@@ -143,6 +143,11 @@ pub struct WorkerHello {
     pub tasks: Vec<TaskView>,
 }
 
+/// What earlier versions meant without a word.
+const fn is_so() -> bool {
+    true
+}
+
 /// A task that a worker runs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TaskView {
@@ -561,10 +566,13 @@ pub enum RankReport {
         /// Steps applied.
         step: Step,
     },
-    /// The group is formed and the state is restored; the next step to compute is `step`.
+    /// The group is formed and all know where the state is; the next step to compute is `step`.
     Running {
         /// Steps already applied.
         step: Step,
+        /// False of a newcomer that gets the state behind that step, and says so again when it has.
+        #[serde(default = "is_so")]
+        holds_state: bool,
     },
     /// A step finished (rank 0 only).
     Step(StepMetrics),

@@ -103,7 +103,7 @@ pub struct Call {
     pub element: Option<ElementType>,
     /// How they are reduced, if they are.
     pub reduce: Option<ReduceOp>,
-    /// The root, the peer, the number of lanes or a hash of the lengths, by method; else 0.
+    /// The root, the peer, what [`crate::LaneTree`] says or a hash of the lengths, by method; else 0.
     pub detail: u32,
     /// Elements of the whole buffer (not of a chunk).
     pub count: u64,
@@ -195,7 +195,13 @@ impl fmt::Display for Call {
         }
         f.write_str(separator)?;
         match self.operation {
-            Operation::ReduceLanes => write!(f, "{} lanes)", self.detail),
+            Operation::ReduceLanes => {
+                write!(f, "{} lanes", self.detail as u16)?;
+                match self.detail >> u16::BITS {
+                    0 => f.write_str(")"),
+                    idle => write!(f, ", none of {idle} ranks)"),
+                }
+            }
             _ if separator.is_empty() => f.write_str(")"),
             _ => write!(f, "{})", Rank(self.detail)),
         }
@@ -230,6 +236,7 @@ impl fmt::Display for CallSite {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lane_tree::LaneTree;
 
     #[test]
     fn calls_read_well_and_survive_the_wire() {
@@ -248,6 +255,12 @@ mod tests {
                     .reducing(ReduceOp::Sum)
                     .with_detail(8),
                 "reduce_lanes(7 f32, sum over 8 lanes)",
+            ),
+            (
+                Call::over(Operation::ReduceLanes, ElementType::F32, 7)
+                    .reducing(ReduceOp::Sum)
+                    .with_detail(LaneTree::new(8).without([Rank(2), Rank(0)]).detail()),
+                "reduce_lanes(7 f32, sum over 8 lanes, none of 2 ranks)",
             ),
             (Call::plain(Operation::Barrier), "barrier()"),
             (Call::over(Operation::AllGather, ElementType::I64, 5), "all_gather(5 i64)"),

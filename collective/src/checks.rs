@@ -86,10 +86,14 @@ pub(crate) fn check_partials(
     partials: &[Partial<'_>],
     len: usize,
 ) -> Outcome<()> {
-    if peers.world > tree.lanes() {
+    let owners = tree.owners(peers.world);
+    if owners == 0 {
+        return invalid(site, "no rank owns a lane: expected one that does");
+    }
+    if owners > tree.lanes() {
         return invalid(
             site,
-            format!("{} ranks share {} lanes: expected a lane per rank", peers.world, tree.lanes()),
+            format!("{owners} ranks share {} lanes: expected a lane per rank", tree.lanes()),
         );
     }
     let run = tree.lanes_of(peers.rank, peers.world);

@@ -226,7 +226,8 @@ pub trait Communicator: Send {
     fn gather_bytes(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError>;
 
     /// Sums over all lanes in the order of `tree`; the result is on every rank and has the same
-    /// bits for every number of ranks from 1 to the number of lanes.
+    /// bits for every number of ranks from 1 to the number of lanes, and whichever of more ranks
+    /// the tree leaves without lanes ([`LaneTree::without`]; those bring no partials).
     ///
     /// `partials` are this rank's [`LaneTree::owned_subtrees`] of its [`LaneTree::lanes_of`], in
     /// lane order, each as long as `output`. A rank sends one chunk per partial to each owner of a

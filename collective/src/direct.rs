@@ -22,9 +22,8 @@ impl<'a, T: Element> Direct<'a, T> {
         own: usize,
         combination: &'a Combination,
         partials: &'a [&'a [T]],
-        received: &'a mut [T],
+        (received, len): (&'a mut [T], usize),
     ) -> Self {
-        let len = partials.first().map_or(0, |part| part.len());
         Self { own, combination, partials, received, len }
     }
 

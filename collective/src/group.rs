@@ -436,7 +436,7 @@ impl Communicator for ProcessGroup {
     ) -> Outcome<()> {
         let call = Call::over(Operation::ReduceLanes, output.element(), output.len())
             .reducing(ReduceOp::Sum)
-            .with_detail(tree.lanes());
+            .with_detail(tree.detail());
         self.collective(call, |core, site| {
             check_partials(&core.peers, site, tree, partials, output.len())?;
             with_element!(output, T => {
@@ -445,14 +445,15 @@ impl Communicator for ProcessGroup {
                     .map(|partial| typed::<T>(site, partial.data))
                     .collect::<Outcome<_>>()?;
                 let output = typed_mut::<T>(site, output)?;
-                match (parts.split_first(), &core.carrier) {
+                match &core.carrier {
                     // The lanes of a rank in their order, then the ranks in whatever is fastest. In
                     // memory the fixed order is: partials are read where they are.
-                    (Some((first, rest)), Carrier::Sockets)
-                        if core.peers.reduction == Reduction::Fast =>
-                    {
-                        output.copy_from_slice(first);
-                        for part in rest {
+                    Carrier::Sockets if core.peers.reduction == Reduction::Fast => {
+                        match parts.first() {
+                            Some(first) => output.copy_from_slice(first),
+                            None => output.fill(<T as bytemuck::Zeroable>::zeroed()),
+                        }
+                        for part in parts.iter().skip(1) {
                             let pairs = output.iter_mut().zip(*part);
                             pairs.for_each(|(sum, value)| *sum = sum.sum(*value));
                         }

@@ -6,6 +6,8 @@
 use std::fmt;
 use std::ops::Range;
 
+use api::Rank;
+
 /// A node of a [`LaneTree`]: the lanes `start .. start + len`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Subtree {
@@ -42,20 +44,34 @@ impl fmt::Display for Subtree {
     }
 }
 
-/// The tree over lanes `0 .. lanes`.
+/// Most lanes of a tree: a call tells them to the peers in 16 bits.
+const LANES_MAX: u32 = u16::MAX as u32;
+
+/// The tree over lanes `0 .. lanes`, and which ranks own none of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LaneTree {
     lanes: u32,
+    /// In order, each once.
+    idle: Vec<Rank>,
 }
 
 impl LaneTree {
-    /// The tree over that many lanes.
+    /// The tree over that many lanes, which all ranks share.
     ///
     /// # Panics
-    /// If there are no lanes.
+    /// If there are no lanes, or more than 65,535.
     pub fn new(lanes: u32) -> Self {
         assert!(lanes > 0, "a job has at least one lane");
-        Self { lanes }
+        assert!(lanes <= LANES_MAX, "lanes are told in 16 bits");
+        Self { lanes, idle: Vec::new() }
+    }
+
+    /// The same tree, whose lanes the other ranks share: these bring nothing to a sum, and get it.
+    pub fn without(self, ranks: impl IntoIterator<Item = Rank>) -> Self {
+        let mut idle: Vec<Rank> = ranks.into_iter().collect();
+        idle.sort_unstable();
+        idle.dedup();
+        Self { idle, ..self }
     }
 
     /// The number of lanes.
@@ -69,14 +85,28 @@ impl LaneTree {
     }
 
     /// The contiguous run of whole lanes that a rank owns: near-equal, the first ranks get what
-    /// does not divide. Empty for some ranks if there are more ranks than lanes.
+    /// does not divide. Empty where the next one begins for a rank [`LaneTree::without`] lanes, and
+    /// for some ranks if there are more than lanes.
     ///
     /// # Panics
-    /// If `rank` is not below `world_size`.
+    /// If `rank` is not below `world_size`, or no rank owns a lane.
     pub fn lanes_of(&self, rank: u32, world_size: u32) -> Range<u32> {
         assert!(rank < world_size, "lanes belong to a rank below the world size");
-        let edge = |rank: u32| self.lanes / world_size * rank + (self.lanes % world_size).min(rank);
-        edge(rank)..edge(rank + 1)
+        let owners = self.owners(world_size);
+        assert!(owners > 0, "some rank owns the lanes");
+        let edge = |owner: u32| self.lanes / owners * owner + (self.lanes % owners).min(owner);
+        edge(self.owners(rank))..edge(self.owners(rank + 1))
+    }
+
+    /// How many of the ranks below `rank` may own lanes.
+    pub(crate) fn owners(&self, rank: u32) -> u32 {
+        rank - self.idle.partition_point(|idle| idle.0 < rank) as u32
+    }
+
+    /// What of it must agree between ranks, for [`crate::call::Call::detail`]: the lanes, and above
+    /// them how many ranks own none.
+    pub(crate) fn detail(&self) -> u32 {
+        self.lanes | (self.idle.len() as u32) << u16::BITS
     }
 
     /// The maximal subtrees that lie wholly inside a run of lanes, in lane order; at most two per
@@ -157,6 +187,21 @@ mod tests {
                 }
                 assert_eq!(next, lanes);
             }
+        }
+    }
+
+    #[test]
+    fn ranks_without_lanes_leave_them_to_the_others_in_order() {
+        for (idle, expected) in [
+            (&[][..], ["0..3", "3..6", "6..8"]),
+            (&[1], ["0..4", "4..4", "4..8"]),
+            (&[0], ["0..0", "0..4", "4..8"]),
+            (&[2, 2], ["0..4", "4..8", "8..8"]),
+            (&[2, 0], ["0..0", "0..8", "8..8"]),
+        ] {
+            let tree = LaneTree::new(8).without(idle.iter().copied().map(Rank));
+            let runs = [0, 1, 2].map(|rank| tree.lanes_of(rank, 3));
+            assert_eq!(runs.map(|run| format!("{}..{}", run.start, run.end)), expected);
         }
     }
 

@@ -76,16 +76,17 @@ impl Peers {
         partials: &[&[T]],
         output: &mut [T],
     ) -> Result<(), CollectiveError> {
-        let ([first, ..], op) = (partials, ReduceOp::Sum) else { return Ok(()) };
+        let op = ReduceOp::Sum;
         let combination = self.combination(tree);
         match self.algorithm(site, &combination, size_of_val(output)) {
             Algorithm::Direct => self.direct(site, op, &combination, partials, output)?,
             Algorithm::RecursiveDoubling => {
-                output.copy_from_slice(first);
+                // By pairs, every rank has one.
+                output.copy_from_slice(partials[0]);
                 self.recursive_doubling(site, op, output)?;
             }
             Algorithm::HalvingDoubling => {
-                output.copy_from_slice(first);
+                output.copy_from_slice(partials[0]);
                 self.halving_doubling(site, op, output)?;
             }
             Algorithm::Scatter | Algorithm::Ring => {
@@ -128,9 +129,11 @@ impl Peers {
         partials: &[&[T]],
         output: &mut [T],
     ) -> Result<(), CollectiveError> {
+        let len = output.len();
         let mut scratch = std::mem::take(&mut self.received);
-        let received = scratch.elements::<T>(combination.foreign * output.len());
-        let mut payload = Direct::new(self.rank as usize, combination, partials, received);
+        let received = scratch.elements::<T>(combination.foreign * len);
+        let own = self.rank as usize;
+        let mut payload = Direct::new(own, combination, partials, (received, len));
         Exchange::run(self, site, 0, &mut payload)?;
         combination.run(partials, received, output, op, self.world);
         self.received = scratch;

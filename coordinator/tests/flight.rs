@@ -50,7 +50,9 @@ async fn ranks_are_asked_through_a_follower_and_nothing_is_committed() {
     let mut worker = FakeWorker::attach(group.address(leader), w1).await.expect("attaches");
     client.submit(&spec("a", 2)).await.expect("accepted");
     let (tasks, _) = worker.run_gang(2).await;
-    let committed = worker.report(&tasks[0], RankReport::Running { step: api::Step(0) }).await;
+    let committed = worker
+        .report(&tasks[0], RankReport::Running { step: api::Step(0), holds_state: true })
+        .await;
     worker.acknowledged(committed).await;
     let before = client.status().await.expect("answers").commit_index;
 

@@ -268,7 +268,7 @@ async fn stop_resume_and_deploy_reach_the_worker() {
     let fingerprint = "cpu/test".to_owned();
     worker.report(&task, RankReport::Listening { address, fingerprint }).await;
     assert!(matches!(worker.deliver().await.1, RankOrder::Peers { .. }));
-    worker.report(&task, RankReport::Running { step: Step(50) }).await;
+    worker.report(&task, RankReport::Running { step: Step(50), holds_state: true }).await;
     worker.finish(&[task]).await;
 
     let listen = "127.0.0.1:0".parse().expect("an address");

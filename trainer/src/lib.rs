@@ -14,6 +14,7 @@ mod device;
 mod engine;
 mod error;
 mod member;
+mod newcomers;
 mod norm;
 mod optimizer;
 mod order;

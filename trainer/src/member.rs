@@ -21,8 +21,9 @@ use crate::agreement::{Disagreement, agree};
 use crate::checkpoints::Checkpoints;
 use crate::data_plane::transport;
 use crate::error::TrainError;
+use crate::newcomers::{Joining, send_parts};
 use crate::place::Place;
-use crate::recovery::{Offer, Origin, origin, parts};
+use crate::recovery::{Offer, Origin, origin};
 use crate::samples;
 use crate::state::TrainState;
 use crate::train::{Bound, End, Held, Progress, Trainer};
@@ -51,6 +52,15 @@ pub struct Member {
     pub fingerprint: String,
     /// What the process was doing.
     pub recorder: FlightRecorder,
+}
+
+/// What a generation begins with.
+struct Settled {
+    origin: Origin,
+    /// The manifest of the checkpoint that the state came from, if it did.
+    base: Option<Manifest>,
+    /// Who gets it behind the first step.
+    joining: Option<Joining>,
 }
 
 /// Why a member did not come to its end in this generation.
@@ -163,14 +173,20 @@ impl Member {
         self.enter(place);
         let mut communicator = self.join(held, place)?;
         let formed = began.elapsed();
-        let (origin, base) = self.settle_state(held, &mut communicator, place)?;
+        let Settled { origin, base, joining } =
+            self.settle_state(held, &mut communicator, place)?;
+        let step = joining.as_ref().map_or(held.step(), |joining| joining.step);
         if matches!(origin, Origin::Members { .. }) && place.rank == Rank(0) {
             println!(
-                "regrouped at step {} with {} ranks: met in {:.0} ms, state agreed in {:.0} ms",
-                held.step().0,
+                "regrouped at step {} with {} ranks: met in {:.0} ms, state agreed in {:.0} ms{}",
+                step.0,
                 place.world_size,
                 formed.as_secs_f64() * 1e3,
                 (began.elapsed() - formed).as_secs_f64() * 1e3,
+                joining.as_ref().map_or(String::new(), |joining| format!(
+                    ", to be sent behind the next step to {}",
+                    listed(&joining.newcomers)
+                )),
             );
         }
         let mut info = self.info.clone();
@@ -183,8 +199,9 @@ impl Member {
         {
             checkpoints.reserve(&held.table, state)?;
         }
-        self.control.report(&RankReport::Running { step: held.step() })?;
-        let bound = Bound::new(held, place, Box::new(communicator), checkpoints)?;
+        let holds_state = held.state.is_some();
+        self.control.report(&RankReport::Running { step, holds_state })?;
+        let bound = Bound::new(held, place, Box::new(communicator), checkpoints, joining)?;
         let trainer = trainer.insert(Trainer::new(bound, self.control.clone(), &self.recorder));
         Ok(trainer.run(held)?)
     }
@@ -265,14 +282,14 @@ impl Member {
         }
     }
 
-    /// Brings every member to the newest state that one of them, or else the store, holds. With the
-    /// manifest of the checkpoint that it came from, if it did.
+    /// Brings every member to the newest state that one of them, or else the store, holds; but for
+    /// newcomers that get it behind the first step.
     fn settle_state(
         &mut self,
         held: &mut Held,
         communicator: &mut ProcessGroup,
         place: &Place,
-    ) -> Result<(Origin, Option<Manifest>), Interrupted> {
+    ) -> Result<Settled, Interrupted> {
         self.recorder.set_tag("agreeing on the state");
         let offer: Offer = held.state.as_ref().map(|state| state.step);
         let mine = serde_json::to_vec(&(offer, &held.progress)).map_err(unreadable)?;
@@ -288,10 +305,11 @@ impl Member {
         }
         let recorded = place.restore.as_ref().map(|fact| fact.step);
         let origin = origin(&offers, recorded);
-        let mut base = None;
+        let (mut base, mut joining) = (None, None);
         match &origin {
             Origin::Members { step, holders, receivers } => {
-                if !receivers.is_empty() {
+                joining = Joining::of(&origin, &offers, held, &newest);
+                if !receivers.is_empty() && joining.is_none() {
                     self.recorder.set_tag(format_args!("receiving the state of step {}", step.0));
                     let blank = receivers.contains(&place.rank).then(|| held.blank_state());
                     share(&mut held.state, blank, communicator, *step, holders)?;
@@ -318,7 +336,7 @@ impl Member {
                 held.state = Some(state);
             }
         }
-        Ok((origin, base))
+        Ok(Settled { origin, base, joining })
     }
 
     /// The state of the checkpoint that the leader named; one of other data or settings is refused.
@@ -373,16 +391,17 @@ fn share(
 ) -> Result<(), CollectiveError> {
     let mut incoming = blank;
     let Some(state) = incoming.as_mut().or(held.as_mut()) else { return Ok(()) };
-    for buffer in [&mut state.values, &mut state.optimizer.m, &mut state.optimizer.v] {
-        for (holder, range) in parts(buffer.len(), holders) {
-            communicator.broadcast((&mut buffer[range]).into(), holder)?;
-        }
-    }
+    send_parts(state, communicator, holders)?;
     state.step = step;
     if incoming.is_some() {
         *held = incoming;
     }
     Ok(())
+}
+
+/// Ranks as people read them.
+pub fn listed(ranks: &[Rank]) -> String {
+    ranks.iter().map(Rank::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// Whether a checkpoint is one of this job as it is now.

@@ -95,6 +95,14 @@ impl Optimizer {
         }
     }
 
+    /// How many moments it keeps of a parameter.
+    pub fn moments(&self) -> usize {
+        match self.rule {
+            Rule::AdamW { .. } => 2,
+            Rule::Sgd { momentum } => usize::from(momentum > 0.0),
+        }
+    }
+
     /// Moments for `len` parameters, all 0.
     pub fn initial_state(&self, len: usize) -> OptimizerState {
         match self.rule {
@@ -254,5 +262,15 @@ mod tests {
         sgd.apply(0, &table(1), &mut w, &mut state, &[1.0], 0.5);
         assert!((w[0] - (0.99 - 0.05)).abs() < 1e-6);
         assert_eq!((sgd.clip_factor(0.5), sgd.clip_factor(4.0)), (1.0, 0.25));
+    }
+
+    #[test]
+    fn moments_are_counted_as_they_are_kept() {
+        let adam = Rule::AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8 };
+        for rule in [adam, Rule::Sgd { momentum: 0.5 }, Rule::Sgd { momentum: 0.0 }] {
+            let optimizer = optimizer(rule);
+            let state = optimizer.initial_state(7);
+            assert_eq!(state.m.len() + state.v.len(), 7 * optimizer.moments());
+        }
     }
 }

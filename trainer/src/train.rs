@@ -22,6 +22,8 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoints::{Checkpoints, Told};
 use crate::engine::{GradientSink, Leaves, MicrobatchSums, evaluate, forward_backward};
 use crate::error::TrainError;
+use crate::member::listed;
+use crate::newcomers::{Joining, Transfer};
 use crate::norm::squared_norm;
 use crate::optimizer::Optimizer;
 use crate::order::SampleOrder;
@@ -107,6 +109,25 @@ impl Held {
         self.state.as_ref().map(|state| state.step).unwrap_or_default()
     }
 
+    /// Bytes of a state.
+    pub fn state_bytes(&self) -> u64 {
+        let values = self.table.len as u64 * (1 + self.optimizer.moments() as u64);
+        values * size_of::<f32>() as u64
+    }
+
+    /// Whether a checkpoint is due of this step.
+    pub fn checkpoint_is_due(&self, step: Step) -> bool {
+        let every = self.spec.checkpoint.every_steps;
+        every > 0 && step.0.is_multiple_of(every) && step.0 != self.last_step
+    }
+
+    /// Whether validation is due before the last step, which has one in any case.
+    pub fn evaluation_is_due(&self, step: Step, progress: &Progress) -> bool {
+        let every = self.spec.evaluate.every_steps;
+        let is_due = every > 0 && step.0.is_multiple_of(every) && step.0 < self.last_step;
+        is_due && progress.evaluated != Some(step)
+    }
+
     /// A state of the right shape, to be filled.
     pub fn blank_state(&self) -> TrainState {
         TrainState {
@@ -126,6 +147,8 @@ pub struct Bound {
     checkpoints: Checkpoints,
     buckets: Buckets,
     gradient: Vec<f32>,
+    /// Until the first step or, where there is none, the first boundary: who gets the state there.
+    joining: Option<Joining>,
 }
 
 impl Bound {
@@ -138,8 +161,10 @@ impl Bound {
         place: &Place,
         communicator: Box<dyn Communicator>,
         checkpoints: Checkpoints,
+        joining: Option<Joining>,
     ) -> Result<Self, TrainError> {
-        let lanes = Lanes::new(&held.spec.batch, place.rank.0, place.world_size);
+        let idle = joining.as_ref().map_or(&[][..], |joining| &joining.newcomers);
+        let lanes = Lanes::new(&held.spec.batch, place.rank.0, place.world_size, idle);
         Ok(Self {
             place: place.clone(),
             order: SampleOrder::new(held.spec.seed, held.problem.train.len()),
@@ -148,7 +173,13 @@ impl Bound {
             queue: Queue::start(communicator)?,
             checkpoints,
             gradient: vec![0.0; held.table.len],
+            joining,
         })
+    }
+
+    /// Steps applied to the state that this rank holds, or waits for.
+    fn step(&self, held: &Held) -> Step {
+        self.joining.as_ref().map_or(held.step(), |joining| joining.step)
     }
 }
 
@@ -203,14 +234,17 @@ impl Trainer {
 
     fn steps(&mut self, held: &mut Held) -> Result<End, TrainError> {
         // What was due after the last step of the generation before may not have been done.
-        if held.step().0 > 0 {
-            self.checkpoint_if_due(held)?;
-            self.evaluate_if_due(held)?;
+        if self.bound.step(held).0 > 0 {
+            // Nothing is due where newcomers wait for the state.
+            if self.bound.joining.is_none() {
+                self.checkpoint_if_due(held)?;
+                self.evaluate_if_due(held)?;
+            }
             if let Some(end) = self.boundary(held)? {
                 return Ok(end);
             }
         }
-        while held.step().0 < held.last_step {
+        while self.bound.step(held).0 < held.last_step {
             if let Some(metrics) = self.step(held)? {
                 self.announce(held, metrics)?;
             }
@@ -229,8 +263,12 @@ impl Trainer {
     fn boundary(&mut self, held: &mut Held) -> Result<Option<End>, TrainError> {
         match self.agree_on_boundary(held)? {
             None => Ok(None),
-            Some(Boundary::Stop(why)) => self.stop_here(held, why).map(Some),
+            Some(Boundary::Stop(why)) => {
+                self.send_at_once(held)?;
+                self.stop_here(held, why).map(Some)
+            }
             Some(Boundary::Pause) => {
+                self.send_at_once(held)?;
                 self.say_committed();
                 Ok(Some(End::Paused))
             }
@@ -238,9 +276,7 @@ impl Trainer {
     }
 
     fn evaluate_if_due(&mut self, held: &mut Held) -> Result<(), TrainError> {
-        let (step, every) = (held.step(), held.spec.evaluate.every_steps);
-        let is_due = every > 0 && step.0.is_multiple_of(every) && step.0 < held.last_step;
-        if is_due && held.progress.evaluated != Some(step) {
+        if held.evaluation_is_due(held.step(), &held.progress) {
             self.evaluate(held)?;
         }
         Ok(())
@@ -260,58 +296,34 @@ impl Trainer {
     fn step(&mut self, held: &mut Held) -> Result<Option<StepMetrics>, TrainError> {
         let begin = Instant::now();
         let mut time = StepTime::default();
-        let step = held.step().0;
-        let bound = &mut self.bound;
-        let Held { spec, problem, table, optimizer, device, last_step, state, progress } = held;
-        let Some(state) = state else { return Err(stateless()) };
-        let mut stats: LaneFold<f64> = bound.lanes.fold();
-        let global = u64::from(spec.batch.global.get());
-        let drawn = StepSamples { len: problem.train.len(), first: step * global, count: global };
-        let (sums_len, own_sums) = (drawn.sums(), COMMON_SUMS + problem.model.sums.len());
-        let sums_len = sums_len + own_sums;
+        let step = self.bound.step(held).0;
+        let global = u64::from(held.spec.batch.global.get());
+        let drawn =
+            StepSamples { len: held.problem.train.len(), first: step * global, count: global };
+        let leaves = held.state.as_ref();
+        let leaves =
+            leaves.map(|state| Leaves::new(&held.table, &state.values, &held.device, true));
+        let transfer = self.begin_transfer(held)?;
+        let folded = self.fold_lanes(held, (step, drawn), leaves, &mut time.data);
 
-        self.recorder.set_tag(format_args!("step {step} forward and backward"));
-        let leaves = Leaves::new(table, &state.values, device, true);
-        for lane in bound.lanes.own() {
-            bound.buckets.begin_lane();
-            let mut sums = vec![0.0; sums_len];
-            let microbatches = bound.lanes.microbatches(lane);
-            let last = microbatches.end - 1;
-            for microbatch in microbatches {
-                let key = StepKey { seed: spec.seed, step, microbatch };
-                let fetching = Instant::now();
-                let (offset, indices) = draw(bound, &drawn, microbatch);
-                let batch =
-                    problem.train.microbatch(&indices, Some(key), &device.clone().autodiff())?;
-                drawn.add(&mut sums[own_sums..], offset, &indices);
-                time.data += fetching.elapsed().as_secs_f64();
-                let (samples, tokens) = (batch.samples, batch.tokens);
-                let (model, mode) = (&problem.model, Mode::Train(key));
-                let mut sink = LaneSink {
-                    buckets: &mut bound.buckets,
-                    lanes: &bound.lanes,
-                    queue: &bound.queue,
-                    control: &self.control,
-                    lane,
-                    last: microbatch == last,
-                };
-                let found = forward_backward(model, table, &leaves, batch, mode, &mut sink)
-                    .ok_or_else(interrupted)?;
-                add_sums(&mut sums, &found, samples, tokens);
-            }
-            stats.push(lane, sums);
-        }
-        drop(leaves);
-
-        // By microbatch, because ranks may own unequal numbers of lanes.
-        let own = bound.lanes.own().len() as f64;
-        let spent = begin.elapsed().as_secs_f64() - time.data;
+        // By microbatch, because ranks may own unequal numbers of lanes; 0 of a rank without.
+        let own = self.bound.lanes.own().len() as f64;
+        let spent = if own > 0.0 { begin.elapsed().as_secs_f64() - time.data } else { 0.0 };
         self.microbatch_micros = (spent / own.max(1.0) * 1e6) as i64;
 
-        // What the backward pass did not hide: the buckets still under way, and the sums.
-        self.recorder.set_tag(format_args!("step {step} reduce"));
+        // What the backward pass did not hide: the state on its way to newcomers, the buckets still
+        // under way, and the sums. A state that is lent comes back before anything is an error.
         let reducing = Instant::now();
-        let mut sums = vec![0.0; sums_len];
+        let has_newcomers = transfer.is_some();
+        let arrived = transfer.map_or(Ok(()), |transfer| self.end_transfer(held, transfer));
+        let mut stats = folded?;
+        arrived?;
+        self.recorder.set_tag(format_args!("step {step} reduce"));
+        let bound = &mut self.bound;
+        let Held { spec, problem, table, optimizer, last_step, state, progress, .. } = held;
+        let Some(state) = state else { return Err(stateless()) };
+        let own_sums = COMMON_SUMS + problem.model.sums.len();
+        let mut sums = vec![0.0; own_sums + drawn.sums()];
         bound.lanes.reduce(&mut *bound.queue.turn(), &mut stats, &mut sums)?;
         time.communication = reducing.elapsed().as_secs_f64();
 
@@ -320,6 +332,11 @@ impl Trainer {
         let loss = sums[0] / count;
         let ran = bound.buckets.collect((1.0 / count) as f32, &mut bound.gradient)?;
         time.communication_total = ran.as_secs_f64();
+        if has_newcomers {
+            // From here on all have lanes.
+            let Place { rank, world_size, .. } = &bound.place;
+            bound.lanes = Lanes::new(&spec.batch, rank.0, *world_size, &[]);
+        }
         let norm = squared_norm(table, &bound.gradient).sqrt();
         drawn
             .account(&mut progress.samples, &sums[own_sums..])
@@ -361,6 +378,108 @@ impl Trainer {
         Ok(Some(metrics))
     }
 
+    /// Forward and backward of this rank's lanes: gradients go into the buckets, and these to their
+    /// reductions. The sums of the lanes, and in `data` the time that samples took.
+    fn fold_lanes(
+        &mut self,
+        held: &Held,
+        (step, drawn): (u64, StepSamples),
+        leaves: Option<Leaves>,
+        data: &mut f64,
+    ) -> Result<LaneFold<f64>, TrainError> {
+        let bound = &mut self.bound;
+        let mut stats: LaneFold<f64> = bound.lanes.fold();
+        if bound.lanes.own().is_empty() {
+            bound.buckets.bring_nothing(&bound.lanes, &bound.queue);
+            return Ok(stats);
+        }
+        let Some(leaves) = leaves else { return Err(stateless()) };
+        let Held { spec, problem, table, device, .. } = held;
+        self.recorder.set_tag(format_args!("step {step} forward and backward"));
+        let own_sums = COMMON_SUMS + problem.model.sums.len();
+        let sums_len = own_sums + drawn.sums();
+        for lane in bound.lanes.own() {
+            bound.buckets.begin_lane();
+            let mut sums = vec![0.0; sums_len];
+            let microbatches = bound.lanes.microbatches(lane);
+            let last = microbatches.end - 1;
+            for microbatch in microbatches {
+                let key = StepKey { seed: spec.seed, step, microbatch };
+                let fetching = Instant::now();
+                let (offset, indices) = draw(bound, &drawn, microbatch);
+                let batch =
+                    problem.train.microbatch(&indices, Some(key), &device.clone().autodiff())?;
+                drawn.add(&mut sums[own_sums..], offset, &indices);
+                *data += fetching.elapsed().as_secs_f64();
+                let (samples, tokens) = (batch.samples, batch.tokens);
+                let (model, mode) = (&problem.model, Mode::Train(key));
+                let mut sink = LaneSink {
+                    buckets: &mut bound.buckets,
+                    lanes: &bound.lanes,
+                    queue: &bound.queue,
+                    control: &self.control,
+                    lane,
+                    last: microbatch == last,
+                };
+                let found = forward_backward(model, table, &leaves, batch, mode, &mut sink)
+                    .ok_or_else(interrupted)?;
+                add_sums(&mut sums, &found, samples, tokens);
+            }
+            stats.push(lane, sums);
+        }
+        Ok(stats)
+    }
+
+    /// Where newcomers wait for the state, begins to send it: from here to [`Self::end_transfer`] a
+    /// holder's is lent. It comes before the step's reductions on every rank.
+    fn begin_transfer(&mut self, held: &mut Held) -> Result<Option<Transfer>, TrainError> {
+        let Some(joining) = self.bound.joining.take() else { return Ok(None) };
+        // How long it takes says nothing about the steps.
+        self.busy("the state for newcomers")?;
+        let own = self.bound.place.rank;
+        let state = match joining.is_newcomer(own) {
+            true => held.blank_state(),
+            false => held.state.take().ok_or_else(stateless)?,
+        };
+        Ok(Some(Transfer::begin(&self.bound.queue, joining, own, state)))
+    }
+
+    /// Waits until newcomers have the state, as all ranks do before they apply a step to it.
+    fn end_transfer(&mut self, held: &mut Held, transfer: Transfer) -> Result<(), TrainError> {
+        let joining = transfer.joining().clone();
+        let step = joining.step;
+        self.recorder.set_tag(format_args!("the state of step {} on its way", step.0));
+        let waiting = Instant::now();
+        let ran = transfer.end(&mut held.state)?;
+        let waited = waiting.elapsed();
+        let own = self.bound.place.rank;
+        if joining.is_newcomer(own) {
+            self.control.report(&RankReport::Running { step, holds_state: true })?;
+            if held.spec.checkpoint.every_steps > 0
+                && let Some(state) = &held.state
+            {
+                self.bound.checkpoints.reserve(&held.table, state)?;
+            }
+        } else if joining.holders.first() == Some(&own) {
+            println!(
+                "the state of step {} went to {} in {:.0} ms, of which this rank waited {:.0} ms",
+                step.0,
+                listed(&joining.newcomers),
+                ran.as_secs_f64() * 1e3,
+                waited.as_secs_f64() * 1e3,
+            );
+        }
+        Ok(())
+    }
+
+    /// Where no step is to come behind which newcomers could get the state.
+    fn send_at_once(&mut self, held: &mut Held) -> Result<(), TrainError> {
+        match self.begin_transfer(held)? {
+            Some(transfer) => self.end_transfer(held, transfer),
+            None => Ok(()),
+        }
+    }
+
     /// Counts a step that changes nothing, if the job allows it. Every rank has the same loss, so all
     /// do the same.
     fn skip(&mut self, held: &mut Held, loss: f64) -> Result<(), TrainError> {
@@ -386,9 +505,8 @@ impl Trainer {
     }
 
     fn checkpoint_if_due(&mut self, held: &Held) -> Result<f64, TrainError> {
-        let every = held.spec.checkpoint.every_steps;
         let step = held.step();
-        if every == 0 || !step.0.is_multiple_of(every) || step.0 == held.last_step {
+        if !held.checkpoint_is_due(step) {
             return Ok(0.0);
         }
         if self.bound.checkpoints.skips() {
@@ -444,7 +562,8 @@ impl Trainer {
     fn agree_on_boundary(&mut self, held: &Held) -> Result<Option<Boundary>, TrainError> {
         let used = self.started.elapsed() + self.bound.place.elapsed.0;
         let time_up = held.spec.stop.max_time.is_some_and(|limit| used >= limit.0);
-        self.recorder.set_tag(format_args!("agreement after step {}", held.step().0));
+        let step = self.bound.step(held).0;
+        self.recorder.set_tag(format_args!("agreement after step {step}"));
         let ordered = self.control.stop_requested();
         let pause = self.control.pause_requested();
         let bound = &mut self.bound;
@@ -458,7 +577,7 @@ impl Trainer {
         self.slowest = slowest(&votes[times]);
         let [ordered, time_up, shards, pause] = votes[..4] else { return Err(stateless()) };
         bound.checkpoints.agree(&mut *bound.queue.turn(), shards)?;
-        if held.step().0 >= held.last_step {
+        if step >= held.last_step {
             return Ok(None);
         }
         // With its time used up a job is over, whoever was asked to leave just then. The order to
@@ -597,13 +716,14 @@ fn interrupted() -> TrainError {
     collective::CollectiveError::Aborted { reason }.into()
 }
 
-/// The rank with the largest of the times, over their median.
+/// The rank with the largest of the times, over their median; of ranks that computed, whose times
+/// are not 0.
 fn slowest(times: &[i64]) -> Option<Slowest> {
-    let mut sorted = times.to_vec();
+    let mut sorted: Vec<i64> = times.iter().copied().filter(|time| *time > 0).collect();
     sorted.sort_unstable();
-    let median = *sorted.get((times.len().max(1) - 1) / 2)?;
+    let median = *sorted.get((sorted.len().max(1) - 1) / 2)?;
     let (rank, time) = (0..).zip(times).max_by_key(|(_, time)| **time)?;
-    let is_known = times.len() > 1 && median > 0;
+    let is_known = sorted.len() > 1;
     is_known.then(|| Slowest { rank: Rank(rank), ratio: *time as f64 / median as f64 })
 }
 
@@ -651,4 +771,25 @@ fn resident_bytes() -> u64 {
     let pages: Option<u64> = text.split_whitespace().nth(1).and_then(|n| n.parse().ok());
     let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok().flatten();
     pages.unwrap_or(0) * page.unwrap_or(4096) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_that_computed_are_compared() {
+        for (times, expected) in [
+            (&[][..], None),
+            (&[0, 0], None),
+            (&[10], None),
+            (&[0, 10], None),
+            (&[10, 10, 30], Some((2, 3.0))),
+            (&[0, 10, 20, 10], Some((2, 2.0))),
+            (&[0, 0, 20, 10], Some((2, 2.0))),
+        ] {
+            let found = slowest(times).map(|slowest| (slowest.rank.0, slowest.ratio));
+            assert_eq!(found, expected, "{times:?}");
+        }
+    }
 }

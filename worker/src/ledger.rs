@@ -345,7 +345,7 @@ impl Ledger {
             let view = &mut known.view;
             match &report {
                 RankReport::Listening { address, .. } => view.address = Some(*address),
-                RankReport::Running { .. } => view.holds_state = true,
+                RankReport::Running { holds_state, .. } => view.holds_state |= *holds_state,
                 RankReport::Broken { .. } | RankReport::Paused { .. } => view.waits = true,
                 _ => {}
             }

@@ -183,7 +183,7 @@ impl Mixed {
         if algorithm == Algorithm::Direct {
             let mut received = std::mem::take(&mut peers.received);
             let others = received.elements::<T>(call.hosts.foreign * len);
-            let mut payload = Direct::new(self.hosts.own, &call.hosts, &partials, others);
+            let mut payload = Direct::new(self.hosts.own, &call.hosts, &partials, (others, len));
             let mut rail = Rail { inner: &mut payload, members: &self.rail };
             Exchange::run(peers, call.site, 0, &mut rail)?;
             call.hosts.run(&partials, others, output, call.op, peers.world);

@@ -352,7 +352,7 @@ impl Communicator for NcclCommunicator {
     ) -> Outcome<()> {
         let call = Call::over(Operation::ReduceLanes, output.element(), output.len())
             .reducing(ReduceOp::Sum)
-            .with_detail(tree.lanes());
+            .with_detail(tree.detail());
         self.collective(call, |own, site| {
             for partial in partials {
                 check_types(site, partial.data.element(), output.element())?;

@@ -54,14 +54,15 @@ pub(super) struct Layout {
 
 impl Layout {
     /// For a result of `len` elements of `bytes` each; `scatter` leaves it in the ranks' chunks.
-    /// None if there are more ranks than lanes.
+    /// None if there are more ranks to share the lanes than lanes, or no rank.
     pub(super) fn new(
         tree: &LaneTree,
         (rank, world): (u32, u32),
         (len, bytes): (usize, usize),
         scatter: bool,
     ) -> Option<Self> {
-        if world > tree.lanes() {
+        let owners = tree.owners(world);
+        if owners == 0 || owners > tree.lanes() {
             return None;
         }
         let nodes: Vec<Vec<Subtree>> =

@@ -1,5 +1,7 @@
 //! Every algorithm against the scalar reference: the same bits, but for the ring.
 
+use api::Rank;
+
 use super::results::{assert_bits, data, partials, tree_reduce_all, views};
 use super::{REDUCTION, TCP, group};
 use crate::{
@@ -23,6 +25,12 @@ fn check_lanes(rank: u32, communicator: &mut ProcessGroup, lanes: u32, len: usiz
     communicator.reduce_lanes(&tree, &own, (&mut output).into()).unwrap();
     let expected = tree_reduce_all(tree.root(), &all, ReduceOp::Sum);
     assert_bits(&output, &expected, &format!("{lanes} lanes × {len} on {rank} of {world}"));
+    // All but the last own none.
+    let tree = tree.without((0..world - 1).map(Rank));
+    let own = partials(&tree, &all, rank, world);
+    let own = views(&own);
+    communicator.reduce_lanes(&tree, &own, (&mut output).into()).unwrap();
+    assert_bits(&output, &expected, &format!("{lanes} lanes × {len} of {world}, all on one"));
 }
 
 #[test]
@@ -76,15 +84,18 @@ fn a_fast_reduction_is_the_same_on_every_rank_and_near_the_sum() {
                     let mean = (world + 1) as f32 / 2.0;
                     assert!(buffer.iter().all(|value| (value - mean).abs() < 1e-5));
 
-                    let (tree, lanes) = (LaneTree::new(7), 7);
-                    let all: Vec<Vec<f32>> =
-                        (0..lanes).map(|lane| vec![0.1 * (lane + 1) as f32; len]).collect();
-                    let own = partials(&tree, &all, rank, world);
-                    let own = views(&own);
-                    let mut output = vec![f32::NAN; len];
-                    communicator.reduce_lanes(&tree, &own, (&mut output).into()).unwrap();
-                    assert!(output.iter().all(|value| (value - 2.8).abs() < 1e-5));
-                    results.push(output);
+                    // On all ranks, and on the first alone.
+                    for idle in [1..1, 1..world] {
+                        let (tree, lanes) = (LaneTree::new(7).without(idle.map(Rank)), 7);
+                        let all: Vec<Vec<f32>> =
+                            (0..lanes).map(|lane| vec![0.1 * (lane + 1) as f32; len]).collect();
+                        let own = partials(&tree, &all, rank, world);
+                        let own = views(&own);
+                        let mut output = vec![f32::NAN; len];
+                        communicator.reduce_lanes(&tree, &own, (&mut output).into()).unwrap();
+                        assert!(output.iter().all(|value| (value - 2.8).abs() < 1e-5));
+                        results.push(output);
+                    }
                 }
                 results
             });

@@ -412,7 +412,7 @@ fn a_peer_that_never_comes_is_named() {
 
 #[test]
 pub(super) fn a_wrong_call_of_one_rank_is_told_to_all() {
-    let cases: [(&str, Calls); 5] = [
+    let cases: [(&str, Calls); 6] = [
         ("an average of i64 would round", |c| c.all_reduce((&mut [0i64; 2]).into(), ReduceOp::Avg)),
         ("the output holds 7 elements, expected", |c| {
             c.reduce_scatter((&[0u8; 10]).into(), (&mut [0u8; 7]).into(), ReduceOp::Sum)
@@ -421,6 +421,10 @@ pub(super) fn a_wrong_call_of_one_rank_is_told_to_all() {
         ("is this rank itself", |c| c.recv((&mut [0u8; 1]).into(), c.rank())),
         ("2 ranks share 1 lanes", |c| {
             c.reduce_lanes(&LaneTree::new(1), &[], (&mut [0.0f32; 1]).into())
+        }),
+        ("no rank owns a lane", |c| {
+            let tree = LaneTree::new(2).without([Rank(0), Rank(1)]);
+            c.reduce_lanes(&tree, &[], (&mut [0.0f32; 1]).into())
         }),
     ];
     for (expected, calls) in cases {

@@ -214,6 +214,32 @@ fn lanes_have_the_same_bits_on_any_number_of_ranks() {
 }
 
 #[test]
+fn lanes_have_the_same_bits_whoever_owns_none() {
+    for world in 2..=5u32 {
+        group(world, move |rank, communicator| {
+            let lanes = 6;
+            // Every set of ranks without lanes that leaves one with, and the world's own tree between
+            // them, so that what is kept of the last call must not be taken for the next.
+            for idle in (0..(1u32 << world) - 1).flat_map(|idle| [idle, 0]) {
+                let ranks = (0..world).filter(|rank| idle & 1 << rank != 0).map(Rank);
+                let tree = LaneTree::new(lanes).without(ranks);
+                for len in [0, 1, 4099, 40_001] {
+                    let all: Vec<Vec<f32>> = (0..lanes).map(|lane| data(lane, len)).collect();
+                    let own = partials(&tree, &all, rank, world);
+                    assert_eq!(own.is_empty(), idle & 1 << rank != 0);
+                    let own = views(&own);
+                    let mut output = vec![f32::NAN; len];
+                    communicator.reduce_lanes(&tree, &own, (&mut output).into()).unwrap();
+                    let expected = tree_reduce_all(tree.root(), &all, ReduceOp::Sum);
+                    let what = format!("{len} on {rank} of {world}, none on {idle:b}");
+                    assert_bits(&output, &expected, &what);
+                }
+            }
+        });
+    }
+}
+
+#[test]
 fn a_negative_zero_and_nan_survive() {
     for world in [1, 2, 3] {
         group(world, |rank, communicator| {
@@ -337,6 +363,7 @@ pub(super) fn a_long_random_script_stays_in_step() {
 super::also_over_memory_and_hosts!(
     every_operation_on_every_world_has_the_bits_of_the_reference,
     lanes_have_the_same_bits_on_any_number_of_ranks,
+    lanes_have_the_same_bits_whoever_owns_none,
     a_negative_zero_and_nan_survive,
     bytes_of_different_lengths_reach_every_rank_and_too_many_are_refused,
     two_ranks_may_send_much_to_each_other_at_the_same_time,

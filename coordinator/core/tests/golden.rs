@@ -13,7 +13,7 @@
 //! leaving WORKER [scope=drains|avoided] [CAUSE …]
 //! drain WORKER [deadline=120000] | undrain WORKER
 //! checked WORKER [late] [WHAT FAILED …]     answers its last check order, or one that nobody waits for
-//! listening TASK [on=WORKER] [fingerprint=F]    running TASK [STEP]    step TASK 7
+//! listening TASK [on=WORKER] [fingerprint=F]    running TASK [STEP] [state=none]    step TASK 7
 //! busy TASK    broken TASK [STEP] [blames=r1]    paused TASK STEP    ready TASK [fingerprint=F] (a spare)
 //! [of=g1] with any report: the generation it was made in; else the newest its process is part of
 //! checkpoint TASK 100 [generation=1] [digest=D] [loss=0.5] finished TASK 200    stopped TASK 150 [time]
@@ -382,7 +382,8 @@ impl Stage {
             },
             "running" => {
                 let step = words.plain.get(2).map_or(0, |step| number(step));
-                RankReport::Running { step: TrainStep(step) }
+                let holds_state = words.pairs.get("state") != Some(&"none");
+                RankReport::Running { step: TrainStep(step), holds_state }
             }
             "busy" => RankReport::Busy { what: "validation".into() },
             "paused" => RankReport::Paused { step: step() },

@@ -671,7 +671,7 @@ impl History {
                 running.stage = 2;
                 running.holds_state = true;
                 let step = TrainStep(running.step);
-                worker.report(&task, RankReport::Running { step });
+                worker.report(&task, RankReport::Running { step, holds_state: true });
             }
             IDLE if !running.is_stopping => {}
             _ if running.is_stopping => {

@@ -362,7 +362,7 @@ impl FakeWorker {
             assert_eq!(addresses, expected);
         }
         for task in &tasks {
-            self.report(task, RankReport::Running { step: Step(0) }).await;
+            self.report(task, RankReport::Running { step: Step(0), holds_state: true }).await;
         }
         (tasks, secrets.remove(0))
     }

@@ -30,6 +30,25 @@ struct Bucket {
     work: Option<Work<Reduced>>,
 }
 
+impl Bucket {
+    /// Begins the reduction of what this rank has folded.
+    fn reduce(&mut self, lanes: &Lanes, queue: &Queue) {
+        let parts = self.fold.finish();
+        let tree = lanes.tree().clone();
+        let mut sum = std::mem::take(&mut self.sum);
+        sum.resize(self.range.len(), 0.0);
+        self.work = Some(queue.submit(move |communicator| {
+            let partials: Vec<Partial<'_>> = parts
+                .iter()
+                .map(|(subtree, data)| Partial { subtree: *subtree, data: data.into() })
+                .collect();
+            communicator.reduce_lanes(&tree, &partials, (&mut sum).into())?;
+            drop(partials);
+            Ok((sum, parts.into_iter().map(|(_, buffer)| buffer).collect()))
+        }));
+    }
+}
+
 /// What comes back from a reduction: the sum, and the partials' memory.
 type Reduced = (Vec<f32>, Vec<Vec<f32>>);
 
@@ -90,20 +109,13 @@ impl Buckets {
         }
         bucket.fold.push(lane, std::mem::take(&mut bucket.lane));
         if lane + 1 == lanes.own().end {
-            let parts = bucket.fold.finish();
-            let tree = lanes.tree().clone();
-            let mut sum = std::mem::take(&mut bucket.sum);
-            sum.resize(bucket.range.len(), 0.0);
-            bucket.work = Some(queue.submit(move |communicator| {
-                let partials: Vec<Partial<'_>> = parts
-                    .iter()
-                    .map(|(subtree, data)| Partial { subtree: *subtree, data: data.into() })
-                    .collect();
-                communicator.reduce_lanes(&tree, &partials, (&mut sum).into())?;
-                drop(partials);
-                Ok((sum, parts.into_iter().map(|(_, buffer)| buffer).collect()))
-            }));
+            bucket.reduce(lanes, queue);
         }
+    }
+
+    /// Takes part in the reductions of all buckets, as a rank without lanes.
+    pub fn bring_nothing(&mut self, lanes: &Lanes, queue: &Queue) {
+        self.buckets.iter_mut().for_each(|bucket| bucket.reduce(lanes, queue));
     }
 
     /// Waits for every bucket and writes the sums, times a factor, into the flat gradient; how long
@@ -156,7 +168,7 @@ mod tests {
     fn buckets_tile_the_parameters_from_the_back_in_runs_of_blocks() {
         let one = NonZeroU32::MIN;
         let batch = api::job::Batch { global: one, lanes: one, ..Default::default() };
-        let lanes = Lanes::new(&batch, 0, 1);
+        let lanes = Lanes::new(&batch, 0, 1, &[]);
         for lengths in [
             vec![&[10][..]],
             vec![&[3 << 20, 5][..], &[7], &[], &[2 << 20], &[9]],

@@ -1,11 +1,12 @@
 //! Data parallelism in lanes: which microbatches a rank computes, and how their sums become one.
 //!
 //! Microbatches are grouped into L fixed lanes. Within a lane they are added one after another;
-//! over lanes the sum is one fixed binary tree. A rank owns a contiguous run of whole lanes, so the
-//! bits do not depend on how many ranks there are.
+//! over lanes the sum is one fixed binary tree. A rank owns a contiguous run of whole lanes, or none,
+//! so the bits do not depend on how many ranks there are.
 
 use std::ops::Range;
 
+use api::Rank;
 use api::job::Batch;
 use collective::{
     Buffer, BufferMut, CollectiveError, Communicator, LaneElement, LaneFold, LaneTree, Partial,
@@ -21,9 +22,9 @@ pub struct Lanes {
 }
 
 impl Lanes {
-    /// This rank's share.
-    pub fn new(batch: &Batch, rank: u32, world_size: u32) -> Self {
-        let tree = LaneTree::new(batch.lanes.get());
+    /// This rank's share, where all ranks but those of `idle` have one.
+    pub fn new(batch: &Batch, rank: u32, world_size: u32, idle: &[Rank]) -> Self {
+        let tree = LaneTree::new(batch.lanes.get()).without(idle.iter().copied());
         let own = tree.lanes_of(rank, world_size);
         Self {
             tree,

@@ -23,6 +23,7 @@ use super::index::Workload;
 use super::reason::{Reason, count};
 use super::schedule;
 use super::train::{budget_used, stop_clock};
+use super::workers::Stage;
 
 /// How long members that are too few wait for a slot before they save their state and leave to the
 /// queue: a worker that is started anew is back by then.
@@ -396,6 +397,20 @@ impl Leader {
         })
     }
 
+    /// Whether a rank that runs, on a worker that stays, has yet to get the state from the others.
+    fn waits_for_state(&self, job: &Arc<JobRecord>) -> bool {
+        let workload = Workload::Job(Arc::clone(job));
+        let departs = |rank| {
+            let gang = self.gangs.get(&job.spec.name);
+            gang.is_some_and(|gang| gang.is_departing(rank))
+        };
+        job.status.gang.iter().filter(|place| !departs(place.rank)).any(|place| {
+            let worker = self.workers.get(&place.worker);
+            let task = worker.and_then(|worker| worker.tasks.get(&workload.task(place)));
+            task.is_some_and(|task| task.stage == Stage::Running && !task.holds_state)
+        })
+    }
+
     /// A whole gang that runs: lets go of workers that leave, and grows into free slots. True when
     /// something was decided.
     pub(super) fn reshape_job(
@@ -419,6 +434,10 @@ impl Leader {
         }
         let replacing = gang.replacing.filter(|_| leaver.is_none());
         let (members, holds_state) = self.members(job, replacing);
+        if leaver.is_some() && !holds_state && self.waits_for_state(job) {
+            // A step later somebody who stays holds it.
+            return false;
+        }
         if let Some(worker) = leaver.as_ref().filter(|_| !holds_state) {
             // Newcomers would have nobody to get the state from.
             let why = format!("`{worker}` is leaving, and no rank stays that holds the state");

@@ -207,9 +207,9 @@ impl Leader {
                     state.fingerprint = Some(fingerprint);
                 }
             }
-            RankReport::Running { step } => {
+            RankReport::Running { step, holds_state } => {
                 if let Some(state) = self.reached(worker, task, Stage::Running) {
-                    state.holds_state = true;
+                    state.holds_state |= holds_state;
                     state.step = Some(step);
                 }
             }
