@@ -871,6 +871,9 @@ impl History {
                     RankOrder::Regroup(next) => {
                         assert!(next.generation > running.generation, "{task} goes back");
                         running.join(*next);
+                        // An order to leave was for the group of before; a worker that ends itself
+                        // says it again.
+                        running.is_stopping = worker.is_leaving || worker.is_draining;
                     }
                     RankOrder::Pause { .. } => running.is_pausing = true,
                     RankOrder::Stop { .. } => running.is_stopping = true,

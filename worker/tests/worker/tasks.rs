@@ -2,11 +2,12 @@
 
 use std::fs;
 
+use api::ids::{Generation, Rank, Secret};
 use api::session::{
-    ExitCause, LOG_LINE_BYTES_MAX, LeaveScope, LogLine, LogStream, RankOrder, RankReport,
+    ExitCause, LOG_LINE_BYTES_MAX, LeaveScope, LogLine, LogStream, RankOrder, RankReport, Regroup,
 };
 use api::session::{TaskEvent, WorkerMessage};
-use api::units::ByteSize;
+use api::units::{ByteSize, Span};
 
 use crate::harness::{
     Coordinator, GANG_SECRET, Host, Running, TOKEN, gone, is_alive, kill_9, task,
@@ -388,6 +389,87 @@ async fn shutting_down_asks_first_and_kills_later() {
         ]
     );
     assert!(!is_alive(pid));
+    session.acknowledge(session.last).await;
+    worker.result().await.expect("a clean end");
+}
+
+/// Hears everything and does nothing about it but say what it heard, as another port.
+const HEAR: &str = r#"
+listen 7001
+while read -r order; do
+  case "$order" in
+    *'"order":"stop"'*) listen 7002 ;;
+    *'"order":"regroup"'*) listen 7003 ;;
+  esac
+done
+"#;
+
+fn regroup(generation: u64) -> RankOrder {
+    RankOrder::Regroup(Box::new(Regroup {
+        generation: Generation(generation),
+        rank: Rank(0),
+        world_size: 1,
+        restore: None,
+        secret: Secret::new(GANG_SECRET),
+        elapsed: Span::seconds(0),
+        reason: "the others are lost".into(),
+    }))
+}
+
+#[tokio::test]
+async fn an_order_to_leave_ends_with_its_generation() {
+    let host = Host::new(HEAR);
+    let mut coordinator = Coordinator::leader().await;
+    let worker = host.worker(&[coordinator.address]);
+    let mut session = coordinator.welcomed().await;
+    let (survivor, other) = (task(1, 0), task(1, 1));
+    for rank in [&survivor, &other] {
+        session.start(rank).await;
+        session.started(rank).await;
+        session.listening(rank).await;
+    }
+    let leave = || RankOrder::Stop { reason: "too few are left".into() };
+    for (order, heard) in [(leave(), 7002), (regroup(2), 7003)] {
+        session.deliver(&survivor, order).await;
+        assert_eq!(session.listening(&survivor).await.port(), heard);
+    }
+    // By the time that this one has had its time, the survivor would have had it, too.
+    session.deliver(&other, leave()).await;
+    assert_eq!(session.listening(&other).await.port(), 7002);
+    let reason = "it did not leave in time when asked to".to_owned();
+    assert_eq!(session.exited(&other).await, ExitCause::Killed { reason: reason.clone() });
+    session.deliver(&survivor, regroup(3)).await;
+    assert_eq!(session.listening(&survivor).await.port(), 7003);
+    // It is bounded again in the generation in which it is given again.
+    session.deliver(&survivor, leave()).await;
+    assert_eq!(session.listening(&survivor).await.port(), 7002);
+    assert_eq!(session.exited(&survivor).await, ExitCause::Killed { reason });
+    session.acknowledge(session.last).await;
+    worker.shut_down();
+    worker.result().await.expect("a clean end");
+}
+
+#[tokio::test]
+async fn what_a_worker_that_ends_has_told_its_ranks_holds_in_every_generation() {
+    let host = Host::new(HEAR);
+    let mut coordinator = Coordinator::leader().await;
+    let mut options = host.options(&[coordinator.address]);
+    options.config.worker.stop_timeout = Span::millis(2_000);
+    let worker = Running::start(options);
+    let mut session = coordinator.welcomed().await;
+    let rank = task(1, 0);
+    session.start(&rank).await;
+    session.started(&rank).await;
+    session.listening(&rank).await;
+    worker.shut_down();
+    assert!(matches!(session.message().await, WorkerMessage::Leaving { .. }));
+    assert_eq!(session.listening(&rank).await.port(), 7002);
+    // The leader has not heard of the worker's end yet.
+    session.deliver(&rank, regroup(2)).await;
+    assert_eq!(session.listening(&rank).await.port(), 7003);
+    assert_eq!(session.listening(&rank).await.port(), 7002, "it is told again");
+    let reason = "it did not leave in time when asked to".to_owned();
+    assert_eq!(session.exited(&rank).await, ExitCause::Killed { reason });
     session.acknowledge(session.last).await;
     worker.result().await.expect("a clean end");
 }

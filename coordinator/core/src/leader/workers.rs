@@ -85,6 +85,8 @@ impl Task {
         self.has_peers = false;
         self.is_paused = false;
         self.pause_told = false;
+        // The order to regroup takes an order to leave back.
+        self.stop_told = false;
         self.generation = generation;
     }
 
