@@ -237,20 +237,23 @@ pub struct Goodput {
 impl Goodput {
     /// Rank-milliseconds in all.
     pub fn total_ms(&self) -> u64 {
-        self.useful_ms
-            + self.communication_ms
-            + self.checkpoint_ms
-            + self.starting_ms
-            + self.recovery_ms
-            + self.lost_ms
-            + self.other_ms
+        let parts = [
+            self.useful_ms,
+            self.communication_ms,
+            self.checkpoint_ms,
+            self.starting_ms,
+            self.recovery_ms,
+            self.lost_ms,
+            self.other_ms,
+        ];
+        parts.into_iter().fold(0, u64::saturating_add)
     }
 
     /// The part of all rank-time that went into steps that count, exchange among ranks included;
     /// none before there is any.
     pub fn fraction(&self) -> Option<f64> {
         let total = self.total_ms();
-        let good = self.useful_ms + self.communication_ms;
+        let good = self.useful_ms.saturating_add(self.communication_ms);
         (total > 0).then(|| good as f64 / total as f64)
     }
 }
