@@ -290,9 +290,14 @@ impl Task {
         let stop_timeout = shared.stop_timeout;
         let own_orders = orders_sender.clone();
         let pid = Arc::new(AtomicU32::new(0));
+        // One that waited for room may begin as another rank of a later generation than its name says.
+        let rank = match &*assignment {
+            Assignment::Train(train) => train.rank,
+            Assignment::Serve(_) => id.rank,
+        };
         let place = Arc::new(PlaceNow {
-            generation: AtomicU64::new(id.generation.0),
-            rank: AtomicU32::new(id.rank.0),
+            generation: AtomicU64::new(assignment.generation().0),
+            rank: AtomicU32::new(rank.0),
         });
         let stacks = Answer::default();
         let handle = TaskHandle {

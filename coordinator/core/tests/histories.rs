@@ -821,7 +821,7 @@ impl History {
                 }
                 let is_older = |(other, running): (&TaskId, &Running)| {
                     let is_spare = running.stage == IDLE || running.rank.is_none();
-                    let is_older = running.generation < task.generation && !is_spare;
+                    let is_older = running.generation < assignment.generation() && !is_spare;
                     (other.workload == task.workload && is_older).then(|| other.clone())
                 };
                 let older: Vec<TaskId> = worker.tasks.iter().filter_map(is_older).collect();

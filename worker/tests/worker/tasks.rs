@@ -2,15 +2,15 @@
 
 use std::fs;
 
-use api::ids::{Generation, Rank, Secret};
+use api::ids::{Generation, Rank, Secret, TaskId};
 use api::session::{
-    ExitCause, LOG_LINE_BYTES_MAX, LeaveScope, LogLine, LogStream, RankOrder, RankReport, Regroup,
+    Assignment, CoordinatorMessage, ExitCause, LOG_LINE_BYTES_MAX, LeaveScope, LogLine, LogStream, RankOrder, RankReport, Regroup,
 };
-use api::session::{TaskEvent, WorkerMessage};
+use api::session::{TaskEvent, TaskView, WorkerMessage};
 use api::units::{ByteSize, Span};
 
 use crate::harness::{
-    Coordinator, GANG_SECRET, Host, Running, TOKEN, gone, is_alive, kill_9, task,
+    Coordinator, GANG_SECRET, Host, Running, TOKEN, gone, is_alive, kill_9, task, train,
 };
 
 /// Waits for orders until the socket ends.
@@ -472,4 +472,69 @@ async fn what_a_worker_that_ends_has_told_its_ranks_holds_in_every_generation() 
     assert_eq!(session.exited(&rank).await, ExitCause::Killed { reason });
     session.acknowledge(session.last).await;
     worker.result().await.expect("a clean end");
+}
+
+/// The same process for another generation, and whether it waits beside it for a place.
+fn train_in(task: &TaskId, generation: u64, spare: bool) -> Box<Assignment> {
+    let mut assignment = train(task);
+    if let Assignment::Train(train) = assignment.as_mut() {
+        (train.generation, train.spare) = (Generation(generation), spare);
+    }
+    assignment
+}
+
+#[tokio::test]
+async fn a_start_counts_in_the_generation_that_it_is_for() {
+    let host = Host::new(HEAR);
+    let mut coordinator = Coordinator::leader().await;
+    let mut options = host.options(&[coordinator.address]);
+    options.slots = 3;
+    let _worker = Running::start(options);
+    let mut session = coordinator.welcomed().await;
+    let (survivor, dying) = (task(1, 0), [task(1, 1), task(1, 2)]);
+    for rank in std::iter::once(&survivor).chain(&dying) {
+        session.start(rank).await;
+        session.started(rank).await;
+        session.listening(rank).await;
+    }
+    // A spare waits for the room of those that are dying, and hears meanwhile what it is to be.
+    for rank in &dying {
+        session.kill(rank, "the gang broke").await;
+    }
+    let spare = task(1, 3);
+    let assignment = train_in(&spare, 1, true);
+    session.order(CoordinatorMessage::Start { task: spare.clone(), assignment }).await;
+    for rank in [&survivor, &spare] {
+        session.deliver(rank, regroup(2)).await;
+    }
+    let new = task(2, 2);
+    session.start(&new).await;
+    let (mut killed, mut begun) = (0, Vec::new());
+    while killed < 2 || begun.len() < 2 {
+        match session.fact().await {
+            (who, TaskEvent::Exited { .. }) if dying.contains(&who) => killed += 1,
+            (who, TaskEvent::Started { .. }) => begun.push(who),
+            (_, TaskEvent::Report { report: RankReport::Listening { .. }, .. }) => {}
+            other => panic!("expected two ends and two starts, found {other:?}"),
+        }
+    }
+    begun.sort();
+    assert_eq!(begun, [spare.clone(), new.clone()]);
+    session.kill(&new, "enough").await;
+    while !matches!(session.fact().await, (who, TaskEvent::Exited { .. }) if who == new) {}
+
+    // Its first start was lost, and it is a rank of the next generation by now.
+    let late = task(1, 4);
+    let assignment = train_in(&late, 2, false);
+    session.order(CoordinatorMessage::Start { task: late.clone(), assignment }).await;
+    session.started(&late).await;
+    session.listening(&late).await;
+    session.acknowledge(session.last).await;
+    drop(session);
+    let session = coordinator.welcomed().await;
+    let of = |task: &TaskId| {
+        let view = session.hello.tasks.iter().find(|view| view.task == *task);
+        view.map(TaskView::generation)
+    };
+    assert_eq!((of(&survivor), of(&spare), of(&late)), (Some(Generation(2)), Some(Generation(2)), Some(Generation(2))));
 }

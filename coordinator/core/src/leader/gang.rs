@@ -3,7 +3,7 @@
 //!
 //! Volatile: a new leader begins with an empty one and asks the workers' inventories instead.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use api::ids::{Generation, Name, Rank, TaskId};
 use api::job::LANES_MAX;
@@ -131,6 +131,8 @@ pub(super) struct Gang {
     pub(super) adopt_asked: Option<Millis>,
     /// Since when this leader has known it to run.
     pub(super) running_since: Option<Millis>,
+    /// Ranks whose start was lost with a session.
+    unstarted: BTreeSet<Rank>,
     /// Ranks on workers that said they are leaving.
     departing: BTreeMap<Rank, Name>,
     /// Rank 0's word that its state is saved and all ranks leave before the last step.
@@ -160,6 +162,7 @@ impl Gang {
             clearing_since: None,
             adopt_asked: None,
             running_since: None,
+            unstarted: BTreeSet::new(),
             departing: BTreeMap::new(),
             stopped: None,
             spares: Vec::new(),
@@ -174,6 +177,16 @@ impl Gang {
     /// Whether the task is a spare of this gang.
     pub(super) fn has_spare(&self, task: &TaskId) -> bool {
         self.spares.iter().any(|spare| spare.task == *task)
+    }
+
+    /// The order to start the rank's process was lost, whatever generation it was given in.
+    pub(super) fn never_started(&mut self, rank: Rank) {
+        self.unstarted.insert(rank);
+    }
+
+    /// Whether the rank's process is to be started, should its worker not have it.
+    pub(super) fn is_unstarted(&self, rank: Rank) -> bool {
+        self.unstarted.contains(&rank)
     }
 
     /// Whether the rank's worker is leaving.

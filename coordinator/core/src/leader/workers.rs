@@ -80,7 +80,8 @@ impl Task {
 
     /// It is told to be part of another generation.
     pub(super) fn joins(&mut self, generation: Generation) {
-        self.stage = Stage::Started;
+        // One that is not heard to run yet is still to be started.
+        self.stage = self.stage.min(Stage::Started);
         self.address = None;
         self.has_peers = false;
         self.is_paused = false;
@@ -201,6 +202,10 @@ impl Leader {
             if state.stage > Stage::Told {
                 let reason = format!("`{name}` came back without it");
                 self.ended(draft, &name, &task, lost_with(&reason), now);
+            } else if let Some(rank) = self.rank_of(&name, &task)
+                && let Some(gang) = self.gangs.get_mut(&task.workload)
+            {
+                gang.never_started(rank);
             }
         }
         if self.lost.remove(&name) {
