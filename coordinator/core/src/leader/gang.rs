@@ -143,6 +143,8 @@ pub(super) struct Gang {
     pub(super) pausing: Option<String>,
     /// Workers that the job does not use for now.
     pub(super) shunned: Shunned,
+    /// When the first of the losses was heard of that it has to get over before it runs.
+    pub(super) incident: Option<Millis>,
     /// When its steps were reported, and who was slow in them.
     pub(super) pace: Pace,
     /// A straggler that is to be replaced.
@@ -168,6 +170,7 @@ impl Gang {
             spares: Vec::new(),
             pausing: None,
             shunned: Shunned::default(),
+            incident: None,
             pace: Pace::default(),
             replacing: None,
             unwritten: Unwritten::default(),

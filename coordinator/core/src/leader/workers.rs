@@ -188,8 +188,9 @@ impl Leader {
                 known = former.tasks;
             } else {
                 let reason = format!("`{name}` was started anew");
-                let lost = former.tasks.into_keys();
-                lost.for_each(|task| self.ended(draft, &name, &task, lost_with(&reason), now));
+                for (task, state) in former.tasks {
+                    self.lost(draft, &name, &task, &state, &reason, now);
+                }
             }
         }
         let tasks = views.iter().map(|view| {
@@ -201,7 +202,7 @@ impl Leader {
             // A start that was lost with the session is simply sent again.
             if state.stage > Stage::Told {
                 let reason = format!("`{name}` came back without it");
-                self.ended(draft, &name, &task, lost_with(&reason), now);
+                self.lost(draft, &name, &task, &state, &reason, now);
             } else if let Some(rank) = self.rank_of(&name, &task)
                 && let Some(gang) = self.gangs.get_mut(&task.workload)
             {
@@ -410,8 +411,8 @@ impl Leader {
                 self.sessions.remove(&session);
                 draft.effect(Effect::CloseSession { session, reason: reason.clone() });
             }
-            for task in tasks.into_keys() {
-                self.ended(draft, &name, &task, lost_with(&reason), now);
+            for (task, state) in tasks {
+                self.lost(draft, &name, &task, &state, &reason, now);
             }
             draft.because(Reason::Remark(format!("lost worker `{name}`: {reason}")));
         }
@@ -440,6 +441,25 @@ impl Leader {
             if held_state {
                 gang.held_state(rank);
             }
+        }
+    }
+
+    /// A task that was taken out of the inventory of its worker is lost with it.
+    fn lost(
+        &mut self,
+        draft: &mut Draft,
+        worker: &Name,
+        task: &TaskId,
+        state: &Task,
+        reason: &str,
+        now: Millis,
+    ) {
+        let reason = reason.to_owned();
+        self.ended(draft, worker, task, ExitCause::WorkerLost { reason }, now);
+        if let Some(rank) = self.rank_of(worker, task).filter(|_| state.holds_state)
+            && let Some(gang) = self.gangs.get_mut(&task.workload)
+        {
+            gang.held_state(rank);
         }
     }
 
@@ -576,8 +596,4 @@ pub(super) fn task_id(workload: &Workload, rank: Rank) -> TaskId {
         || TaskId { workload: workload.name().clone(), generation: workload.generation(), rank },
         |place| workload.task(place),
     )
-}
-
-fn lost_with(reason: &str) -> ExitCause {
-    ExitCause::WorkerLost { reason: reason.to_owned() }
 }
