@@ -24,6 +24,8 @@ pub const KIND_CHECKPOINT: &str = "checkpoint";
 pub const KIND_MODEL: &str = "model";
 /// Kind of [`EndpointRecord`]s; the id is the endpoint's name.
 pub const KIND_ENDPOINT: &str = "endpoint";
+/// Kind of [`DrainRecord`]s; the id is the worker's name.
+pub const KIND_DRAIN: &str = "drain";
 
 /// Where a workload is in its life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -203,6 +205,18 @@ pub struct JobStatus {
     pub queued_at_resume_ms: u64,
     /// When it reached a terminal phase.
     pub ended_ms: Option<u64>,
+}
+
+/// What a person asked of a worker, for as long as no leader has heard it say that it does so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DrainRecord {
+    /// The life of the worker that it was asked of: one that is started anew has come to stay.
+    pub incarnation: u64,
+    /// Its tasks are to go on elsewhere; else it is to take tasks again.
+    pub drains: bool,
+    /// Until when they may stay, in milliseconds since the Unix epoch; absent: the worker's own limit.
+    pub until_ms: Option<u64>,
 }
 
 /// Where a job's time went, in rank-milliseconds: one rank for one millisecond. Up to the last write

@@ -161,6 +161,8 @@ struct SimWorker {
     is_leaving: bool,
     /// Told to drain: it starts nothing more until it is told otherwise.
     is_draining: bool,
+    /// A client was told that it is to drain, and not since that it is not.
+    asked_to_drain: bool,
     /// It was told to check its host, and the check has not passed.
     unhealthy: Option<String>,
     /// When a leader last had a word of it.
@@ -367,12 +369,23 @@ impl History {
         self.feed(Input::Resume { name });
     }
 
-    fn client_drain(&mut self, name: &str) {
+    fn client_drain(&mut self, name: &'static str) {
         self.feed(Input::Drain { worker: name.parse().expect("a name"), deadline_ms: None });
     }
 
-    fn client_undrain(&mut self, name: &str) {
+    fn client_undrain(&mut self, name: &'static str) {
         self.feed(Input::Undrain { worker: name.parse().expect("a name") });
+    }
+
+    /// What a client was told of a worker holds for as long as that worker lives.
+    fn note_asked(&mut self, input: &Input) {
+        let (worker, drains) = match input {
+            Input::Drain { worker, .. } => (worker, true),
+            Input::Undrain { worker } => (worker, false),
+            _ => return,
+        };
+        let state = self.workers.iter_mut().find(|(name, _)| **name == worker.as_str());
+        state.expect("a worker").1.asked_to_drain = drains;
     }
 
     fn some_endpoint(&mut self) -> &'static str {
@@ -482,6 +495,7 @@ impl History {
         worker.facts.clear();
         worker.sent.clear();
         (worker.is_frozen, worker.is_leaving, worker.is_draining) = (false, false, false);
+        worker.asked_to_drain = false;
         self.attach(name);
     }
 
@@ -754,7 +768,11 @@ impl History {
         if is_traced {
             println!("{} {input:?}", self.shell.now.0);
         }
+        let asked = input.clone();
         let steps = self.shell.feed(input, None);
+        if matches!(steps[0].decision.reply, Some(Ok(_))) {
+            self.note_asked(&asked);
+        }
         if is_traced {
             let reasons = steps.iter().filter_map(|step| step.decision.reason.as_ref());
             reasons.for_each(|reason| println!("    {reason}"));
@@ -938,7 +956,9 @@ impl History {
                 if self.workers[name].session.is_none() {
                     self.attach(name);
                 }
-                if self.workers[name].is_draining {
+                let SimWorker { asked_to_drain, is_draining, .. } = self.workers[name];
+                assert!(is_draining || !asked_to_drain, "{name} does not hear that it is to drain");
+                if is_draining {
                     self.client_undrain(name);
                 }
                 while !self.workers[name].facts.is_empty() && self.workers[name].session.is_some() {

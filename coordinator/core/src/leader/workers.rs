@@ -20,6 +20,7 @@ use super::health::Health;
 use super::index::Workload;
 use super::leave::Leave;
 use super::reason::{Reason, count};
+use crate::records::Records;
 
 /// Workers known at once; each keeps a stream open. More is a mistake or an attack.
 pub(super) const WORKERS_MAX: usize = 4_096;
@@ -135,7 +136,7 @@ pub(super) struct Worker {
     host: String,
     pub(super) slots: u32,
     price: HostPrice,
-    incarnation: u64,
+    pub(super) incarnation: u64,
     pub(super) session: Option<SessionId>,
     heard: Millis,
     /// Its lease ran out, or it left with nothing on it; nothing on it counts any more.
@@ -160,6 +161,7 @@ impl Leader {
     pub(super) fn hello(
         &mut self,
         draft: &mut Draft,
+        records: &Records,
         now: Millis,
         session: SessionId,
         hello: WorkerHello,
@@ -177,13 +179,19 @@ impl Leader {
             draft.effect(Effect::CloseSession { session: replaced, reason });
         }
         let mut known = BTreeMap::new();
+        let is_known = former.as_ref().is_some_and(|former| former.incarnation == incarnation);
         let (mut is_leaving, mut leave) = (false, Leave::default());
+        if !is_known {
+            leave = Self::recall(draft, records, &name, incarnation);
+            // One that is to take tasks again may still drain until it says so.
+            is_leaving = leave.is_asked();
+        }
         let mut health = Health::default();
         if let Some(former) = former {
             // A worker that was started anew is on the same host.
             health = former.health;
             health.ask_again();
-            if former.incarnation == incarnation {
+            if is_known {
                 (is_leaving, leave) = (former.is_leaving, former.leave);
                 known = former.tasks;
             } else {
@@ -320,8 +328,11 @@ impl Leader {
         cause: &str,
     ) {
         let Some(state) = self.workers.get_mut(worker) else { return };
-        let is_new = state.hear_leaving(scope, cause);
+        let (is_new, is_done) = state.hear_leaving(scope, cause);
         let leaves = state.leaves();
+        if is_done {
+            Self::settle_asked(draft, worker);
+        }
         if is_new {
             let tasks = count(state.tasks.len(), "task");
             draft.because(Reason::Remark(format!("worker `{worker}` with {tasks} {leaves}")));
@@ -390,6 +401,9 @@ impl Leader {
         let lease = self.options.lease_ms;
         let is_over = |w: &Worker| w.is_lost && now.since(w.heard) > LOST_SHOWN_MS;
         for (name, worker) in self.workers.extract_if(.., |_, w| is_over(w)).collect::<Vec<_>>() {
+            if worker.leave.is_asked() {
+                Self::settle_asked(draft, &name);
+            }
             if !worker.health.is_fit() {
                 self.remember_lost(name);
             }
