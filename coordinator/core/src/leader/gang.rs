@@ -129,6 +129,8 @@ pub(super) struct Gang {
     pub(super) clearing_since: Option<Millis>,
     /// When the store was asked for checkpoints that are not recorded.
     pub(super) adopt_asked: Option<Millis>,
+    /// Since when all its ranks listen while it is not known how each of them computes.
+    pub(super) unknown_since: Option<Millis>,
     /// Since when this leader has known it to run.
     pub(super) running_since: Option<Millis>,
     /// Ranks whose start was lost with a session.
@@ -163,6 +165,7 @@ impl Gang {
             leaving_since: None,
             clearing_since: None,
             adopt_asked: None,
+            unknown_since: None,
             running_since: None,
             unstarted: BTreeSet::new(),
             departing: BTreeMap::new(),
