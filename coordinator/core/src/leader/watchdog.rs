@@ -209,23 +209,23 @@ impl Leader {
         suspect: Option<Rank>,
         text: String,
     ) {
-        let place = self.index.get(name).and_then(|entry| {
-            let gang = entry.workload.gang().iter();
-            gang.filter(|_| entry.workload.generation() == generation)
-                .find(|place| suspect.is_none_or(|suspect| place.rank == suspect))
-                .cloned()
-        });
+        let entry = self.index.get(name);
+        let entry = entry.filter(|entry| entry.workload.generation() == generation);
+        let places = entry.map(|entry| entry.workload.gang().to_vec()).unwrap_or_default();
         let waits = |gang: &&mut Gang| gang.pace.asked.is_some() && gang.generation == generation;
-        let Some((place, gang)) = place.zip(self.gangs.get_mut(name).filter(waits)) else {
+        let Some(gang) = self.gangs.get_mut(name).filter(waits).filter(|_| !places.is_empty())
+        else {
             let text = format!("a diagnosis of {generation} of `{name}` comes too late");
             return draft.because(Reason::Remark(text));
         };
         gang.pace.asked = None;
         gang.pace.last = None;
-        match suspect {
-            Some(rank) => {
+        // One that is no rank of the gang holds nobody up.
+        match places.iter().find(|place| Some(place.rank) == suspect) {
+            Some(place) => {
                 let reason = format!("the gang hangs, and this rank holds it up: {text}");
-                gang.exited(rank, &place.worker, ExitCause::Killed { reason: reason.clone() }, now);
+                let cause = ExitCause::Killed { reason: reason.clone() };
+                gang.exited(place.rank, &place.worker, cause, now);
                 self.rank_failed(&place.worker, name, &reason, now);
             }
             // All meet again; should that not help, the job makes no progress.
@@ -238,9 +238,8 @@ impl Leader {
                     stays: true,
                     is_hearsay: false,
                 };
-                for rank in (0..).map(Rank).take(self.size_of(name)) {
-                    let Some(gang) = self.gangs.get_mut(name) else { return };
-                    gang.failed(rank, &place.worker, words.clone(), now);
+                for place in &places {
+                    gang.failed(place.rank, &place.worker, words.clone(), now);
                 }
             }
         }
@@ -248,9 +247,5 @@ impl Leader {
             name,
             JobEvent::Note { generation, rank: suspect, text: format!("it hangs: {text}") },
         );
-    }
-
-    fn size_of(&self, name: &Name) -> usize {
-        self.index.get(name).map_or(0, |entry| entry.workload.gang().len())
     }
 }
