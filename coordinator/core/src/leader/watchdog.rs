@@ -50,6 +50,8 @@ pub(super) struct Pace {
     straggler: Option<Straggler>,
     /// Ranks of this generation that people were told of.
     told: BTreeSet<Rank>,
+    /// The one that is to be replaced, and for how many steps on end it has not been slow.
+    replaced: Option<(Rank, u64)>,
 }
 
 /// The slowest rank of the last steps.
@@ -103,6 +105,12 @@ impl Pace {
     /// Looks at who was the slowest in a step.
     pub(super) fn compare(&mut self, metrics: &StepMetrics, now: Millis) {
         let slow = metrics.slowest.filter(|slowest| slowest.ratio >= SLOW);
+        if let Some((rank, steps)) = &mut self.replaced {
+            *steps = match slow.is_some_and(|slow| slow.rank == *rank) {
+                true => 0,
+                false => steps.saturating_add(1),
+            };
+        }
         let Some(slow) = slow else { return self.straggler = None };
         match &mut self.straggler {
             Some(known) if known.rank == slow.rank => {
@@ -114,6 +122,15 @@ impl Pace {
                 *other = Some(Straggler { rank, since: now, steps: 1, ratio });
             }
         }
+    }
+}
+
+impl Gang {
+    /// Whether a straggler that is to be replaced is none any more, and nothing is under way for it.
+    fn has_recovered(&self) -> bool {
+        let waits = self.replacing.filter(|_| self.pausing.is_none());
+        let is_fast = |(rank, steps): (Rank, u64)| Some(rank) == waits && steps >= SLOW_STEPS;
+        self.pace.replaced.is_some_and(is_fast)
     }
 }
 
@@ -168,6 +185,15 @@ impl Leader {
         let name = job.spec.name.clone();
         let policy = job.spec.recovery.stragglers;
         let Some(gang) = self.gangs.get_mut(&name) else { return false };
+        if gang.has_recovered() {
+            let generation = gang.generation;
+            let rank = gang.replacing.take();
+            gang.pace.replaced = None;
+            // It may be one again.
+            gang.pace.told.retain(|told| Some(*told) != rank);
+            let text = format!("it is as fast as the others again for {SLOW_STEPS} steps: it stays");
+            draft.note(&name, generation, rank, text);
+        }
         let Some(straggler) = gang.pace.straggler.clone() else { return false };
         let min = u64::try_from(job.spec.recovery.straggler_min.0.as_millis()).unwrap_or(u64::MAX);
         let is_lasting = now.since(straggler.since) >= min && straggler.steps >= SLOW_STEPS;
@@ -188,6 +214,7 @@ impl Leader {
         );
         if policy == Stragglers::Replace {
             gang.replacing = Some(rank);
+            gang.pace.replaced = Some((rank, 0));
         }
         let generation = gang.generation;
         draft.note(&name, generation, Some(rank), text.clone());
