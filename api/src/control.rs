@@ -297,13 +297,15 @@ mod tests {
         assert!(control.stop_requested());
         order(regroup(2));
         order(fence());
-        (taken(), taken());
+        taken();
+        taken();
         assert!(!control.stop_requested(), "it was for the group of before");
         // Said before the rank enters the generation that it is told of, and for that one.
         order(regroup(3));
         order(leave());
         order(fence());
-        (taken(), taken());
+        taken();
+        taken();
         control.enter(Generation(3));
         assert!(control.stop_requested());
     }

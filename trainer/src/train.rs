@@ -232,7 +232,8 @@ impl Trainer {
             Some(Boundary::Stop(why)) => self.stop_here(held, why).map(Some),
             Some(Boundary::Pause) => {
                 self.say_committed();
-                if let Some(left) = self.bound.checkpoints.unfinished().filter(|_| self.is_first()) {
+                if let Some(left) = self.bound.checkpoints.unfinished().filter(|_| self.is_first())
+                {
                     println!(
                         "step {}: pausing before the checkpoint at step {} is complete: it is left out",
                         held.step().0,

@@ -399,7 +399,8 @@ impl Stage {
                 let slowest = words
                     .number("slowest")
                     .map(|rank| Slowest { rank: api::Rank(rank as u32), ratio: 2.0 });
-                let compute = words.pairs.get("compute").map_or(0.0, |s| s.parse().expect("seconds"));
+                let compute =
+                    words.pairs.get("compute").map_or(0.0, |s| s.parse().expect("seconds"));
                 let time = StepTime { compute, ..StepTime::default() };
                 RankReport::Step(StepMetrics { slowest, time, ..metrics(step()) })
             }

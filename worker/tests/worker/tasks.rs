@@ -4,7 +4,8 @@ use std::fs;
 
 use api::ids::{Generation, Rank, Secret, TaskId};
 use api::session::{
-    Assignment, CoordinatorMessage, ExitCause, LOG_LINE_BYTES_MAX, LeaveScope, LogLine, LogStream, RankOrder, RankReport, Regroup,
+    Assignment, CoordinatorMessage, ExitCause, LOG_LINE_BYTES_MAX, LeaveScope, LogLine, LogStream,
+    RankOrder, RankReport, Regroup,
 };
 use api::session::{TaskEvent, TaskView, WorkerMessage};
 use api::units::{ByteSize, Span};
@@ -536,5 +537,8 @@ async fn a_start_counts_in_the_generation_that_it_is_for() {
         let view = session.hello.tasks.iter().find(|view| view.task == *task);
         view.map(TaskView::generation)
     };
-    assert_eq!((of(&survivor), of(&spare), of(&late)), (Some(Generation(2)), Some(Generation(2)), Some(Generation(2))));
+    assert_eq!(
+        (of(&survivor), of(&spare), of(&late)),
+        (Some(Generation(2)), Some(Generation(2)), Some(Generation(2)))
+    );
 }

@@ -477,7 +477,9 @@ impl Leader {
         // Not of those that were started since.
         let was_there = job.status.gang.iter().any(|place| {
             let is_it = place.worker == failure.worker;
-            is_it && failure.rank.is_none_or(|rank| rank == place.rank) && self.has_held(job, place.rank)
+            is_it
+                && failure.rank.is_none_or(|rank| rank == place.rank)
+                && self.has_held(job, place.rank)
         });
         let is_same = job.status.phase == Phase::Starting && is_near && is_loss && was_there;
         job.status.failures.saturating_add(u32::from(!is_same))

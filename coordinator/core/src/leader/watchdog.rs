@@ -191,7 +191,8 @@ impl Leader {
             gang.pace.replaced = None;
             // It may be one again.
             gang.pace.told.retain(|told| Some(*told) != rank);
-            let text = format!("it is as fast as the others again for {SLOW_STEPS} steps: it stays");
+            let text =
+                format!("it is as fast as the others again for {SLOW_STEPS} steps: it stays");
             draft.note(&name, generation, rank, text);
         }
         let Some(straggler) = gang.pace.straggler.clone() else { return false };
