@@ -130,7 +130,7 @@ impl Control {
         self.shared.pause.load(Ordering::Relaxed)
     }
 
-    /// Whether the job was asked to stop.
+    /// Whether the job was asked to stop, since the last order to be part of another generation.
     pub fn stop_requested(&self) -> bool {
         self.shared.stop.load(Ordering::Relaxed)
     }
@@ -241,6 +241,9 @@ fn handle(order: RankOrder, control: &Control, sender: &Sender<RankOrder>) {
             // sets the hook of the next group, which must not be the one that is called.
             let hook = shared.abort.lock().unwrap_or_else(PoisonError::into_inner);
             shared.interrupted.store(true, Ordering::Relaxed);
+            // An order to leave was for the group of before. Here and not where the next one is
+            // entered: what comes after this order stands.
+            shared.stop.store(false, Ordering::Relaxed);
             let _ = sender.send(RankOrder::Regroup(regroup));
             if let Some(hook) = &*hook {
                 hook(&reason);
@@ -253,5 +256,57 @@ fn handle(order: RankOrder, control: &Control, sender: &Sender<RankOrder>) {
             // The receiver is gone only when the rank is leaving anyway.
             let _ = sender.send(order);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{Rank, Secret};
+    use crate::session::Regroup;
+    use crate::units::Span;
+
+    #[test]
+    fn an_order_to_regroup_takes_back_an_order_to_leave_that_came_before() {
+        let (mut worker, rank) = UnixStream::pair().expect("a pair of sockets");
+        let (control, orders) = Control::over(rank, || ()).expect("a control socket");
+        let mut order = |order: RankOrder| {
+            let mut line = serde_json::to_vec(&order).expect("an order");
+            line.push(b'\n');
+            worker.write_all(&line).expect("written");
+        };
+        let leave = || RankOrder::Stop { reason: "too few".into() };
+        let regroup = |generation| {
+            RankOrder::Regroup(Box::new(Regroup {
+                generation: Generation(generation),
+                rank: Rank(0),
+                world_size: 1,
+                restore: None,
+                secret: Secret::new(""),
+                elapsed: Span::seconds(0),
+                reason: "r1 died".into(),
+            }))
+        };
+        // What follows in the queue tells that what came before was taken in.
+        let fence = || RankOrder::Peers { generation: Generation(0), addresses: Vec::new() };
+        let taken = || orders.next(Duration::from_secs(60)).expect("an order");
+
+        order(leave());
+        order(fence());
+        taken();
+        assert!(control.stop_requested());
+        order(regroup(2));
+        order(fence());
+        taken();
+        taken();
+        assert!(!control.stop_requested(), "it was for the group of before");
+        // Said before the rank enters the generation that it is told of, and for that one.
+        order(regroup(3));
+        order(leave());
+        order(fence());
+        taken();
+        taken();
+        control.enter(Generation(3));
+        assert!(control.stop_requested());
     }
 }

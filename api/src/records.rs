@@ -24,6 +24,8 @@ pub const KIND_CHECKPOINT: &str = "checkpoint";
 pub const KIND_MODEL: &str = "model";
 /// Kind of [`EndpointRecord`]s; the id is the endpoint's name.
 pub const KIND_ENDPOINT: &str = "endpoint";
+/// Kind of [`DrainRecord`]s; the id is the worker's name.
+pub const KIND_DRAIN: &str = "drain";
 
 /// Where a workload is in its life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -205,6 +207,18 @@ pub struct JobStatus {
     pub ended_ms: Option<u64>,
 }
 
+/// What a person asked of a worker, for as long as no leader has heard it say that it does so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DrainRecord {
+    /// The life of the worker that it was asked of: one that is started anew has come to stay.
+    pub incarnation: u64,
+    /// Its tasks are to go on elsewhere; else it is to take tasks again.
+    pub drains: bool,
+    /// Until when they may stay, in milliseconds since the Unix epoch; absent: the worker's own limit.
+    pub until_ms: Option<u64>,
+}
+
 /// Where a job's time went, in rank-milliseconds: one rank for one millisecond. Up to the last write
 /// of its record.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -237,20 +251,23 @@ pub struct Goodput {
 impl Goodput {
     /// Rank-milliseconds in all.
     pub fn total_ms(&self) -> u64 {
-        self.useful_ms
-            + self.communication_ms
-            + self.checkpoint_ms
-            + self.starting_ms
-            + self.recovery_ms
-            + self.lost_ms
-            + self.other_ms
+        let parts = [
+            self.useful_ms,
+            self.communication_ms,
+            self.checkpoint_ms,
+            self.starting_ms,
+            self.recovery_ms,
+            self.lost_ms,
+            self.other_ms,
+        ];
+        parts.into_iter().fold(0, u64::saturating_add)
     }
 
     /// The part of all rank-time that went into steps that count, exchange among ranks included;
     /// none before there is any.
     pub fn fraction(&self) -> Option<f64> {
         let total = self.total_ms();
-        let good = self.useful_ms + self.communication_ms;
+        let good = self.useful_ms.saturating_add(self.communication_ms);
         (total > 0).then(|| good as f64 / total as f64)
     }
 }

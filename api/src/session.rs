@@ -503,7 +503,8 @@ pub enum RankOrder {
         /// Why.
         reason: String,
     },
-    /// Finish the current step, write a checkpoint and leave with code 0.
+    /// Finish the current step, write a checkpoint and leave with code 0. A [`RankOrder::Regroup`]
+    /// that follows takes it back.
     Stop {
         /// Why.
         reason: String,

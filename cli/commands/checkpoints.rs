@@ -1,6 +1,6 @@
 //! `cluster checkpoints` and `cluster checkpoint verify|diff|export|gc`.
 
-use api::records::CheckpointRecord;
+use api::records::{CheckpointRecord, JobStatus, WorkerView};
 use api::{ExitClass, Generation, Name, Step};
 use checkpoint::{Difference, Store};
 
@@ -99,12 +99,21 @@ async fn verify(global: &Global, job: &str, step: Option<u64>) -> Result<()> {
     Ok(())
 }
 
-/// What no manifest names, and, asked to, its deletion: only of a job that is over. While one runs,
-/// its ranks may be writing the manifest that names it, and deleting is the leader's.
+/// What no manifest names, and, asked to, its deletion: only of a job that is over, by the leader's
+/// word, and of which no rank is known to run.
+///
+/// The store is worked on directly, and the leader need not wait for it: what is deleted is of no use
+/// to anybody, whatever is decided meanwhile. Only objects of generations up to the job's last are
+/// looked at, and nobody writes in those any more, so that no manifest will come to name what none
+/// names now. A job that is resumed meanwhile writes in a newer generation; what its manifests refer to
+/// of older ones is named by the checkpoint that it was restored from, which stays. Should a rank out
+/// of the leader's sight still complete a checkpoint, it lacks the shard that was deleted and does not
+/// count as one when the leader looks for checkpoints to adopt.
 async fn gc(global: &Global, job: &str, delete: bool) -> Result<()> {
     let name: Name = job.parse()?;
     let (access, section) = Access::find(global)?;
-    let status = access.connect().await?.job(&name).await?.1.status;
+    let client = access.connect().await?;
+    let status = client.job(&name).await?.1.status;
     if delete && !status.phase.is_terminal() {
         let text = format!(
             "job `{job}` is {}: while a job goes on only the leader deletes of its checkpoints",
@@ -113,6 +122,12 @@ async fn gc(global: &Global, job: &str, delete: bool) -> Result<()> {
         return Err(CliError::new(ExitClass::Conflict, text).with_hint(
             "the leader sweeps by itself after checkpoints and when the job is over; without \
              --delete this command shows what there is",
+        ));
+    }
+    if delete && let Some(found) = still_there(&name, &status, &client.workers().await?) {
+        let text = format!("job `{job}` is {}, but {found}: it may be writing", status.phase);
+        return Err(CliError::new(ExitClass::Conflict, text).with_hint(
+            "ask again when `cluster workers` shows it attached and without that task",
         ));
     }
     let store = Store::open(&section, &access.store_uri)?;
@@ -143,6 +158,19 @@ async fn gc(global: &Global, job: &str, delete: bool) -> Result<()> {
         output::line(&format!("{what} {} objects, {}", orphans.len(), output::bytes(bytes)));
     }
     Ok(())
+}
+
+/// A rank of a job that is over which may still run: the leader has it killed, or cannot see it.
+fn still_there(job: &Name, status: &JobStatus, workers: &[WorkerView]) -> Option<String> {
+    let mine = format!("{job}/");
+    workers.iter().find_map(|worker| {
+        if let Some(task) = worker.tasks.iter().find(|task| task.starts_with(&mine)) {
+            return Some(format!("{task} has not ended on `{}` yet", worker.name));
+        }
+        let was_on = status.gang.iter().any(|place| place.worker == worker.name);
+        (was_on && !worker.attached)
+            .then(|| format!("`{}`, which ran a rank of it, is not connected", worker.name))
+    })
 }
 
 async fn diff(global: &Global, job: &str, from: Option<u64>, to: Option<u64>) -> Result<()> {
@@ -224,4 +252,40 @@ fn pick<'a>(
             if steps.is_empty() { "none".into() } else { steps.join(", ") }
         ))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use api::records::Placement;
+
+    use super::*;
+
+    fn worker(name: &str, attached: bool, tasks: &[&str]) -> WorkerView {
+        let view = serde_json::json!({
+            "name": name, "host": name, "slots": 2, "used": tasks.len(), "attached": attached,
+            "lease_ms": 0, "tasks": tasks,
+        });
+        serde_json::from_value(view).expect("a worker")
+    }
+
+    #[test]
+    fn nothing_is_deleted_while_a_rank_may_still_write() {
+        let job: Name = "digits".parse().expect("a name");
+        let place = |worker: &str| Placement {
+            rank: api::Rank(0),
+            worker: worker.parse().expect("a name"),
+            started_as: None,
+            local_rank: 0,
+        };
+        let status = JobStatus { gang: vec![place("w1"), place("w2")], ..JobStatus::default() };
+        let found = |workers: &[WorkerView]| still_there(&job, &status, workers);
+        let others = ["digits-2/g1/r0"];
+        assert_eq!(found(&[worker("w1", true, &others), worker("w2", true, &[])]), None);
+        // One that the leader has not heard of for long, and one that never had a rank of it.
+        assert_eq!(found(&[worker("w1", true, &[]), worker("w3", false, &[])]), None);
+        let dying = found(&[worker("w1", true, &["digits/g1/r0"])]).expect("it runs");
+        assert_eq!(dying, "digits/g1/r0 has not ended on `w1` yet");
+        let away = found(&[worker("w2", false, &[])]).expect("it is out of sight");
+        assert_eq!(away, "`w2`, which ran a rank of it, is not connected");
+    }
 }

@@ -164,10 +164,9 @@ impl FlightDesk {
                 wanted.0, status.generation.0
             )));
         }
-        let size = u32::try_from(status.gang.len()).unwrap_or(u32::MAX);
-        let count = size.max(job.spec.resources.ranks.min());
-        let mut ranks: Vec<RankFlight> = (0..count).map(|rank| unknown(job, Rank(rank))).collect();
         let mut generation = wanted.unwrap_or(status.generation);
+        let count = ranks_in(job, generation);
+        let mut ranks: Vec<RankFlight> = (0..count).map(|rank| unknown(job, Rank(rank))).collect();
         let mut notes = Vec::new();
         let entries = (ENTRIES_IN_ALL / ranks.len()).clamp(ENTRIES_MIN, FLIGHT_ENTRIES_MAX);
         let asked = match generation == status.generation {
@@ -204,6 +203,7 @@ impl FlightDesk {
                 "generation {} left no flight log; these are of generation {}",
                 status.generation.0, generation.0
             ));
+            ranks.extend((count..ranks_in(job, generation)).map(|rank| unknown(job, Rank(rank))));
         }
         let own = kept.get(&generation).cloned().unwrap_or_default();
         self.read_kept(job, generation, &own, entries, &mut ranks, asked > 0).await;
@@ -424,6 +424,17 @@ async fn in_time<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result
 }
 
 /// A rank of which nothing is known but where it was placed.
+/// How many ranks a generation has. Of one that is over it is not recorded: as many as the job needs, or
+/// as the present one has.
+fn ranks_in(job: &JobRecord, generation: Generation) -> u32 {
+    let present = u32::try_from(job.status.gang.len()).unwrap_or(u32::MAX);
+    match present > 0 && generation == job.status.generation {
+        // Those that are left of a gang may be fewer than it began with.
+        true => present,
+        false => present.max(job.spec.resources.ranks.min()),
+    }
+}
+
 fn unknown(job: &JobRecord, rank: Rank) -> RankFlight {
     let place = job.status.gang.iter().find(|place| place.rank == rank);
     RankFlight {
@@ -445,7 +456,31 @@ fn known_end(job: &JobRecord, generation: Generation, rank: Rank) -> Option<Stri
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use api::JobSpec;
+    use api::records::{JobStatus, Placement};
+
     use super::*;
+
+    #[test]
+    fn a_gang_that_is_smaller_than_the_job_needs_has_no_silent_ranks() {
+        let text = "name = \"a\"\nalgorithm = \"transformer\"\n[stop]\nmax_steps = 1\n\
+                    [resources]\nranks = 3\n";
+        let spec = JobSpec::parse(text, "job.toml", Path::new("/"), &[]).expect("a job");
+        let left = Placement {
+            rank: Rank(0),
+            worker: "w1".parse().expect("a name"),
+            started_as: None,
+            local_rank: 0,
+        };
+        let status =
+            JobStatus { generation: Generation(4), gang: vec![left], ..JobStatus::default() };
+        let mut job = JobRecord { spec, status };
+        assert_eq!((ranks_in(&job, Generation(4)), ranks_in(&job, Generation(3))), (1, 3));
+        job.status.gang.clear();
+        assert_eq!(ranks_in(&job, Generation(4)), 3);
+    }
 
     #[tokio::test]
     async fn the_logs_of_the_newest_generations_are_kept() {

@@ -212,6 +212,12 @@ impl Checkpoints {
         Ok(facts)
     }
 
+    /// The newest checkpoint that is not known to be complete: who leaves the group now leaves it out.
+    pub fn unfinished(&self) -> Option<Step> {
+        let pending = self.pending.as_ref().map(|pending| pending.step);
+        pending.or_else(|| self.committing.last().copied())
+    }
+
     /// Completes the pending checkpoint and waits until every manifest is written (rank 0), of
     /// older checkpoints too. Oldest first: once a newer one is recorded, an older one is refused.
     pub fn flush(

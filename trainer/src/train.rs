@@ -270,6 +270,14 @@ impl Trainer {
             Some(Boundary::Pause) => {
                 self.send_at_once(held)?;
                 self.say_committed();
+                if let Some(left) = self.bound.checkpoints.unfinished().filter(|_| self.is_first())
+                {
+                    println!(
+                        "step {}: pausing before the checkpoint at step {} is complete: it is left out",
+                        held.step().0,
+                        left.0
+                    );
+                }
                 Ok(Some(End::Paused))
             }
         }

@@ -89,22 +89,29 @@ impl Agent {
         if !self.shared.ledger.accept(&task) {
             return;
         }
+        // Not that of its name: a spare may be a rank of a later one before it is started.
+        let generation = assignment.generation();
+        if generation != task.generation {
+            self.shared.ledger.joins(&task, generation);
+        }
         let newest = self.generations(&task).max();
-        if let Some(newer) = newest.filter(|generation| *generation > task.generation) {
+        if let Some(newer) = newest.filter(|newest| *newest > generation) {
             return self.refuse(&task, format!("superseded: {newer} of it is here already"));
         }
         if let Some(reason) = self.closed.clone() {
             return self.refuse(&task, reason);
         }
-        let reason = format!("superseded by {}", task.generation);
+        let reason = format!("superseded by {generation}");
         for (other, handle) in &self.running {
-            if other.workload == task.workload && handle.is_older(task.generation) {
+            if other.workload == task.workload && handle.is_older(generation) {
                 handle.kill(&reason);
             }
         }
-        let is_older =
-            |other: &TaskId| other.workload == task.workload && other.generation < task.generation;
-        let older = self.waiting.extract_if(.., |(other, _)| is_older(other)).collect::<Vec<_>>();
+        let is_older = |(other, begins): &mut (TaskId, Box<Assignment>)| {
+            let is_rank = other.workload == task.workload && !begins.is_spare();
+            is_rank && begins.generation() < generation
+        };
+        let older = self.waiting.extract_if(.., is_older).collect::<Vec<_>>();
         for (other, _) in older {
             self.shared.ledger.exited(&other, ExitCause::Killed { reason: reason.clone() });
         }
@@ -119,8 +126,7 @@ impl Agent {
     }
 
     fn generations(&self, task: &TaskId) -> impl Iterator<Item = Generation> {
-        let waiting = self.waiting.iter().map(|(other, _)| other);
-        let waiting = waiting.map(|other| (other, other.generation));
+        let waiting = self.waiting.iter().map(|(other, begins)| (other, begins.generation()));
         let running = self.running.iter().map(|(other, handle)| (other, handle.generation()));
         let mine = running.chain(waiting);
         mine.filter(|(other, _)| other.workload == task.workload).map(|(_, generation)| generation)
@@ -136,7 +142,7 @@ impl Agent {
         let mut still = Vec::new();
         for (task, assignment) in std::mem::take(&mut self.waiting) {
             let has_older = self.running.iter().any(|(other, handle)| {
-                other.workload == task.workload && handle.is_older(task.generation)
+                other.workload == task.workload && handle.is_older(assignment.generation())
             });
             if has_older || self.running.len() >= self.slots {
                 still.push((task, assignment));

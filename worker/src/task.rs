@@ -6,7 +6,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use api::config::{ServeSection, StoreSection};
@@ -107,6 +107,8 @@ pub(crate) struct TaskHandle {
     pid: Arc<AtomicU32>,
     place: Arc<PlaceNow>,
     stacks: Answer,
+    /// Why this worker itself has told it to leave, once it has: that holds in every generation.
+    sent_away: Arc<OnceLock<String>>,
     /// It waits beside its gang for a place in it, whatever generation that is in.
     is_spare: AtomicBool,
     is_rank: bool,
@@ -131,27 +133,35 @@ impl TaskHandle {
     }
 
     /// Passes an order on; a rank that does not read its orders, or does not leave in time when it
-    /// is asked to, is killed.
+    /// is asked to, is killed. An order to leave is of the generation that it was given in: one to be
+    /// part of another takes it back.
     pub(crate) fn deliver(&self, order: RankOrder) {
         if matches!(order, RankOrder::Stop { .. }) {
-            self.kill_later(self.stop_timeout);
+            self.kill_later(self.stop_timeout, Some(self.generation()));
         }
+        let joins = matches!(order, RankOrder::Regroup(_));
         self.send(order);
+        if let Some(reason) = self.sent_away.get().filter(|_| joins) {
+            self.send(RankOrder::Stop { reason: reason.clone() });
+        }
     }
 
     /// Has it leave, and ends it when it is still there after `limit`. A rank is first left to the
     /// leader, which may hand its work over without a pause; when nothing has come of that after a
     /// part of the time, it is asked to save its state and leave.
     pub(crate) fn stop(&self, reason: &str, limit: Duration) {
-        self.kill_later(limit);
+        self.kill_later(limit, None);
         let order = RankOrder::Stop { reason: reason.to_owned() };
         if !self.is_rank {
             return self.send(order);
         }
         let (kill, orders) = (self.kill.clone(), self.orders.clone());
+        let (sent_away, reason) = (Arc::clone(&self.sent_away), reason.to_owned());
         let patience = (limit / 2).min(HAND_OVER_MAX);
         tokio::spawn(async move {
             if timeout(patience, kill.closed()).await.is_err() {
+                // Noted first: an order to regroup that takes this one back has it said again.
+                sent_away.get_or_init(|| reason);
                 // A full queue: it reads nothing, and is killed when its time is up.
                 let _ = orders.try_send(order);
             }
@@ -195,11 +205,13 @@ impl TaskHandle {
         kill(&self.kill, reason);
     }
 
-    /// Ends it when it is still there after `limit`.
-    fn kill_later(&self, limit: Duration) {
-        let sender = self.kill.clone();
+    /// Ends it when it is still there after `limit` and, where that is said, still part of the
+    /// generation `of`.
+    fn kill_later(&self, limit: Duration, of: Option<Generation>) {
+        let (sender, place) = (self.kill.clone(), Arc::clone(&self.place));
         tokio::spawn(async move {
-            if timeout(limit, sender.closed()).await.is_err() {
+            let stays = timeout(limit, sender.closed()).await.is_err();
+            if stays && of.is_none_or(|of| place.get().0 == of) {
                 kill(&sender, OVERSTAYED);
             }
         });
@@ -278,9 +290,14 @@ impl Task {
         let stop_timeout = shared.stop_timeout;
         let own_orders = orders_sender.clone();
         let pid = Arc::new(AtomicU32::new(0));
+        // One that waited for room may begin as another rank of a later generation than its name says.
+        let rank = match &*assignment {
+            Assignment::Train(train) => train.rank,
+            Assignment::Serve(_) => id.rank,
+        };
         let place = Arc::new(PlaceNow {
-            generation: AtomicU64::new(id.generation.0),
-            rank: AtomicU32::new(id.rank.0),
+            generation: AtomicU64::new(assignment.generation().0),
+            rank: AtomicU32::new(rank.0),
         });
         let stacks = Answer::default();
         let handle = TaskHandle {
@@ -290,6 +307,7 @@ impl Task {
             pid: pid.clone(),
             place: Arc::clone(&place),
             stacks: stacks.clone(),
+            sent_away: Arc::default(),
             is_spare: AtomicBool::new(assignment.is_spare()),
             is_rank: matches!(*assignment, Assignment::Train(_)),
         };

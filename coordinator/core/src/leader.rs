@@ -122,14 +122,16 @@ impl Leader {
                 return self.answer(draft, reply);
             }
             Input::Drain { worker, deadline_ms } => {
-                let reply = self.drain(&mut draft, now, &worker, deadline_ms);
+                let reply = self.drain(&mut draft, records, now, &worker, deadline_ms);
                 return self.answer(draft, reply);
             }
             Input::Undrain { worker } => {
-                let reply = self.undrain(&mut draft, now, &worker);
+                let reply = self.undrain(&mut draft, records, now, &worker);
                 return self.answer(draft, reply);
             }
-            Input::WorkerHello { session, hello } => self.hello(&mut draft, now, session, hello),
+            Input::WorkerHello { session, hello } => {
+                self.hello(&mut draft, records, now, session, hello);
+            }
             Input::WorkerMessage { session, message } => {
                 let Some(worker) = self.heard(session, now) else {
                     draft.because(Reason::Remark(format!("a word on session {session}: not open")));

@@ -13,14 +13,15 @@
 //! leaving WORKER [scope=drains|avoided] [CAUSE …]
 //! drain WORKER [deadline=120000] | undrain WORKER
 //! checked WORKER [late] [WHAT FAILED …]     answers its last check order, or one that nobody waits for
-//! listening TASK [on=WORKER] [fingerprint=F]    running TASK [STEP] [state=none]    step TASK 7
+//! listening TASK [on=WORKER] [fingerprint=F]    running TASK [STEP] [state=none]
+//! step TASK 7 [compute=1.5]
 //! busy TASK    broken TASK [STEP] [blames=r1]    paused TASK STEP    ready TASK [fingerprint=F] (a spare)
 //! [of=g1] with any report: the generation it was made in; else the newest its process is part of
 //! checkpoint TASK 100 [generation=1] [digest=D] [loss=0.5] finished TASK 200    stopped TASK 150 [time]
 //! failed TASK [blames=r1] [fatal] MESSAGE …
 //! exit TASK completed|killed|signal=9|code=1|not-started [fatal] [MESSAGE …]
 //! adopted NAME g1 [200 300 …]    diagnosed NAME g1 [suspect=r1] TEXT …
-//! tick [+MILLISECONDS] | wait +MILLISECONDS (with heartbeats and ticks) | new-leader | workers | record NAME
+//! tick [+MILLISECONDS] | wait +MILLISECONDS (with heartbeats and ticks) | new-leader | workers | record NAME | goodput NAME
 //! quiet COMMAND      runs a command without its trace, for what another script shows in full
 //! run NAME           quiet: every rank of the current gang listens, then runs
 //! ```
@@ -202,6 +203,7 @@ impl Stage {
             "wait" => self.wait(number(words.at(1))),
             "workers" => self.workers(),
             "record" => self.record(words.at(1)),
+            "goodput" => self.goodput(words.at(1)),
             _ => {
                 let input = self.input(&words);
                 let steps = self.shell.feed(input, words.pairs.get("request").copied());
@@ -399,7 +401,10 @@ impl Stage {
                 let slowest = words
                     .number("slowest")
                     .map(|rank| Slowest { rank: api::Rank(rank as u32), ratio: 2.0 });
-                RankReport::Step(StepMetrics { slowest, ..metrics(step()) })
+                let compute =
+                    words.pairs.get("compute").map_or(0.0, |s| s.parse().expect("seconds"));
+                let time = StepTime { compute, ..StepTime::default() };
+                RankReport::Step(StepMetrics { slowest, time, ..metrics(step()) })
             }
             "checkpoint" => {
                 let generation = words.number("generation").map_or(generation, Generation);
@@ -560,6 +565,15 @@ impl Stage {
             )
         });
         lines.collect()
+    }
+
+    /// Where the job's time went, but for what is nothing.
+    fn goodput(&self, name: &str) -> Vec<String> {
+        let job = self.shell.job(name).expect("a job");
+        let json = serde_json::to_value(job.status.goodput).expect("a book");
+        let fields = json.as_object().expect("an object").iter().filter(|(_, value)| **value != 0);
+        let parts: Vec<String> = fields.map(|(key, value)| format!("{key} {value}")).collect();
+        vec![format!("  {}", parts.join(", "))]
     }
 
     fn record(&self, name: &str) -> Vec<String> {

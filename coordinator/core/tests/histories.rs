@@ -3,14 +3,17 @@
 //!
 //! Workers are modelled as the real ones behave: facts are kept until acknowledged and repeated
 //! after a reconnect, a task stays in the inventory until its exit is acknowledged, orders arrive in
-//! their order or not at all. To repeat a failing history, with a trace: `COHORT_SEED=<seed>`.
+//! their order or not at all. Ranks form a group when all of them are there, take the newest state that
+//! one of them holds, and hold it only once they have it whole; some hang, until they are killed; on
+//! one host they may compute otherwise. To repeat a failing history, with a trace:
+//! `COHORT_SEED=<seed>`; for more of them than usual: `COHORT_HISTORIES=<how many>`.
 
 mod support;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
-use api::events::{CheckpointFact, ModelFact};
+use api::events::{CheckpointFact, ModelFact, StepMetrics, StepTime};
 use api::ids::{Generation, Name, Rank, Secret, Step as TrainStep, TaskId};
 use api::job::JobSpec;
 use api::price::HostPrice;
@@ -34,14 +37,20 @@ const ENDPOINTS: [&str; 2] = ["a", "e"];
 /// Rounds of the end after which a model is deployed, and after which endpoints are stopped.
 const DEPLOY_ROUND: u32 = 20;
 const STOP_ROUND: u32 = 40;
+/// The stage of a rank in a group that has formed: the state is on its way.
+const RECEIVES: u8 = 2;
+/// The stage of one that makes steps.
+const RUNS: u8 = 3;
 /// The stage of a spare that is ready.
 const IDLE: u8 = 9;
 
 #[test]
 #[expect(clippy::disallowed_methods, reason = "the seed to repeat comes from the environment")]
 fn random_histories_keep_the_invariants_and_come_to_rest() {
-    let given = std::env::var("COHORT_SEED").ok().map(|seed| seed.parse().expect("a number"));
-    let seeds = given.map_or(0..HISTORIES, |seed: u64| seed..seed + 1);
+    let number = |name| std::env::var(name).ok().map(|text| text.parse().expect("a number"));
+    let given = number("COHORT_SEED");
+    let all = number("COHORT_HISTORIES").unwrap_or(HISTORIES);
+    let seeds = given.map_or(0..all, |seed: u64| seed..seed + 1);
     let mut seen = Seen::default();
     for seed in seeds {
         println!("COHORT_SEED={seed}");
@@ -59,6 +68,9 @@ fn random_histories_keep_the_invariants_and_come_to_rest() {
         assert!(seen.swept > HISTORIES, "{seen:?}");
         assert!(seen.leaves > HISTORIES / 2 && seen.drains > HISTORIES / 4, "{seen:?}");
         assert!(seen.checks > HISTORIES / 2 && seen.unheard > HISTORIES / 2, "{seen:?}");
+        assert!(seen.cut_short > 0 && seen.received > HISTORIES / 4, "{seen:?}");
+        assert!(seen.joined > 0, "{seen:?}");
+        assert!(seen.hangs > HISTORIES / 10 && seen.diagnoses > HISTORIES / 4, "{seen:?}");
     }
 }
 
@@ -85,6 +97,11 @@ struct Seen {
     drains: u64,
     checks: u64,
     unheard: u64,
+    received: u64,
+    joined: u64,
+    cut_short: u64,
+    hangs: u64,
+    diagnoses: u64,
     endpoints: u64,
     swept: u64,
 }
@@ -107,6 +124,11 @@ impl Seen {
         self.drains += history.drains;
         self.checks += history.checks;
         self.unheard += history.unheard;
+        self.received += history.received;
+        self.joined += history.joined;
+        self.cut_short += history.cut_short;
+        self.hangs += history.hangs;
+        self.diagnoses += history.diagnosed;
         self.endpoints += history.shell.endpoints().len() as u64;
         self.swept += history.swept;
     }
@@ -138,16 +160,23 @@ struct Running {
     generation: Generation,
     rank: Option<Rank>,
     world_size: u32,
-    /// It has been a rank that ran.
-    holds_state: bool,
+    /// The step of the state that it holds whole.
+    held: Option<u64>,
+    /// The step of the checkpoint that the leader named for this generation.
+    restore: Option<u64>,
+    /// The step that its group has agreed on.
+    origin: u64,
+    /// It does nothing and hears nothing any more.
+    hangs: bool,
     /// It is to leave its group at its next step, or has and waits.
     is_pausing: bool,
     waits: bool,
     address: Option<SocketAddr>,
     has_peers: bool,
     stage: u8,
-    step: u64,
     is_stopping: bool,
+    /// It runs and waits for its state.
+    is_joining: bool,
 }
 
 /// One worker: what runs on it, and what the leader has not acknowledged.
@@ -161,6 +190,10 @@ struct SimWorker {
     is_leaving: bool,
     /// Told to drain: it starts nothing more until it is told otherwise.
     is_draining: bool,
+    /// Told to drain, or to stay, while it was stopped: it hears that in this session when it goes on.
+    late: Option<bool>,
+    /// A client was told that it is to drain, and not since that it is not.
+    asked_to_drain: bool,
     /// It was told to check its host, and the check has not passed.
     unhealthy: Option<String>,
     /// When a leader last had a word of it.
@@ -195,7 +228,7 @@ impl Running {
         self.rank = Some(next.rank);
         self.world_size = next.world_size;
         (self.is_pausing, self.waits) = (false, false);
-        self.step = self.step.max(next.restore.map_or(0, |fact| fact.step.0));
+        self.restore = next.restore.map(|fact| fact.step.0);
         (self.stage, self.address, self.has_peers) = (0, None, false);
     }
 }
@@ -204,11 +237,15 @@ struct History {
     shell: Shell,
     random: ChaCha8Rng,
     is_busy: bool,
+    /// One of the hosts computes otherwise than the others.
+    is_mixed: bool,
     /// No more faults.
     is_resting: bool,
     workers: BTreeMap<&'static str, SimWorker>,
     sessions: u64,
     searches: VecDeque<(Name, Generation, Option<TrainStep>)>,
+    /// Gangs whose flight logs the leader wants to see.
+    diagnoses: VecDeque<(Name, Generation)>,
     /// Sweeps of the store that were asked for, with the records of that time.
     sweeps: VecDeque<(Name, Option<Generation>, Records)>,
     /// In the store: job, generation, step, and whether it is complete.
@@ -220,6 +257,11 @@ struct History {
     drains: u64,
     checks: u64,
     unheard: u64,
+    received: u64,
+    joined: u64,
+    cut_short: u64,
+    hangs: u64,
+    diagnosed: u64,
 }
 
 fn play(seed: u64) -> History {
@@ -228,10 +270,12 @@ fn play(seed: u64) -> History {
         shell,
         random: ChaCha8Rng::seed_from_u64(seed),
         is_busy: !seed.is_multiple_of(2),
+        is_mixed: seed.is_multiple_of(5),
         is_resting: false,
         workers: BTreeMap::new(),
         sessions: 0,
         searches: VecDeque::new(),
+        diagnoses: VecDeque::new(),
         sweeps: VecDeque::new(),
         stored: Vec::new(),
         swept: 0,
@@ -241,6 +285,11 @@ fn play(seed: u64) -> History {
         drains: 0,
         checks: 0,
         unheard: 0,
+        received: 0,
+        joined: 0,
+        cut_short: 0,
+        hangs: 0,
+        diagnosed: 0,
     };
     for (name, slots) in [("w1", 1), ("w2", 2), ("w3", 3)] {
         history.workers.insert(name, SimWorker { slots, incarnation: 1, ..SimWorker::default() });
@@ -310,11 +359,15 @@ impl History {
             38..39 => {
                 let worker = self.pick();
                 let state = self.workers.get_mut(worker).expect("a worker");
-                state.is_frozen = !state.is_frozen;
+                match state.is_frozen {
+                    true => self.thaw(worker),
+                    false => state.is_frozen = true,
+                }
             }
             39..40 => self.new_leader(),
             40..43 => self.accident(),
-            43..46 => self.search_answers(),
+            43..45 => self.search_answers(),
+            45..46 => self.diagnosis(),
             46..50 => self.sweep(),
             50..70 => self.progress(),
             _ => {
@@ -343,7 +396,8 @@ impl History {
         let text = format!(
             "name = \"{name}\"\nalgorithm = \"transformer\"\n[stop]\nmax_steps = 30\n\
              [resources]\nranks = {ranks}\n[checkpoint]\nevery_steps = 1\nkeep = {}\nkeep_every_steps = {}\n{best}\
-             [recovery]\nmax_failures = {}\nspares = {}\nwait_for_replacement = \"{}s\"\n",
+             [recovery]\nmax_failures = {}\nspares = {}\nwait_for_replacement = \"{}s\"\n\
+             hang_min = \"1s\"\n",
             1 + self.below(2),
             self.below(4),
             self.below(3),
@@ -367,12 +421,23 @@ impl History {
         self.feed(Input::Resume { name });
     }
 
-    fn client_drain(&mut self, name: &str) {
+    fn client_drain(&mut self, name: &'static str) {
         self.feed(Input::Drain { worker: name.parse().expect("a name"), deadline_ms: None });
     }
 
-    fn client_undrain(&mut self, name: &str) {
+    fn client_undrain(&mut self, name: &'static str) {
         self.feed(Input::Undrain { worker: name.parse().expect("a name") });
+    }
+
+    /// What a client was told of a worker holds for as long as that worker lives.
+    fn note_asked(&mut self, input: &Input) {
+        let (worker, drains) = match input {
+            Input::Drain { worker, .. } => (worker, true),
+            Input::Undrain { worker } => (worker, false),
+            _ => return,
+        };
+        let state = self.workers.iter_mut().find(|(name, _)| **name == worker.as_str());
+        state.expect("a worker").1.asked_to_drain = drains;
     }
 
     fn some_endpoint(&mut self) -> &'static str {
@@ -433,7 +498,7 @@ impl History {
                 address: running.address,
                 has_peers: running.has_peers,
                 generation: Some(running.generation),
-                holds_state: running.holds_state,
+                holds_state: running.held.is_some(),
                 waits: running.waits,
             });
         }
@@ -459,6 +524,7 @@ impl History {
 
     /// What was delivered but perhaps not acknowledged will be said again.
     fn lose_acknowledgements(worker: &mut SimWorker, random: &mut ChaCha8Rng) {
+        worker.late = None;
         let kept = (random.next_u64() % (worker.sent.len() as u64 + 1)) as usize;
         for fact in worker.sent.drain(..).skip(kept).collect::<Vec<_>>().into_iter().rev() {
             worker.facts.push_front(fact);
@@ -482,6 +548,7 @@ impl History {
         worker.facts.clear();
         worker.sent.clear();
         (worker.is_frozen, worker.is_leaving, worker.is_draining) = (false, false, false);
+        (worker.asked_to_drain, worker.late) = (false, None);
         self.attach(name);
     }
 
@@ -500,10 +567,22 @@ impl History {
         }
     }
 
-    /// The worker is told to drain; what has stopped hears nothing.
+    /// The worker goes on, and hears what it was told meanwhile.
+    fn thaw(&mut self, name: &'static str) {
+        let worker = self.workers.get_mut(name).expect("a worker");
+        worker.is_frozen = false;
+        match worker.late.take() {
+            Some(true) => self.drain(name),
+            Some(false) => self.undrain(name),
+            None => {}
+        }
+    }
+
+    /// The worker is told to drain.
     fn drain(&mut self, name: &'static str) {
         let worker = self.workers.get_mut(name).expect("a worker");
         if worker.is_frozen || worker.is_leaving {
+            worker.late = worker.is_frozen.then_some(true);
             return;
         }
         worker.is_draining = true;
@@ -528,6 +607,7 @@ impl History {
     fn undrain(&mut self, name: &'static str) {
         let worker = self.workers.get_mut(name).expect("a worker");
         if worker.is_frozen || worker.is_leaving {
+            worker.late = worker.is_frozen.then_some(false);
             return;
         }
         worker.is_draining = false;
@@ -550,6 +630,7 @@ impl History {
         self.shell.new_leader();
         self.leaders += 1;
         self.searches.clear();
+        self.diagnoses.clear();
         for worker in self.workers.values_mut() {
             if worker.session.take().is_some() {
                 Self::lose_acknowledgements(worker, &mut self.random);
@@ -561,14 +642,18 @@ impl History {
     /// A task dies, or gives up.
     fn accident(&mut self) {
         let Some((name, task)) = self.some_task() else { return };
-        let (kind, other) = (self.below(6), self.below(4) as u32);
+        let (kind, other) = (self.below(8), self.below(4) as u32);
         let worker = self.workers.get_mut(name).expect("a worker");
-        let running = &worker.tasks[&task];
-        if running.stage == 2 {
-            let broken_off = running.step + 5;
-            self.stored.push((task.workload.clone(), running.generation, broken_off, false));
+        let running = worker.tasks.get_mut(&task).expect("a task");
+        if let Some(step) = running.held.filter(|_| running.stage == RUNS) {
+            self.stored.push((task.workload.clone(), running.generation, step + 5, false));
+            if kind >= 6 {
+                self.hangs += u64::from(!running.hangs);
+                running.hangs = true;
+                return;
+            }
         }
-        let step = running.holds_state.then_some(TrainStep(running.step));
+        let step = running.held.map(TrainStep);
         let words =
             |retryable, blames| RankReport::Failed { message: "oh".into(), retryable, blames };
         let code = |retryable| ExitCause::Code { code: 1, message: String::new(), retryable };
@@ -589,6 +674,38 @@ impl History {
             }
             _ => worker.end(&task, ExitCause::Signal { signal: 9, message: String::new() }),
         }
+    }
+
+    /// What the flight logs of a gang that does not move tell: who hangs, nobody, or anybody.
+    fn diagnosis(&mut self) {
+        let Some((job, generation)) = self.diagnoses.pop_front() else { return };
+        let members = self.members(&job, generation);
+        let hung = members.iter().find(|(_, state)| state.hangs).and_then(|(_, state)| state.rank);
+        let suspect = match self.below(4) {
+            0 => Some(Rank(self.below(6) as u32)),
+            _ => hung,
+        };
+        self.diagnosed += 1;
+        self.feed(Input::Diagnosed { job, generation, suspect, text: "it does not move".into() });
+    }
+
+    /// The ranks of a job that are in a generation, with their workers.
+    fn members(&self, job: &Name, generation: Generation) -> Vec<(&'static str, &Running)> {
+        let is_member = |task: &TaskId, state: &Running| {
+            task.workload == *job && state.generation == generation && state.rank.is_some()
+        };
+        let of = |(name, worker): (&&'static str, &'_ SimWorker)| -> Vec<(&'static str, TaskId)> {
+            let own = worker.tasks.iter().filter(|(task, state)| is_member(task, state));
+            own.map(|(task, _)| (*name, task.clone())).collect()
+        };
+        let all: Vec<_> = self.workers.iter().flat_map(of).collect();
+        all.into_iter().map(|(name, task)| (name, &self.workers[name].tasks[&task])).collect()
+    }
+
+    /// How the ranks of a worker compute.
+    fn fingerprint(&self, name: &str) -> String {
+        let is_other = self.is_mixed && name == "w3";
+        if is_other { "other".into() } else { "same".into() }
     }
 
     fn some_task(&mut self) -> Option<(&'static str, TaskId)> {
@@ -638,74 +755,157 @@ impl History {
     /// One task goes one stage further.
     fn progress(&mut self) {
         let Some((name, task)) = self.some_task() else { return };
-        let port = 4_000 + task.rank.0 as u16;
+        let fingerprint = self.fingerprint(name);
         let worker = self.workers.get_mut(name).expect("a worker");
+        let is_going = worker.is_leaving || worker.is_draining;
         let running = worker.tasks.get_mut(&task).expect("a task");
-        let is_train = matches!(running.assignment, Assignment::Train(_));
-        let is_first = running.rank == Some(Rank(0));
-        let generation = running.generation;
-        if running.waits {
+        if running.waits || running.hangs {
             return;
         }
-        if running.stage == 2 && running.is_pausing {
-            let world_size = running.world_size as usize;
-            if self.pause_together(&task.workload, generation, world_size) {
-                return;
-            }
-        }
-        let worker = self.workers.get_mut(name).expect("a worker");
-        let running = worker.tasks.get_mut(&task).expect("a task");
+        let is_train = matches!(running.assignment, Assignment::Train(_));
         match running.stage {
             0 if is_train && running.rank.is_none() => {
                 running.stage = IDLE;
-                worker.report(&task, RankReport::Ready { fingerprint: "same".into() });
+                worker.report(&task, RankReport::Ready { fingerprint });
             }
             0 => {
                 running.stage = 1;
-                let address = SocketAddr::from(([127, 0, 0, 1], port));
+                let address = SocketAddr::from(([127, 0, 0, 1], 4_000 + task.rank.0 as u16));
                 running.address = Some(address);
-                let fingerprint = "same".to_owned();
                 worker.report(&task, RankReport::Listening { address, fingerprint });
             }
-            1 if is_train && running.has_peers => {
-                running.stage = 2;
-                running.holds_state = true;
-                let step = TrainStep(running.step);
-                worker.report(&task, RankReport::Running { step, holds_state: true });
+            1 if is_train && running.has_peers => self.meet(&task),
+            // It heeds no order to leave before it runs, and overstays.
+            1 if is_train && running.is_stopping && is_going => {
+                let reason = "it did not leave in time".to_owned();
+                worker.end(&task, ExitCause::Killed { reason });
             }
+            1 if is_train => {}
+            RECEIVES => self.receive(name, &task),
             IDLE if !running.is_stopping => {}
-            _ if running.is_stopping => {
-                let step = TrainStep(running.step);
-                if is_train {
-                    let why = StopCause::Order;
-                    worker.report(&task, RankReport::Stopped { step, why });
-                }
-                worker.end(&task, ExitCause::Completed);
-            }
-            2 => {
-                running.step += if self.is_busy { 1 } else { 5 };
-                let step = running.step;
-                if step < 30 && is_first {
-                    let job = task.workload.clone();
-                    worker.report(&task, RankReport::Checkpoint(fact(&job, generation, step)));
-                    self.stored.push((job, generation, step, true));
-                    self.checkpoints += 1;
-                } else if step >= 30 {
-                    if is_first {
-                        let model = ModelFact {
-                            key: format!("models/{}", task.workload),
-                            sha256: "ab".into(),
-                            bytes: 1,
-                            step: TrainStep(30),
-                            metrics: BTreeMap::new(),
-                            samples: None,
-                        };
-                        worker.report(&task, RankReport::Finished(model));
-                    }
-                    worker.end(&task, ExitCause::Completed);
-                }
-            }
+            RUNS => self.run(name, &task),
+            _ if running.is_stopping => worker.end(&task, ExitCause::Completed),
             _ => {}
+        }
+    }
+
+    /// The ranks of a generation form their group, when all of them are there, and agree on the
+    /// newest state that one of them or the store holds.
+    fn meet(&mut self, task: &TaskId) {
+        let host = |worker: &&SimWorker| worker.tasks.contains_key(task);
+        let state = &self.workers.values().find(host).expect("its worker").tasks[task];
+        let (generation, size) = (state.generation, state.world_size as usize);
+        let (restore, job) = (state.restore, task.workload.clone());
+        let members = self.members(&job, generation);
+        let is_there = |state: &Running| state.stage == 1 && state.has_peers && !state.waits;
+        if members.len() != size || !members.iter().all(|(_, state)| is_there(state)) {
+            return;
+        }
+        let kinds: BTreeSet<String> =
+            members.iter().map(|(name, _)| self.fingerprint(name)).collect();
+        assert_eq!(kinds.len(), 1, "{job} {generation}: ranks that compute otherwise meet");
+        assert!(members.iter().all(|(_, state)| state.restore == restore), "{job} {generation}");
+        let newest = members.iter().filter_map(|(_, state)| state.held).max();
+        // A generation out of the one before is begun for the sake of what its members hold.
+        let record = self.shell.job(job.as_str()).expect("a job").status;
+        let goes_on = record.gang.iter().any(|place| place.started_as.is_some());
+        assert!(
+            newest.is_some() || record.generation != generation || !goes_on,
+            "{job} {generation}: nobody holds a state"
+        );
+        let origin = newest.max(restore).unwrap_or_default();
+        for (other, state) in self.workers.values_mut().flat_map(|worker| &mut worker.tasks) {
+            let is_member = other.workload == job && state.rank.is_some();
+            if is_member && state.generation == generation {
+                (state.stage, state.origin) = (RECEIVES, origin);
+            }
+        }
+    }
+
+    /// The state is there, or the group breaks first: what came in part is no state.
+    fn receive(&mut self, name: &'static str, task: &TaskId) {
+        let state = &self.workers[name].tasks[task];
+        let size = state.world_size as usize;
+        let members = self.members(&task.workload, state.generation);
+        let is_there = |state: &Running| state.stage >= RECEIVES && !state.waits;
+        let is_whole = members.len() == size && members.iter().all(|(_, state)| is_there(state));
+        // A newcomer gets it behind a step of the others, if they hold it.
+        let is_held = members.iter().any(|(_, other)| other.held == Some(state.origin));
+        let may_join = is_whole && is_held && state.held.is_none() && !state.is_joining;
+        if may_join && self.below(2) == 0 {
+            let worker = self.workers.get_mut(name).expect("a worker");
+            let state = worker.tasks.get_mut(task).expect("a task");
+            state.is_joining = true;
+            self.joined += 1;
+            let step = TrainStep(state.origin);
+            return worker.report(task, RankReport::Running { step, holds_state: false });
+        }
+        let worker = self.workers.get_mut(name).expect("a worker");
+        let state = worker.tasks.get_mut(task).expect("a task");
+        state.is_joining = false;
+        if is_whole {
+            self.received += u64::from(state.held != Some(state.origin));
+            (state.stage, state.held) = (RUNS, Some(state.origin));
+            let step = TrainStep(state.origin);
+            return worker.report(task, RankReport::Running { step, holds_state: true });
+        }
+        self.cut_short += u64::from(state.held != Some(state.origin));
+        state.waits = true;
+        let step = state.held.map(TrainStep);
+        let message = "a peer is gone".to_owned();
+        worker.report(task, RankReport::Broken { step, message, blames: None });
+    }
+
+    /// A rank makes a step, or leaves its group with all others.
+    fn run(&mut self, name: &'static str, task: &TaskId) {
+        let state = &self.workers[name].tasks[task];
+        let (generation, job) = (state.generation, task.workload.clone());
+        let size = state.world_size as usize;
+        let members = self.members(&job, generation);
+        // Steps are made together.
+        if members.iter().any(|(_, state)| state.stage == RECEIVES || state.hangs) {
+            return;
+        }
+        if state.is_pausing && self.pause_together(&job, generation, size) {
+            return;
+        }
+        let by = if self.is_busy { 1 } else { 5 };
+        let worker = self.workers.get_mut(name).expect("a worker");
+        let state = worker.tasks.get_mut(task).expect("a task");
+        let is_first = state.rank == Some(Rank(0));
+        let held = state.held.as_mut().expect("a rank that runs holds a state");
+        if state.is_stopping {
+            let step = TrainStep(*held);
+            worker.report(task, RankReport::Stopped { step, why: StopCause::Order });
+            return worker.end(task, ExitCause::Completed);
+        }
+        *held += by;
+        let step = *held;
+        if step >= 30 {
+            if is_first {
+                let model = ModelFact {
+                    key: format!("models/{job}"),
+                    sha256: "ab".into(),
+                    bytes: 1,
+                    step: TrainStep(30),
+                    metrics: BTreeMap::new(),
+                    samples: None,
+                };
+                worker.report(task, RankReport::Finished(model));
+            }
+            return worker.end(task, ExitCause::Completed);
+        }
+        if is_first {
+            worker.report(task, RankReport::Checkpoint(fact(&job, generation, step)));
+            self.stored.push((job, generation, step, true));
+            self.checkpoints += 1;
+            // What a step took is no fact: it is said if somebody hears it.
+            if let Some(session) = worker.session.filter(|_| !worker.is_frozen) {
+                let report = RankReport::Step(metrics(step));
+                let event = TaskEvent::Report { generation, report };
+                let task = task.clone();
+                self.say(name, session, WorkerMessage::Task { task, event });
+            }
         }
     }
 
@@ -717,7 +917,7 @@ impl History {
         let all = self.workers.values().flat_map(|worker| &worker.tasks);
         let members: Vec<&Running> =
             all.filter(|(task, state)| is_member(task, state)).map(|(_, state)| state).collect();
-        let agree = |state: &&Running| state.stage == 2 && state.is_pausing && !state.waits;
+        let agree = |state: &&Running| state.stage == RUNS && state.is_pausing && !state.waits;
         if members.len() != world_size || !members.iter().all(agree) {
             return false;
         }
@@ -725,7 +925,7 @@ impl History {
             let mut paused = Vec::new();
             for (task, state) in worker.tasks.iter_mut().filter(|(task, s)| is_member(task, s)) {
                 state.waits = true;
-                paused.push((task.clone(), TrainStep(state.step)));
+                paused.push((task.clone(), TrainStep(state.held.unwrap_or_default())));
             }
             for (task, step) in paused {
                 worker.report(&task, RankReport::Paused { step });
@@ -754,7 +954,11 @@ impl History {
         if is_traced {
             println!("{} {input:?}", self.shell.now.0);
         }
+        let asked = input.clone();
         let steps = self.shell.feed(input, None);
+        if matches!(steps[0].decision.reply, Some(Ok(_))) {
+            self.note_asked(&asked);
+        }
         if is_traced {
             let reasons = steps.iter().filter_map(|step| step.decision.reason.as_ref());
             reasons.for_each(|reason| println!("    {reason}"));
@@ -781,7 +985,10 @@ impl History {
                 Effect::Sweep { job, ended } => {
                     self.sweeps.push_back((job, ended, self.shell.records.clone()));
                 }
-                Effect::Publish { .. } | Effect::ForgetSecret { .. } | Effect::Diagnose { .. } => {}
+                Effect::Diagnose { job, generation } => {
+                    self.diagnoses.push_back((job, generation));
+                }
+                Effect::Publish { .. } | Effect::ForgetSecret { .. } => {}
             }
         }
     }
@@ -821,21 +1028,21 @@ impl History {
                 }
                 let is_older = |(other, running): (&TaskId, &Running)| {
                     let is_spare = running.stage == IDLE || running.rank.is_none();
-                    let is_older = running.generation < task.generation && !is_spare;
+                    let is_older = running.generation < assignment.generation() && !is_spare;
                     (other.workload == task.workload && is_older).then(|| other.clone())
                 };
                 let older: Vec<TaskId> = worker.tasks.iter().filter_map(is_older).collect();
                 for other in older {
                     assert!(
-                        !worker.tasks[&other].holds_state || !self.shell.is_member(name, &other),
+                        worker.tasks[&other].held.is_none() || !self.shell.is_member(name, &other),
                         "{task} is started before {other} hears that it goes on"
                     );
                     let reason = format!("superseded by {}", task.generation);
                     worker.end(&other, ExitCause::Killed { reason });
                 }
-                let step = match assignment.as_ref() {
-                    Assignment::Train(train) => train.restore.as_ref().map_or(0, |f| f.step.0),
-                    Assignment::Serve(_) => 0,
+                let restore = match assignment.as_ref() {
+                    Assignment::Train(train) => train.restore.as_ref().map(|fact| fact.step.0),
+                    Assignment::Serve(_) => None,
                 };
                 let (rank, world_size) = match assignment.as_ref() {
                     Assignment::Train(train) if train.spare => (None, 0),
@@ -847,14 +1054,17 @@ impl History {
                     assignment: *assignment,
                     rank,
                     world_size,
-                    holds_state: false,
+                    held: None,
+                    restore,
+                    origin: 0,
+                    hangs: false,
                     is_pausing: false,
                     waits: false,
                     address: None,
                     has_peers: false,
                     stage: 0,
-                    step,
                     is_stopping: false,
+                    is_joining: false,
                 };
                 worker.tasks.insert(task.clone(), running);
                 worker.facts.push_back((task, TaskEvent::Started { pid: 1 }));
@@ -871,6 +1081,9 @@ impl History {
                     RankOrder::Regroup(next) => {
                         assert!(next.generation > running.generation, "{task} goes back");
                         running.join(*next);
+                        // An order to leave was for the group of before; a worker that ends itself
+                        // says it again.
+                        running.is_stopping = worker.is_leaving || worker.is_draining;
                     }
                     RankOrder::Pause { .. } => running.is_pausing = true,
                     RankOrder::Stop { .. } => running.is_stopping = true,
@@ -924,8 +1137,8 @@ impl History {
     /// the end of the endpoint. Every job must come to its end.
     fn rest(&mut self) {
         self.is_resting = true;
-        for worker in self.workers.values_mut() {
-            worker.is_frozen = false;
+        for name in ["w1", "w2", "w3"] {
+            self.thaw(name);
         }
         for round in 0..2_000 {
             for name in ["w1", "w2", "w3"] {
@@ -935,7 +1148,12 @@ impl History {
                 if self.workers[name].session.is_none() {
                     self.attach(name);
                 }
-                if self.workers[name].is_draining {
+                let SimWorker { asked_to_drain, is_draining, .. } = self.workers[name];
+                // One whose session was closed just now hears it in the next round.
+                let is_told =
+                    is_draining || !asked_to_drain || self.workers[name].session.is_none();
+                assert!(is_told, "{name} does not hear that it is to drain");
+                if is_draining {
                     self.client_undrain(name);
                 }
                 while !self.workers[name].facts.is_empty() && self.workers[name].session.is_some() {
@@ -943,6 +1161,7 @@ impl History {
                 }
             }
             self.search_answers();
+            self.diagnosis();
             self.sweep();
             for _ in 0..10 {
                 self.progress();
@@ -983,8 +1202,8 @@ impl History {
             .map(|(task, t)| {
                 let (of, rank, stage) = (t.generation, t.rank, t.stage);
                 format!(
-                    "{task} as {rank:?} of {of}: stage {stage}, step {}, waits {}",
-                    t.step, t.waits
+                    "{task} as {rank:?} of {of}: stage {stage}, holds {:?}, waits {}, hangs {}",
+                    t.held, t.waits, t.hangs
                 )
             })
             .collect();
@@ -994,6 +1213,22 @@ impl History {
 
 fn leaving(scope: LeaveScope) -> WorkerMessage {
     WorkerMessage::Leaving { deadline_ms: None, cause: String::new(), scope }
+}
+
+fn metrics(step: u64) -> StepMetrics {
+    StepMetrics {
+        step: TrainStep(step),
+        last_step: TrainStep(30),
+        epoch: 0.0,
+        loss: 1.0,
+        learning_rate: 0.1,
+        gradient_norm: 1.0,
+        samples_per_second: 1.0,
+        tokens_per_second: 0.0,
+        time: StepTime { compute: 0.5, ..StepTime::default() },
+        memory_bytes: 0,
+        slowest: None,
+    }
 }
 
 fn fact(job: &Name, generation: Generation, step: u64) -> CheckpointFact {

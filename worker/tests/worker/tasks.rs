@@ -2,14 +2,16 @@
 
 use std::fs;
 
+use api::ids::{Generation, Rank, Secret, TaskId};
 use api::session::{
-    ExitCause, LOG_LINE_BYTES_MAX, LeaveScope, LogLine, LogStream, RankOrder, RankReport,
+    Assignment, CoordinatorMessage, ExitCause, LOG_LINE_BYTES_MAX, LeaveScope, LogLine, LogStream,
+    RankOrder, RankReport, Regroup,
 };
-use api::session::{TaskEvent, WorkerMessage};
-use api::units::ByteSize;
+use api::session::{TaskEvent, TaskView, WorkerMessage};
+use api::units::{ByteSize, Span};
 
 use crate::harness::{
-    Coordinator, GANG_SECRET, Host, Running, TOKEN, gone, is_alive, kill_9, task,
+    Coordinator, GANG_SECRET, Host, Running, TOKEN, gone, is_alive, kill_9, task, train,
 };
 
 /// Waits for orders until the socket ends.
@@ -390,4 +392,153 @@ async fn shutting_down_asks_first_and_kills_later() {
     assert!(!is_alive(pid));
     session.acknowledge(session.last).await;
     worker.result().await.expect("a clean end");
+}
+
+/// Hears everything and does nothing about it but say what it heard, as another port.
+const HEAR: &str = r#"
+listen 7001
+while read -r order; do
+  case "$order" in
+    *'"order":"stop"'*) listen 7002 ;;
+    *'"order":"regroup"'*) listen 7003 ;;
+  esac
+done
+"#;
+
+fn regroup(generation: u64) -> RankOrder {
+    RankOrder::Regroup(Box::new(Regroup {
+        generation: Generation(generation),
+        rank: Rank(0),
+        world_size: 1,
+        restore: None,
+        secret: Secret::new(GANG_SECRET),
+        elapsed: Span::seconds(0),
+        reason: "the others are lost".into(),
+    }))
+}
+
+#[tokio::test]
+async fn an_order_to_leave_ends_with_its_generation() {
+    let host = Host::new(HEAR);
+    let mut coordinator = Coordinator::leader().await;
+    let worker = host.worker(&[coordinator.address]);
+    let mut session = coordinator.welcomed().await;
+    let (survivor, other) = (task(1, 0), task(1, 1));
+    for rank in [&survivor, &other] {
+        session.start(rank).await;
+        session.started(rank).await;
+        session.listening(rank).await;
+    }
+    let leave = || RankOrder::Stop { reason: "too few are left".into() };
+    for (order, heard) in [(leave(), 7002), (regroup(2), 7003)] {
+        session.deliver(&survivor, order).await;
+        assert_eq!(session.listening(&survivor).await.port(), heard);
+    }
+    // By the time that this one has had its time, the survivor would have had it, too.
+    session.deliver(&other, leave()).await;
+    assert_eq!(session.listening(&other).await.port(), 7002);
+    let reason = "it did not leave in time when asked to".to_owned();
+    assert_eq!(session.exited(&other).await, ExitCause::Killed { reason: reason.clone() });
+    session.deliver(&survivor, regroup(3)).await;
+    assert_eq!(session.listening(&survivor).await.port(), 7003);
+    // It is bounded again in the generation in which it is given again.
+    session.deliver(&survivor, leave()).await;
+    assert_eq!(session.listening(&survivor).await.port(), 7002);
+    assert_eq!(session.exited(&survivor).await, ExitCause::Killed { reason });
+    session.acknowledge(session.last).await;
+    worker.shut_down();
+    worker.result().await.expect("a clean end");
+}
+
+#[tokio::test]
+async fn what_a_worker_that_ends_has_told_its_ranks_holds_in_every_generation() {
+    let host = Host::new(HEAR);
+    let mut coordinator = Coordinator::leader().await;
+    let mut options = host.options(&[coordinator.address]);
+    options.config.worker.stop_timeout = Span::millis(2_000);
+    let worker = Running::start(options);
+    let mut session = coordinator.welcomed().await;
+    let rank = task(1, 0);
+    session.start(&rank).await;
+    session.started(&rank).await;
+    session.listening(&rank).await;
+    worker.shut_down();
+    assert!(matches!(session.message().await, WorkerMessage::Leaving { .. }));
+    assert_eq!(session.listening(&rank).await.port(), 7002);
+    // The leader has not heard of the worker's end yet.
+    session.deliver(&rank, regroup(2)).await;
+    assert_eq!(session.listening(&rank).await.port(), 7003);
+    assert_eq!(session.listening(&rank).await.port(), 7002, "it is told again");
+    let reason = "it did not leave in time when asked to".to_owned();
+    assert_eq!(session.exited(&rank).await, ExitCause::Killed { reason });
+    session.acknowledge(session.last).await;
+    worker.result().await.expect("a clean end");
+}
+
+/// The same process for another generation, and whether it waits beside it for a place.
+fn train_in(task: &TaskId, generation: u64, spare: bool) -> Box<Assignment> {
+    let mut assignment = train(task);
+    if let Assignment::Train(train) = assignment.as_mut() {
+        (train.generation, train.spare) = (Generation(generation), spare);
+    }
+    assignment
+}
+
+#[tokio::test]
+async fn a_start_counts_in_the_generation_that_it_is_for() {
+    let host = Host::new(HEAR);
+    let mut coordinator = Coordinator::leader().await;
+    let mut options = host.options(&[coordinator.address]);
+    options.slots = 3;
+    let _worker = Running::start(options);
+    let mut session = coordinator.welcomed().await;
+    let (survivor, dying) = (task(1, 0), [task(1, 1), task(1, 2)]);
+    for rank in std::iter::once(&survivor).chain(&dying) {
+        session.start(rank).await;
+        session.started(rank).await;
+        session.listening(rank).await;
+    }
+    // A spare waits for the room of those that are dying, and hears meanwhile what it is to be.
+    for rank in &dying {
+        session.kill(rank, "the gang broke").await;
+    }
+    let spare = task(1, 3);
+    let assignment = train_in(&spare, 1, true);
+    session.order(CoordinatorMessage::Start { task: spare.clone(), assignment }).await;
+    for rank in [&survivor, &spare] {
+        session.deliver(rank, regroup(2)).await;
+    }
+    let new = task(2, 2);
+    session.start(&new).await;
+    let (mut killed, mut begun) = (0, Vec::new());
+    while killed < 2 || begun.len() < 2 {
+        match session.fact().await {
+            (who, TaskEvent::Exited { .. }) if dying.contains(&who) => killed += 1,
+            (who, TaskEvent::Started { .. }) => begun.push(who),
+            (_, TaskEvent::Report { report: RankReport::Listening { .. }, .. }) => {}
+            other => panic!("expected two ends and two starts, found {other:?}"),
+        }
+    }
+    begun.sort();
+    assert_eq!(begun, [spare.clone(), new.clone()]);
+    session.kill(&new, "enough").await;
+    while !matches!(session.fact().await, (who, TaskEvent::Exited { .. }) if who == new) {}
+
+    // Its first start was lost, and it is a rank of the next generation by now.
+    let late = task(1, 4);
+    let assignment = train_in(&late, 2, false);
+    session.order(CoordinatorMessage::Start { task: late.clone(), assignment }).await;
+    session.started(&late).await;
+    session.listening(&late).await;
+    session.acknowledge(session.last).await;
+    drop(session);
+    let session = coordinator.welcomed().await;
+    let of = |task: &TaskId| {
+        let view = session.hello.tasks.iter().find(|view| view.task == *task);
+        view.map(TaskView::generation)
+    };
+    assert_eq!(
+        (of(&survivor), of(&spare), of(&late)),
+        (Some(Generation(2)), Some(Generation(2)), Some(Generation(2)))
+    );
 }

@@ -141,7 +141,7 @@ pub struct Decision {
     /// When it could not be committed, they are dropped and so is the [`super::Leader`].
     pub effects: Vec<Effect>,
     /// For a client's input: the record to answer with after the commit, or why not. Workers are in
-    /// no record: after a drain or undrain the key only names the worker.
+    /// no record of their own: after a drain or undrain the key only names the worker.
     pub reply: Option<Result<RecordKey, Refusal>>,
     /// Why this and nothing else; to be logged when it changes.
     pub reason: Option<Reason>,

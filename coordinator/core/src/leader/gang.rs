@@ -3,7 +3,7 @@
 //!
 //! Volatile: a new leader begins with an empty one and asks the workers' inventories instead.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use api::ids::{Generation, Name, Rank, TaskId};
 use api::job::LANES_MAX;
@@ -129,8 +129,12 @@ pub(super) struct Gang {
     pub(super) clearing_since: Option<Millis>,
     /// When the store was asked for checkpoints that are not recorded.
     pub(super) adopt_asked: Option<Millis>,
+    /// Since when all its ranks listen while it is not known how each of them computes.
+    pub(super) unknown_since: Option<Millis>,
     /// Since when this leader has known it to run.
     pub(super) running_since: Option<Millis>,
+    /// Ranks whose start was lost with a session.
+    unstarted: BTreeSet<Rank>,
     /// Ranks on workers that said they are leaving.
     departing: BTreeMap<Rank, Name>,
     /// Rank 0's word that its state is saved and all ranks leave before the last step.
@@ -141,6 +145,8 @@ pub(super) struct Gang {
     pub(super) pausing: Option<String>,
     /// Workers that the job does not use for now.
     pub(super) shunned: Shunned,
+    /// When the first of the losses was heard of that it has to get over before it runs.
+    pub(super) incident: Option<Millis>,
     /// When its steps were reported, and who was slow in them.
     pub(super) pace: Pace,
     /// A straggler that is to be replaced.
@@ -159,12 +165,15 @@ impl Gang {
             leaving_since: None,
             clearing_since: None,
             adopt_asked: None,
+            unknown_since: None,
             running_since: None,
+            unstarted: BTreeSet::new(),
             departing: BTreeMap::new(),
             stopped: None,
             spares: Vec::new(),
             pausing: None,
             shunned: Shunned::default(),
+            incident: None,
             pace: Pace::default(),
             replacing: None,
             unwritten: Unwritten::default(),
@@ -174,6 +183,16 @@ impl Gang {
     /// Whether the task is a spare of this gang.
     pub(super) fn has_spare(&self, task: &TaskId) -> bool {
         self.spares.iter().any(|spare| spare.task == *task)
+    }
+
+    /// The order to start the rank's process was lost, whatever generation it was given in.
+    pub(super) fn never_started(&mut self, rank: Rank) {
+        self.unstarted.insert(rank);
+    }
+
+    /// Whether the rank's process is to be started, should its worker not have it.
+    pub(super) fn is_unstarted(&self, rank: Rank) -> bool {
+        self.unstarted.contains(&rank)
     }
 
     /// Whether the rank's worker is leaving.

@@ -4,7 +4,7 @@
 //! the next change of the job's record, at the latest with its next checkpoint. A leader that dies
 //! takes the last such sums with it; the time is then counted as `other`.
 
-use api::events::StepMetrics;
+use api::events::StepTime;
 use api::ids::{Name, Step};
 use api::records::{Goodput, JobRecord, JobStatus, Moment, Phase};
 
@@ -31,14 +31,18 @@ pub(super) struct Unwritten {
 
 impl Unwritten {
     /// A step was reported.
-    pub(super) fn step(&mut self, metrics: &StepMetrics, now: Millis) {
-        let time = &metrics.time;
+    pub(super) fn step(&mut self, step: Step, time: &StepTime, now: Millis) {
         self.steps += 1;
-        self.useful += time.compute + time.data;
-        self.communication += time.communication;
-        self.checkpoint += time.checkpoint;
-        self.last = Some((metrics.step, now));
+        self.useful += seconds(time.compute) + seconds(time.data);
+        self.communication += seconds(time.communication);
+        self.checkpoint += seconds(time.checkpoint);
+        self.last = Some((step, now));
     }
+}
+
+/// What may be added up of a number that somebody reported.
+fn seconds(reported: f64) -> f64 {
+    if reported.is_finite() { reported.max(0.0) } else { 0.0 }
 }
 
 impl Leader {
@@ -57,9 +61,11 @@ impl Leader {
         job
     }
 
-    /// The running gang of a job that is about to be recorded has ended or broken.
+    /// The running gang of a job that is about to be recorded has ended or broken. Nothing is lost of
+    /// one whose ranks have left in good order, their state saved.
     pub(super) fn count_broken(&self, status: &mut JobStatus, name: &Name) {
-        if let Some(gang) = self.gangs.get(name) {
+        let gang = self.gangs.get(name);
+        if let Some(gang) = gang.filter(|gang| gang.is_broken() && gang.stopped.is_none()) {
             count_broken_step(status, &gang.unwritten, self.now);
         }
     }
@@ -100,26 +106,34 @@ fn account(status: &mut JobStatus, unwritten: &Unwritten, now: Millis) {
     let since = status.accounted_ms.map_or(now, Millis);
     status.accounted_ms = Some(now.0);
     let elapsed = now.since(since);
-    let ranks = status.gang.len() as u64;
-    let in_all = elapsed.saturating_mul(ranks);
     if status.phase.is_active() {
         cost::charge(status, elapsed);
     }
+    let ranks = status.gang.len() as u64;
+    let mut left = elapsed.saturating_mul(ranks);
+    // Of what ranks report no more is believed than there was.
+    let mut of_all = |seconds: f64| {
+        let found = ((seconds * 1e3 * ranks as f64) as u64).min(left);
+        left -= found;
+        found
+    };
     let book = &mut status.goodput;
+    if status.phase.is_active() {
+        // The first ranks to run make steps before the last one is heard to.
+        add(&mut book.useful_ms, of_all(unwritten.useful));
+        add(&mut book.communication_ms, of_all(unwritten.communication));
+        add(&mut book.checkpoint_ms, of_all(unwritten.checkpoint));
+        add(&mut book.steps, unwritten.steps);
+    }
     match status.phase {
-        Phase::Queued => book.queued_ms += elapsed,
-        Phase::Starting if status.regroups > 0 || status.restarts > 0 => book.recovery_ms += in_all,
-        Phase::Starting => book.starting_ms += in_all,
+        Phase::Queued => add(&mut book.queued_ms, elapsed),
+        Phase::Starting if status.regroups > 0 || status.restarts > 0 => {
+            add(&mut book.recovery_ms, left);
+        }
+        Phase::Starting => add(&mut book.starting_ms, left),
         Phase::Running | Phase::Stopping => {
-            let of_all = |seconds: f64| (seconds * 1e3 * ranks as f64) as u64;
-            let (useful, communication) =
-                (of_all(unwritten.useful), of_all(unwritten.communication));
-            let checkpoint = of_all(unwritten.checkpoint);
-            book.steps += unwritten.steps;
-            book.useful_ms += useful;
-            book.communication_ms += communication;
-            book.checkpoint_ms += checkpoint;
-            book.other_ms += in_all.saturating_sub(useful + communication + checkpoint);
+            add(&mut book.other_ms, left);
+            // Not while it starts: until it runs, this tells how far the generation before came.
             if let Some((step, _)) = unwritten.last {
                 status.reported = status.reported.max(step);
             }
@@ -128,25 +142,120 @@ fn account(status: &mut JobStatus, unwritten: &Unwritten, now: Millis) {
     }
 }
 
+fn add(sum: &mut u64, more: u64) {
+    *sum = sum.saturating_add(more);
+}
+
 /// A running gang has ended or broken: what was done since its last reported step is lost.
 fn count_broken_step(status: &mut JobStatus, unwritten: &Unwritten, now: Millis) {
     if let Some((_, at)) = unwritten.last {
         let lost =
             now.since(at).saturating_mul(status.gang.len() as u64).min(status.goodput.other_ms);
         status.goodput.other_ms -= lost;
-        status.goodput.lost_ms += lost;
+        add(&mut status.goodput.lost_ms, lost);
     }
 }
 
 /// A generation begins at `step`: the steps reported after that will be computed again.
 pub(super) fn count_redone_steps(status: &mut JobStatus, step: Step) {
-    let redone = status.reported.0.saturating_sub(step.0);
+    let Goodput { steps, steps_redone, useful_ms, .. } = status.goodput;
+    // Those that are lost already are in what is useful no more.
+    let counted = steps.saturating_sub(steps_redone);
+    let redone = status.reported.0.saturating_sub(step.0).min(counted);
     status.reported = step;
-    let Goodput { steps, useful_ms, .. } = status.goodput;
-    if redone > 0 && steps > 0 {
-        let lost = (useful_ms / steps).saturating_mul(redone).min(useful_ms);
+    if redone > 0 {
+        let lost = (useful_ms / counted).saturating_mul(redone).min(useful_ms);
         status.goodput.useful_ms -= lost;
-        status.goodput.lost_ms += lost;
-        status.goodput.steps_redone += redone;
+        add(&mut status.goodput.lost_ms, lost);
+        add(&mut status.goodput.steps_redone, redone);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use api::events::StepTime;
+    use api::ids::Rank;
+    use api::records::Placement;
+
+    use super::*;
+
+    /// A status of two ranks that has been in its phase for ten seconds, at `now` = 10 s.
+    fn status(phase: Phase) -> JobStatus {
+        let place = |rank| Placement {
+            rank: Rank(rank),
+            worker: "w1".parse().expect("a name"),
+            started_as: None,
+            local_rank: rank,
+        };
+        let gang = vec![place(0), place(1)];
+        JobStatus { phase, gang, accounted_ms: Some(0), ..JobStatus::default() }
+    }
+
+    fn steps(times: &[StepTime]) -> Unwritten {
+        let mut unwritten = Unwritten::default();
+        for (time, step) in times.iter().zip(1..) {
+            unwritten.step(Step(step), time, Millis(9_000));
+        }
+        unwritten
+    }
+
+    #[test]
+    fn what_ranks_report_is_never_more_than_the_time_there_was() {
+        let odd = [
+            StepTime { compute: 1e300, data: f64::INFINITY, ..StepTime::default() },
+            StepTime { compute: 1.0, communication: f64::MAX, ..StepTime::default() },
+            StepTime { checkpoint: f64::NAN, data: -1e300, ..StepTime::default() },
+        ];
+        let mut status = status(Phase::Running);
+        for now in [10_000, 20_000] {
+            account(&mut status, &steps(&odd), Millis(now));
+        }
+        let book = status.goodput;
+        assert_eq!((book.useful_ms, book.total_ms(), book.steps), (40_000, 40_000, 6));
+
+        let negative = StepTime { compute: -5.0, communication: 2.0, ..StepTime::default() };
+        let mut status = self::status(Phase::Running);
+        account(&mut status, &steps(&[negative]), Millis(10_000));
+        let book = status.goodput;
+        assert_eq!((book.useful_ms, book.communication_ms, book.other_ms), (0, 4_000, 16_000));
+        status.goodput.other_ms = u64::MAX;
+        account(&mut status, &Unwritten::default(), Millis(20_000));
+        assert_eq!(status.goodput.other_ms, u64::MAX);
+    }
+
+    #[test]
+    fn steps_before_the_last_rank_runs_count() {
+        let mut status = status(Phase::Starting);
+        status.reported = Step(7);
+        let second = StepTime { compute: 1.0, ..StepTime::default() };
+        let unwritten = steps(&[second, second]);
+        account(&mut status, &unwritten, Millis(10_000));
+        let book = status.goodput;
+        assert_eq!((book.steps, book.useful_ms, book.starting_ms), (2, 4_000, 16_000));
+        assert_eq!(status.reported, Step(7), "of the generation before");
+        status.phase = Phase::Running;
+        count_redone_steps(&mut status, Step(0));
+        let written = Unwritten { last: unwritten.last, ..Unwritten::default() };
+        account(&mut status, &written, Millis(11_000));
+        assert_eq!(status.reported, Step(2));
+    }
+
+    #[test]
+    fn a_step_that_is_lost_costs_as_much_as_one_that_counts() {
+        let mut status = JobStatus { reported: Step(100), ..JobStatus::default() };
+        status.goodput = Goodput { steps: 100, useful_ms: 100_000, ..Goodput::default() };
+        count_redone_steps(&mut status, Step(50));
+        let book = status.goodput;
+        assert_eq!((book.useful_ms, book.lost_ms, book.steps_redone), (50_000, 50_000, 50));
+        // The same fifty again, and the gang breaks in the same place.
+        (status.reported, status.goodput.steps) = (Step(100), 150);
+        status.goodput.useful_ms += 50_000;
+        count_redone_steps(&mut status, Step(50));
+        let book = status.goodput;
+        assert_eq!((book.useful_ms, book.lost_ms, book.steps_redone), (50_000, 100_000, 100));
+        // No more than were counted, whatever was reported.
+        status.reported = Step(u64::MAX);
+        count_redone_steps(&mut status, Step(0));
+        assert_eq!((status.goodput.useful_ms, status.goodput.steps_redone), (0, 150));
     }
 }

@@ -1,24 +1,25 @@
 //! Workers that leave, drain or are avoided: what they said of it, what people asked for, and how
 //! both are shown.
 //!
-//! Volatile like everything about workers: a worker says it again in each session, and what a person
-//! asked for is sent again when a worker comes back, so neither a broken session nor a change of
-//! leader loses it.
+//! What a worker says is volatile like everything about workers: it says it again in each session. What a
+//! person asked for is recorded until the worker says that it does so, and sent again when it comes back:
+//! neither a broken session nor a change of leader loses it.
 
 use api::ids::Name;
-use api::records::WorkerState;
+use api::records::{DrainRecord, KIND_DRAIN, WorkerState};
 use api::session::{CoordinatorMessage, LeaveScope};
 use api::units::Span;
 
 use super::Leader;
 use super::decision::{Millis, Refusal};
-use super::draft::Draft;
+use super::draft::{Draft, Expect};
 use super::gang::clip;
 use super::reason::{Reason, count};
-use super::workers::Worker;
+use super::workers::{WORKERS_MAX, Worker};
+use crate::records::Records;
 use crate::transaction::RecordKey;
 
-/// In place of a record's kind in the answer to a drain: workers are in no record.
+/// In place of a record's kind in the answer to a drain: workers are in no record of their own.
 const KIND_WORKER: &str = "worker";
 /// Workers named in a refusal.
 const NAMES_SHOWN: usize = 10;
@@ -30,7 +31,7 @@ const DRAIN_REASON: &str = "drained by a user";
 pub(super) struct Leave {
     /// What it said of it.
     said: Option<Said>,
-    /// What a person asked for, for as long as the worker has not said that it does so.
+    /// What a person asked for, for as long as the worker has not said that it does so; recorded.
     asked: Option<Asked>,
 }
 
@@ -57,6 +58,25 @@ impl Asked {
             Self::Undrain => CoordinatorMessage::Undrain,
         }
     }
+
+    fn record(self, incarnation: u64) -> DrainRecord {
+        let (drains, until_ms) = match self {
+            Self::Drain { until } => (true, until.map(|until| until.0)),
+            Self::Undrain => (false, None),
+        };
+        DrainRecord { incarnation, drains, until_ms }
+    }
+
+    fn of(record: DrainRecord) -> Self {
+        match record.drains {
+            true => Self::Drain { until: record.until_ms.map(Millis) },
+            false => Self::Undrain,
+        }
+    }
+}
+
+fn key(worker: &Name) -> RecordKey {
+    RecordKey::new(KIND_DRAIN, worker.as_str())
 }
 
 impl Leave {
@@ -70,8 +90,13 @@ impl Leave {
         self.said.as_ref().map_or("", |said| &said.cause)
     }
 
-    /// Takes what the worker said; what it was asked for is done when it says so.
-    fn hear(&mut self, scope: LeaveScope, cause: &str) {
+    /// Whether a person waits for it to drain or to stay.
+    pub(super) fn is_asked(&self) -> bool {
+        self.asked.is_some()
+    }
+
+    /// Takes what the worker said. True when that is what it was asked for.
+    fn hear(&mut self, scope: LeaveScope, cause: &str) -> bool {
         self.said = Some(Said { scope, cause: clip(cause) });
         let is_done = match self.asked {
             Some(Asked::Drain { .. }) => scope != LeaveScope::Avoided,
@@ -81,6 +106,7 @@ impl Leave {
         if is_done {
             self.asked = None;
         }
+        is_done
     }
 
     /// What people see of a worker that is attached.
@@ -111,13 +137,12 @@ impl Worker {
         (state, self.leave.cause().to_owned())
     }
 
-    /// Takes what it said of leaving. True when that is new.
-    pub(super) fn hear_leaving(&mut self, scope: LeaveScope, cause: &str) -> bool {
+    /// Takes what it said of leaving. Whether that is new, and whether it was asked for it.
+    pub(super) fn hear_leaving(&mut self, scope: LeaveScope, cause: &str) -> (bool, bool) {
         let former = self.leave.said.as_ref().map(|said| said.scope);
         let is_new = !self.is_leaving || former != Some(scope);
         self.is_leaving = true;
-        self.leave.hear(scope, cause);
-        is_new
+        (is_new, self.leave.hear(scope, cause))
     }
 
     /// "is leaving", with its cause where it said one.
@@ -142,12 +167,49 @@ impl Leader {
         match state.leave.asked {
             // Said before it heard of the drain.
             Some(Asked::Drain { .. }) => return,
-            Some(Asked::Undrain) => state.leave.asked = None,
+            Some(Asked::Undrain) => {
+                state.leave.asked = None;
+                draft.delete(key(worker));
+            }
             None => {}
         }
         if std::mem::take(&mut state.is_leaving) {
             draft.because(Reason::Remark(format!("worker `{worker}` stays: it takes tasks")));
         }
+    }
+
+    /// What a person asked of a worker that this leader had not heard of in its present life.
+    pub(super) fn recall(
+        draft: &mut Draft,
+        records: &Records,
+        worker: &Name,
+        incarnation: u64,
+    ) -> Leave {
+        // One that cannot be read is left alone.
+        let found = records.read::<DrainRecord>(KIND_DRAIN, worker.as_str()).ok().flatten();
+        let Some((_, record)) = found else { return Leave::default() };
+        if record.incarnation != incarnation {
+            draft.delete(key(worker));
+            return Leave::default();
+        }
+        Leave { said: None, asked: Some(Asked::of(record)) }
+    }
+
+    /// What was asked of a worker is done, or nobody waits for it any more.
+    pub(super) fn settle_asked(draft: &mut Draft, worker: &Name) {
+        draft.delete(key(worker));
+    }
+
+    /// Records what a person asked of a worker.
+    fn put_asked(&self, draft: &mut Draft, records: &Records, worker: &Name, record: DrainRecord) {
+        // Those of workers that never came back make room.
+        let is_known = |key: &RecordKey| self.workers.keys().any(|name| name.as_str() == key.id);
+        if records.count(KIND_DRAIN) >= WORKERS_MAX
+            && let Some((key, _)) = records.list(KIND_DRAIN, "").find(|(key, _)| !is_known(key))
+        {
+            draft.delete(key.clone());
+        }
+        draft.put(key(worker), Expect::Anything, &record);
     }
 
     /// Sends again what a person asked of a worker that has just come back.
@@ -163,6 +225,7 @@ impl Leader {
     pub(super) fn drain(
         &mut self,
         draft: &mut Draft,
+        records: &Records,
         now: Millis,
         name: &Name,
         deadline_ms: Option<u64>,
@@ -181,7 +244,9 @@ impl Leader {
             draft.send(session, asked.message(now));
         }
         let tasks = count(worker.tasks.len(), "task");
-        draft.because(Reason::Remark(format!("worker `{name}` with {tasks} is to drain")));
+        let record = asked.record(worker.incarnation);
+        draft.decided(Reason::Remark(format!("worker `{name}` with {tasks} is to drain")));
+        self.put_asked(draft, records, name, record);
         Ok(RecordKey::new(KIND_WORKER, name.as_str()))
     }
 
@@ -189,6 +254,7 @@ impl Leader {
     pub(super) fn undrain(
         &mut self,
         draft: &mut Draft,
+        records: &Records,
         now: Millis,
         name: &Name,
     ) -> Result<RecordKey, Refusal> {
@@ -199,7 +265,9 @@ impl Leader {
                 if let Some(session) = worker.session {
                     draft.send(session, Asked::Undrain.message(now));
                 }
-                draft.because(Reason::Remark(format!("worker `{name}` is to take tasks again")));
+                let record = Asked::Undrain.record(worker.incarnation);
+                draft.decided(Reason::Remark(format!("worker `{name}` is to take tasks again")));
+                self.put_asked(draft, records, name, record);
             }
             WorkerState::Attached
             | WorkerState::Away

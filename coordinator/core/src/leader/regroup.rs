@@ -297,7 +297,17 @@ impl Leader {
         let stay = gang.iter().filter(|place| place.started_as.is_some()).count();
         let tail = format!("{} of {} stay, going on in place: {places}", stay, gang.len());
         let mut next = Gang::new(generation, Some(now));
+        let failures = match &why {
+            Why::Failed(failure) => self.failures_with(job, failure),
+            _ => job.status.failures,
+        };
         if let Some(former) = self.gangs.get_mut(&name) {
+            next.incident = match &why {
+                Why::Failed(failure) if failures > job.status.failures => {
+                    Some(Millis(failure.time_ms))
+                }
+                _ => former.incident.filter(|_| job.status.phase == Phase::Starting),
+            };
             let is_promoted = |spare: &Spare| {
                 gang.iter().any(|place| place.task(&name, generation) == spare.task)
             };
@@ -324,9 +334,11 @@ impl Leader {
         status.completed.clear();
         let rank = match why {
             Why::Failed(failure) => {
-                status.failures = status.failures.saturating_add(1);
                 let rank = failure.rank;
-                status.first_cause = Some(failure);
+                if failures > status.failures {
+                    status.first_cause = Some(failure);
+                }
+                status.failures = failures;
                 rank
             }
             _ => None,

@@ -149,7 +149,7 @@ impl Leader {
             if let Some(gang) = self.gangs.get_mut(&task.workload) {
                 gang.pace.beat(now);
                 if let JobEvent::Step(metrics) = &metrics {
-                    gang.unwritten.step(metrics, now);
+                    gang.unwritten.step(metrics.step, &metrics.time, now);
                     gang.pace.compare(metrics, now);
                 }
             }

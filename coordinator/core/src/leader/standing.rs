@@ -76,11 +76,12 @@ impl Leader {
     pub(super) fn standing(&self, workload: &Workload, now: Millis) -> Standing {
         let mut standing = Standing::default();
         // Later than that every task was told, whoever led.
-        let is_mine = workload.phase() == Phase::Starting
-            && self.gangs.get(workload.name()).is_some_and(Gang::is_mine);
+        let gang = self.gangs.get(workload.name());
+        let mine = gang.filter(|gang| workload.phase() == Phase::Starting && gang.is_mine());
         for place in workload.gang() {
-            // A process that was there before is not started again.
-            let may_be_untold = is_mine && place.started_as.is_none();
+            // A process that was there before is not started again; a spare may not have been yet.
+            let may_be_untold = mine
+                .is_some_and(|gang| place.started_as.is_none() || gang.is_unstarted(place.rank));
             if self.has_ended(workload, place.rank) {
                 continue;
             }

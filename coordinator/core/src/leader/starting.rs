@@ -109,13 +109,7 @@ impl Leader {
                 });
                 self.forget(draft, job);
             }
-            Agreement::Unknown => {
-                self.change_job(draft, version, job, |status| {
-                    status.phase = Phase::Queued;
-                    status.reason = "starting over: a rank's fingerprint was lost".into();
-                });
-                self.forget(draft, job);
-            }
+            Agreement::Unknown => self.await_fingerprints(draft, now, version, job),
             Agreement::Reached { fingerprint, note } => {
                 let generation = job.status.generation;
                 let text = "every rank listens, they are told of one another".to_owned();
@@ -131,6 +125,34 @@ impl Leader {
                 self.introduce(draft, job, standing, &addresses);
             }
         }
+    }
+
+    /// A worker's list tells that a rank listens, but not how it computes: that follows, unless it was
+    /// told in a session of which nothing is known any more.
+    fn await_fingerprints(
+        &mut self,
+        draft: &mut Draft,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+    ) {
+        let name = &job.spec.name;
+        let Some(gang) = self.gangs.get_mut(name) else { return };
+        let since = *gang.unknown_since.get_or_insert(now);
+        if now.since(since) < self.options.lease_ms {
+            let text = "a rank listens, how it computes is not heard yet".to_owned();
+            return draft.because(Reason::Waiting { name: name.clone(), text });
+        }
+        let what = "a rank's fingerprint was lost";
+        let why = Why::Left(what.into());
+        if let Regrouped::Yes = self.regroup_job(draft, now, version, job, why) {
+            return;
+        }
+        self.change_job(draft, version, job, |status| {
+            status.phase = Phase::Queued;
+            status.reason = format!("starting over: {what}");
+        });
+        self.forget(draft, job);
     }
 
     /// An order to be part of this generation may have been lost with a worker's session.

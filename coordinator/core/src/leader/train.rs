@@ -405,7 +405,7 @@ impl Leader {
         let name = job.spec.name.clone();
         let (generation, rank) = (failure.generation, failure.rank);
         let what = gang::describe(&failure);
-        let failures = job.status.failures.saturating_add(1);
+        let failures = self.failures_with(job, &failure);
         let allowed = job.spec.recovery.max_failures;
         let from = begins_at(&job.status);
         if let Some(place) = self.newcomer_at_fault(job, &failure) {
@@ -450,14 +450,39 @@ impl Leader {
             stop_clock(status, now);
             status.phase = phase;
             status.reason = reason;
+            if failures > status.failures {
+                status.first_cause = Some(failure);
+            }
             status.failures = failures;
             status.completed.clear();
-            status.first_cause = Some(failure);
             status.ended_ms = phase.is_terminal().then_some(now.0);
             end_if_asked(status, now);
         });
         draft.note(&name, generation, rank, what);
         self.forget(draft, job);
+    }
+
+    /// How many failures there are with this one. What one incident takes away counts once, however
+    /// many hosts that is: what is lost of a gang that has not formed again since, and is found to be
+    /// lost within the time in which every loss is found.
+    pub(super) fn failures_with(&self, job: &Arc<JobRecord>, failure: &Failure) -> u32 {
+        let since = self.gangs.get(&job.spec.name).and_then(|gang| gang.incident);
+        // A lease runs out a heartbeat after the first word that did not come, at the latest.
+        let heartbeat = u64::try_from(self.options.heartbeat.0.as_millis()).unwrap_or(u64::MAX);
+        let window = self.options.lease_ms.saturating_add(heartbeat);
+        let found = Millis(failure.time_ms);
+        let is_near = since.is_some_and(|since| found.since(since) <= window);
+        let is_loss =
+            matches!(failure.cause, ExitCause::WorkerLost { .. } | ExitCause::Signal { .. });
+        // Not of those that were started since.
+        let was_there = job.status.gang.iter().any(|place| {
+            let is_it = place.worker == failure.worker;
+            is_it
+                && failure.rank.is_none_or(|rank| rank == place.rank)
+                && self.has_held(job, place.rank)
+        });
+        let is_same = job.status.phase == Phase::Starting && is_near && is_loss && was_there;
+        job.status.failures.saturating_add(u32::from(!is_same))
     }
 
     /// The place of a rank that cannot be part of a job whose other ranks hold its state: its host has

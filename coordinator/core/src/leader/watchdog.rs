@@ -50,6 +50,8 @@ pub(super) struct Pace {
     straggler: Option<Straggler>,
     /// Ranks of this generation that people were told of.
     told: BTreeSet<Rank>,
+    /// The one that is to be replaced, and for how many steps on end it has not been slow.
+    replaced: Option<(Rank, u64)>,
 }
 
 /// The slowest rank of the last steps.
@@ -103,6 +105,12 @@ impl Pace {
     /// Looks at who was the slowest in a step.
     pub(super) fn compare(&mut self, metrics: &StepMetrics, now: Millis) {
         let slow = metrics.slowest.filter(|slowest| slowest.ratio >= SLOW);
+        if let Some((rank, steps)) = &mut self.replaced {
+            *steps = match slow.is_some_and(|slow| slow.rank == *rank) {
+                true => 0,
+                false => steps.saturating_add(1),
+            };
+        }
         let Some(slow) = slow else { return self.straggler = None };
         match &mut self.straggler {
             Some(known) if known.rank == slow.rank => {
@@ -114,6 +122,15 @@ impl Pace {
                 *other = Some(Straggler { rank, since: now, steps: 1, ratio });
             }
         }
+    }
+}
+
+impl Gang {
+    /// Whether a straggler that is to be replaced is none any more, and nothing is under way for it.
+    fn has_recovered(&self) -> bool {
+        let waits = self.replacing.filter(|_| self.pausing.is_none());
+        let is_fast = |(rank, steps): (Rank, u64)| Some(rank) == waits && steps >= SLOW_STEPS;
+        self.pace.replaced.is_some_and(is_fast)
     }
 }
 
@@ -168,6 +185,16 @@ impl Leader {
         let name = job.spec.name.clone();
         let policy = job.spec.recovery.stragglers;
         let Some(gang) = self.gangs.get_mut(&name) else { return false };
+        if gang.has_recovered() {
+            let generation = gang.generation;
+            let rank = gang.replacing.take();
+            gang.pace.replaced = None;
+            // It may be one again.
+            gang.pace.told.retain(|told| Some(*told) != rank);
+            let text =
+                format!("it is as fast as the others again for {SLOW_STEPS} steps: it stays");
+            draft.note(&name, generation, rank, text);
+        }
         let Some(straggler) = gang.pace.straggler.clone() else { return false };
         let min = u64::try_from(job.spec.recovery.straggler_min.0.as_millis()).unwrap_or(u64::MAX);
         let is_lasting = now.since(straggler.since) >= min && straggler.steps >= SLOW_STEPS;
@@ -188,6 +215,7 @@ impl Leader {
         );
         if policy == Stragglers::Replace {
             gang.replacing = Some(rank);
+            gang.pace.replaced = Some((rank, 0));
         }
         let generation = gang.generation;
         draft.note(&name, generation, Some(rank), text.clone());
@@ -209,23 +237,23 @@ impl Leader {
         suspect: Option<Rank>,
         text: String,
     ) {
-        let place = self.index.get(name).and_then(|entry| {
-            let gang = entry.workload.gang().iter();
-            gang.filter(|_| entry.workload.generation() == generation)
-                .find(|place| suspect.is_none_or(|suspect| place.rank == suspect))
-                .cloned()
-        });
+        let entry = self.index.get(name);
+        let entry = entry.filter(|entry| entry.workload.generation() == generation);
+        let places = entry.map(|entry| entry.workload.gang().to_vec()).unwrap_or_default();
         let waits = |gang: &&mut Gang| gang.pace.asked.is_some() && gang.generation == generation;
-        let Some((place, gang)) = place.zip(self.gangs.get_mut(name).filter(waits)) else {
+        let Some(gang) = self.gangs.get_mut(name).filter(waits).filter(|_| !places.is_empty())
+        else {
             let text = format!("a diagnosis of {generation} of `{name}` comes too late");
             return draft.because(Reason::Remark(text));
         };
         gang.pace.asked = None;
         gang.pace.last = None;
-        match suspect {
-            Some(rank) => {
+        // One that is no rank of the gang holds nobody up.
+        match places.iter().find(|place| Some(place.rank) == suspect) {
+            Some(place) => {
                 let reason = format!("the gang hangs, and this rank holds it up: {text}");
-                gang.exited(rank, &place.worker, ExitCause::Killed { reason: reason.clone() }, now);
+                let cause = ExitCause::Killed { reason: reason.clone() };
+                gang.exited(place.rank, &place.worker, cause, now);
                 self.rank_failed(&place.worker, name, &reason, now);
             }
             // All meet again; should that not help, the job makes no progress.
@@ -238,9 +266,8 @@ impl Leader {
                     stays: true,
                     is_hearsay: false,
                 };
-                for rank in (0..).map(Rank).take(self.size_of(name)) {
-                    let Some(gang) = self.gangs.get_mut(name) else { return };
-                    gang.failed(rank, &place.worker, words.clone(), now);
+                for place in &places {
+                    gang.failed(place.rank, &place.worker, words.clone(), now);
                 }
             }
         }
@@ -248,9 +275,5 @@ impl Leader {
             name,
             JobEvent::Note { generation, rank: suspect, text: format!("it hangs: {text}") },
         );
-    }
-
-    fn size_of(&self, name: &Name) -> usize {
-        self.index.get(name).map_or(0, |entry| entry.workload.gang().len())
     }
 }

@@ -20,6 +20,7 @@ use super::health::Health;
 use super::index::Workload;
 use super::leave::Leave;
 use super::reason::{Reason, count};
+use crate::records::Records;
 
 /// Workers known at once; each keeps a stream open. More is a mistake or an attack.
 pub(super) const WORKERS_MAX: usize = 4_096;
@@ -80,11 +81,14 @@ impl Task {
 
     /// It is told to be part of another generation.
     pub(super) fn joins(&mut self, generation: Generation) {
-        self.stage = Stage::Started;
+        // One that is not heard to run yet is still to be started.
+        self.stage = self.stage.min(Stage::Started);
         self.address = None;
         self.has_peers = false;
         self.is_paused = false;
         self.pause_told = false;
+        // The order to regroup takes an order to leave back.
+        self.stop_told = false;
         self.generation = generation;
     }
 
@@ -132,7 +136,7 @@ pub(super) struct Worker {
     host: String,
     pub(super) slots: u32,
     price: HostPrice,
-    incarnation: u64,
+    pub(super) incarnation: u64,
     pub(super) session: Option<SessionId>,
     heard: Millis,
     /// Its lease ran out, or it left with nothing on it; nothing on it counts any more.
@@ -157,6 +161,7 @@ impl Leader {
     pub(super) fn hello(
         &mut self,
         draft: &mut Draft,
+        records: &Records,
         now: Millis,
         session: SessionId,
         hello: WorkerHello,
@@ -174,19 +179,26 @@ impl Leader {
             draft.effect(Effect::CloseSession { session: replaced, reason });
         }
         let mut known = BTreeMap::new();
+        let is_known = former.as_ref().is_some_and(|former| former.incarnation == incarnation);
         let (mut is_leaving, mut leave) = (false, Leave::default());
+        if !is_known {
+            leave = Self::recall(draft, records, &name, incarnation);
+            // One that is to take tasks again may still drain until it says so.
+            is_leaving = leave.is_asked();
+        }
         let mut health = Health::default();
         if let Some(former) = former {
             // A worker that was started anew is on the same host.
             health = former.health;
             health.ask_again();
-            if former.incarnation == incarnation {
+            if is_known {
                 (is_leaving, leave) = (former.is_leaving, former.leave);
                 known = former.tasks;
             } else {
                 let reason = format!("`{name}` was started anew");
-                let lost = former.tasks.into_keys();
-                lost.for_each(|task| self.ended(draft, &name, &task, lost_with(&reason), now));
+                for (task, state) in former.tasks {
+                    self.lost(draft, &name, &task, &state, &reason, now);
+                }
             }
         }
         let tasks = views.iter().map(|view| {
@@ -198,7 +210,11 @@ impl Leader {
             // A start that was lost with the session is simply sent again.
             if state.stage > Stage::Told {
                 let reason = format!("`{name}` came back without it");
-                self.ended(draft, &name, &task, lost_with(&reason), now);
+                self.lost(draft, &name, &task, &state, &reason, now);
+            } else if let Some(rank) = self.rank_of(&name, &task)
+                && let Some(gang) = self.gangs.get_mut(&task.workload)
+            {
+                gang.never_started(rank);
             }
         }
         if self.lost.remove(&name) {
@@ -312,8 +328,11 @@ impl Leader {
         cause: &str,
     ) {
         let Some(state) = self.workers.get_mut(worker) else { return };
-        let is_new = state.hear_leaving(scope, cause);
+        let (is_new, is_done) = state.hear_leaving(scope, cause);
         let leaves = state.leaves();
+        if is_done {
+            Self::settle_asked(draft, worker);
+        }
         if is_new {
             let tasks = count(state.tasks.len(), "task");
             draft.because(Reason::Remark(format!("worker `{worker}` with {tasks} {leaves}")));
@@ -382,6 +401,9 @@ impl Leader {
         let lease = self.options.lease_ms;
         let is_over = |w: &Worker| w.is_lost && now.since(w.heard) > LOST_SHOWN_MS;
         for (name, worker) in self.workers.extract_if(.., |_, w| is_over(w)).collect::<Vec<_>>() {
+            if worker.leave.is_asked() {
+                Self::settle_asked(draft, &name);
+            }
             if !worker.health.is_fit() {
                 self.remember_lost(name);
             }
@@ -403,8 +425,8 @@ impl Leader {
                 self.sessions.remove(&session);
                 draft.effect(Effect::CloseSession { session, reason: reason.clone() });
             }
-            for task in tasks.into_keys() {
-                self.ended(draft, &name, &task, lost_with(&reason), now);
+            for (task, state) in tasks {
+                self.lost(draft, &name, &task, &state, &reason, now);
             }
             draft.because(Reason::Remark(format!("lost worker `{name}`: {reason}")));
         }
@@ -433,6 +455,25 @@ impl Leader {
             if held_state {
                 gang.held_state(rank);
             }
+        }
+    }
+
+    /// A task that was taken out of the inventory of its worker is lost with it.
+    fn lost(
+        &mut self,
+        draft: &mut Draft,
+        worker: &Name,
+        task: &TaskId,
+        state: &Task,
+        reason: &str,
+        now: Millis,
+    ) {
+        let reason = reason.to_owned();
+        self.ended(draft, worker, task, ExitCause::WorkerLost { reason }, now);
+        if let Some(rank) = self.rank_of(worker, task).filter(|_| state.holds_state)
+            && let Some(gang) = self.gangs.get_mut(&task.workload)
+        {
+            gang.held_state(rank);
         }
     }
 
@@ -569,8 +610,4 @@ pub(super) fn task_id(workload: &Workload, rank: Rank) -> TaskId {
         || TaskId { workload: workload.name().clone(), generation: workload.generation(), rank },
         |place| workload.task(place),
     )
-}
-
-fn lost_with(reason: &str) -> ExitCause {
-    ExitCause::WorkerLost { reason: reason.to_owned() }
 }
