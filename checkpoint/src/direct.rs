@@ -10,7 +10,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
@@ -31,6 +31,10 @@ const BLOCKS: usize = 2 * WRITERS + 1;
 /// Names that are tried for the file while it is written.
 const NAMES: u32 = 1000;
 
+/// Asked before every call of the system, with its name: an error is that of the call. In tests each
+/// call fails; otherwise it says whether the object is still wanted.
+pub(crate) type Before<'a> = &'a (dyn Fn(&'static str) -> io::Result<()> + Sync);
+
 /// Writes `pieces`, and then what `end` gives, to `path`; returns the BLAKE3 of all, hex. Makes the
 /// folders down from `root`. On an error nothing is left.
 pub(crate) fn write_file(
@@ -38,19 +42,25 @@ pub(crate) fn write_file(
     path: &Path,
     pieces: &[Bytes],
     end: impl FnOnce() -> io::Result<Bytes>,
+    before: Before<'_>,
 ) -> io::Result<String> {
     let folder = path.parent().unwrap_or(root);
-    let is_new = !folder.is_dir();
-    std::fs::create_dir_all(folder)?;
+    if !folder.is_dir() {
+        before("mkdir")?;
+        std::fs::create_dir_all(folder)?;
+    }
+    before("open")?;
     let (file, staging) = create(path)?;
     let staging = Staging(Some(staging));
-    let hash = write_blocks(&file, pieces, end)?;
+    let hash = write_blocks(&file, pieces, end, before)?;
+    before("sync")?;
     file.sync_all()?;
     drop(file);
+    before("rename")?;
     staging.publish(path)?;
-    // The name is safe when the folder is, and so on up to one that was there before.
-    let up = if is_new { usize::MAX } else { 1 };
-    for folder in folder.ancestors().take_while(|folder| folder.starts_with(root)).take(up) {
+    // A name is safe when its folder is: all of them, since a try that failed may have made some.
+    for folder in folder.ancestors().take_while(|folder| folder.starts_with(root)) {
+        before("sync of a folder")?;
         File::open(folder)?.sync_all()?;
     }
     Ok(hash)
@@ -84,16 +94,12 @@ fn create(path: &Path) -> io::Result<(File, PathBuf)> {
         let mut name = path.as_os_str().to_owned();
         name.push(format!("#{number}"));
         let name = PathBuf::from(name);
-        let open = |flags: OFlag| {
-            let mut options = OpenOptions::new();
-            options.write(true).create_new(true).custom_flags(flags.bits()).open(&name)
-        };
-        let opened = match open(OFlag::O_DIRECT) {
-            Err(error) if is_unsupported(&error) => open(OFlag::empty()),
-            opened => opened,
-        };
-        match opened {
-            Ok(file) => return Ok((file, name)),
+        match OpenOptions::new().write(true).create_new(true).open(&name) {
+            Ok(file) => {
+                // Asked for afterwards: where it is refused, a file would have been made all the same.
+                let _ = set_direct(&file, true);
+                return Ok((file, name));
+            }
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
@@ -102,8 +108,12 @@ fn create(path: &Path) -> io::Result<(File, PathBuf)> {
     Err(io::Error::new(ErrorKind::AlreadyExists, problem))
 }
 
-fn is_unsupported(error: &io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported)
+/// Has the file go around the system's cache, or through it.
+fn set_direct(file: &File, is_direct: bool) -> io::Result<()> {
+    let mut flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    flags.set(OFlag::O_DIRECT, is_direct);
+    fcntl(file, FcntlArg::F_SETFL(flags))?;
+    Ok(())
 }
 
 /// Memory that a disk can read by itself.
@@ -148,6 +158,7 @@ fn write_blocks(
     file: &File,
     pieces: &[Bytes],
     end: impl FnOnce() -> io::Result<Bytes>,
+    before: Before<'_>,
 ) -> io::Result<String> {
     let mut hasher = blake3::Hasher::new();
     let (filled, to_write) = sync_channel::<Block>(WRITERS);
@@ -160,7 +171,7 @@ fn write_blocks(
     let bytes = thread::scope(|scope| {
         for free in vec![free; WRITERS] {
             let to_write = &to_write;
-            scope.spawn(move || write_all(file, to_write, &free));
+            scope.spawn(move || write_all(file, to_write, &free, before));
         }
         let bytes = fill_blocks(pieces, end, &mut hasher, &filled, &freed);
         drop(filled);
@@ -168,6 +179,7 @@ fn write_blocks(
     })?;
     // What the writers came to say last.
     freed.into_iter().try_for_each(|block| block.map(drop))?;
+    before("truncate")?;
     file.set_len(bytes)?;
     Ok(hasher.finalize().to_hex().to_string())
 }
@@ -210,13 +222,18 @@ fn fill_blocks(
 }
 
 /// Writes blocks until no more come.
-fn write_all(file: &File, to_write: &Mutex<Receiver<Block>>, free: &SyncSender<io::Result<Block>>) {
+fn write_all(
+    file: &File,
+    to_write: &Mutex<Receiver<Block>>,
+    free: &SyncSender<io::Result<Block>>,
+    before: Before<'_>,
+) {
     loop {
         // A lock that a panic left is that of a receiver all the same.
         let next = to_write.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(mut block) = next else { return };
         let at = block.at;
-        let written = write_at(file, block.padded(), at);
+        let written = before("write").and_then(|()| write_at(file, block.padded(), at));
         // There is room for every block.
         let _ = free.send(written.map(|()| block));
     }
@@ -226,8 +243,7 @@ fn write_at(file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
     match file.write_all_at(bytes, at) {
         Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => {
             // The file system takes the flag and not what comes of it.
-            let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL)?);
-            fcntl(file, FcntlArg::F_SETFL(flags - OFlag::O_DIRECT))?;
+            set_direct(file, false)?;
             file.write_all_at(bytes, at)
         }
         written => written,
@@ -236,12 +252,16 @@ fn write_at(file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
 
     fn pieces(lengths: &[usize]) -> Vec<Bytes> {
         let piece = |length: &usize| (0..*length).map(|i| (i * 31 % 251) as u8).collect();
         lengths.iter().map(piece).map(|bytes: Vec<u8>| bytes.into()).collect()
     }
+
+    const ALL: Before<'static> = &|_| Ok(());
 
     #[test]
     fn a_file_of_any_length_has_exactly_its_bytes_in_folders_that_were_not_there() {
@@ -261,7 +281,7 @@ mod tests {
             let path = root.path().join(format!("a/b{index}/c"));
             let end = Bytes::from_static(b"the end");
             let pieces = pieces(lengths);
-            let hash = write_file(root.path(), &path, &pieces, || Ok(end.clone()));
+            let hash = write_file(root.path(), &path, &pieces, || Ok(end.clone()), ALL);
             let expected = [pieces.concat(), end.to_vec()].concat();
             assert_eq!(hash.expect("written"), crate::manifest::digest(&expected));
             assert!(std::fs::read(&path).expect("there") == expected, "{lengths:?}");
@@ -274,7 +294,7 @@ mod tests {
         let path = root.path().join("x");
         std::fs::write(root.path().join("x#1"), "of a killed writer").expect("written");
         let failing = || Err(io::Error::other("no checksums"));
-        let failed = write_file(root.path(), &path, &pieces(&[5 << 20]), failing);
+        let failed = write_file(root.path(), &path, &pieces(&[5 << 20]), failing, ALL);
         assert_eq!(failed.expect_err("fails").to_string(), "no checksums");
         let names = || {
             let entries = std::fs::read_dir(root.path()).expect("listed");
@@ -284,7 +304,8 @@ mod tests {
             names
         };
         assert_eq!(names(), ["x#1"]);
-        write_file(root.path(), &path, &pieces(&[5 << 20]), || Ok(Bytes::new())).expect("written");
+        write_file(root.path(), &path, &pieces(&[5 << 20]), || Ok(Bytes::new()), ALL)
+            .expect("written");
         assert_eq!(names(), ["x", "x#1"]);
     }
 
@@ -295,7 +316,61 @@ mod tests {
             eprintln!("skipped: this system has no /dev/full");
             return;
         };
-        let outcome = write_blocks(&full, &pieces(&[40 << 20]), || Ok(Bytes::new()));
+        let outcome = write_blocks(&full, &pieces(&[40 << 20]), || Ok(Bytes::new()), ALL);
         assert_eq!(outcome.expect_err("full").kind(), ErrorKind::StorageFull);
+    }
+
+    #[test]
+    fn whatever_call_fails_or_is_the_last_nothing_half_written_is_visible() {
+        let pieces = pieces(&[3 << 20, 77]);
+        let whole = pieces.concat();
+        let mut failed = Vec::new();
+        for fatal in 0.. {
+            let root = tempfile::tempdir().expect("a folder");
+            let path = root.path().join("a/b/x");
+            let calls = AtomicUsize::new(0);
+            let last = Mutex::new("");
+            let before = |what| match calls.fetch_add(1, Ordering::SeqCst) >= fatal {
+                false => Ok(()),
+                // Nothing after it succeeds either, as after a kill.
+                true => {
+                    let mut last = last.lock().expect("no panic");
+                    *last = if last.is_empty() { what } else { *last };
+                    Err(io::Error::other("on purpose"))
+                }
+            };
+            let outcome = write_file(root.path(), &path, &pieces, || Ok(Bytes::new()), &before);
+            let visible = std::fs::read(&path);
+            assert!(visible.as_ref().map_or(true, |bytes| *bytes == whole), "call {fatal}");
+            if outcome.is_ok() {
+                assert!(visible.is_ok());
+                break;
+            }
+            let what = *last.lock().expect("no panic");
+            // Renamed already: whole, though not known to be safe.
+            assert_eq!(visible.is_ok(), what == "sync of a folder", "{what}");
+            let left = std::fs::read_dir(path.parent().expect("a parent"));
+            let left = left.map_or(0, Iterator::count);
+            assert_eq!(left, usize::from(visible.is_ok()), "{what}");
+            failed.push(what);
+            // The next try is in nobody's way.
+            write_file(root.path(), &path, &pieces, || Ok(Bytes::new()), ALL).expect("written");
+            assert!(std::fs::read(&path).expect("there") == whole);
+        }
+        println!("failed at {failed:?}");
+        for what in ["mkdir", "open", "write", "truncate", "sync", "rename", "sync of a folder"] {
+            assert!(failed.contains(&what), "{what} was not tried");
+        }
+    }
+
+    #[test]
+    fn a_file_system_that_knows_only_its_cache_is_written_to_as_usual() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (file, _) = create(&folder.path().join("x")).expect("made");
+        // What a refusal leaves.
+        set_direct(&file, false).expect("changed");
+        let pieces = pieces(&[3 << 20, 77]);
+        write_blocks(&file, &pieces, || Ok(Bytes::new()), ALL).expect("written");
+        assert!(std::fs::read(folder.path().join("x#1")).expect("there") == pieces.concat());
     }
 }

@@ -41,10 +41,15 @@ impl References {
             })
             .collect();
         let mut found = stream::iter(reads).buffer_unordered(READS_AT_ONCE);
-        while let Some((key, references)) = found.try_next().await? {
-            self.0.insert(key, references);
+        let mut outcome = Ok(());
+        while let Some(read) = found.next().await {
+            match read {
+                Ok((key, references)) => drop(self.0.insert(key, references)),
+                // The others are worth knowing all the same.
+                Err(error) => outcome = outcome.and(Err(error)),
+            }
         }
-        Ok(())
+        outcome
     }
 
     /// The same for one more.

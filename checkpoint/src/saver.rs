@@ -7,6 +7,7 @@
 //! exists is whole.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -136,6 +137,10 @@ pub struct Saver {
     shared: Arc<Shared>,
     /// Present until dropped.
     runtime: Option<Runtime>,
+    /// The one before, of threads that step back, since there is a hurry.
+    behind: Option<Runtime>,
+    /// Nobody wants what is under way.
+    unwanted: Arc<AtomicBool>,
 }
 
 /// What the background and the caller share.
@@ -211,13 +216,7 @@ impl Saver {
             let checkpoints = folder.join(keys::checkpoints(&options.job));
             local::clean_superseded(&checkpoints, options.generation);
         }
-        let runtime = Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name("checkpoint")
-            .on_thread_start(behind_training)
-            .enable_all()
-            .build()
-            .map_err(|error| SaveError::Background(error.to_string()))?;
+        let runtime = runtime(true)?;
         let state = State {
             arenas: vec![Vec::new(); ARENAS_MAX],
             staging: BTreeSet::new(),
@@ -240,7 +239,18 @@ impl Saver {
                 is_abandoned: OnceLock::new(),
             }),
             runtime: Some(runtime),
+            behind: None,
+            unwanted: Arc::default(),
         })
+    }
+
+    /// Nothing is trained any more: what is begun from here on does not step back for it.
+    pub fn hurry(&mut self) -> Result<(), SaveError> {
+        if self.behind.is_none() {
+            // What is under way there goes on.
+            self.behind = self.runtime.replace(runtime(false)?);
+        }
+        Ok(())
     }
 
     /// The job goes on from this checkpoint, which is recorded: what it holds need not be written
@@ -318,15 +328,16 @@ impl Saver {
         let guard = Guard { shared: self.shared.clone(), work: Some(Work::Stage(step)) };
         let (store, options, writer) =
             (self.store.clone(), self.options.clone(), self.writer.clone());
-        let former = pass_on(&mut self.former);
+        let (former, unwanted) = (pass_on(&mut self.former), self.unwanted.clone());
         self.spawn(async move {
             // Nothing comes from a task that was broken off: then all is written.
             let (former, next) = match former {
                 Some((former, next)) => (Some(former.await.unwrap_or_default()), Some(next)),
                 None => (None, None),
             };
+            let known = former.as_ref();
             let written =
-                write_shard(&store, &options, &writer, step, &mut staged, former.as_ref()).await;
+                write_shard(&store, &options, &writer, step, &mut staged, known, unwanted).await;
             if let (Some(former), Some(next)) = (former, next) {
                 let held =
                     written.as_ref().ok().map(|entry| Former::of(std::slice::from_ref(entry)));
@@ -449,6 +460,7 @@ impl Saver {
         descriptor_json: &[u8],
     ) -> Result<(String, String, u64), SaveError> {
         self.shared.next_error()?;
+        self.hurry()?;
         let shapes = format::shapes(tensors)?;
         let staged = Staged::copy(&format::whole(tensors, &shapes), Vec::new(), false)?;
         let weights = Content::of(staged.pieces());
@@ -489,10 +501,21 @@ impl Saver {
 
 impl Drop for Saver {
     fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
+        self.unwanted.store(true, Ordering::Relaxed);
+        for runtime in [self.runtime.take(), self.behind.take()].into_iter().flatten() {
             runtime.shutdown_background();
         }
     }
+}
+
+/// Few threads, which step back `behind` those of the step loop or do not.
+fn runtime(behind: bool) -> Result<Runtime, SaveError> {
+    let mut builder = Builder::new_multi_thread();
+    if behind {
+        builder.on_thread_start(behind_training);
+    }
+    let built = builder.worker_threads(1).thread_name("checkpoint").enable_all().build();
+    built.map_err(|error| SaveError::Background(error.to_string()))
 }
 
 /// What a background task is for.

@@ -4,6 +4,8 @@
 //! nothing visible, and is repeated a few times where that can help.
 
 use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use api::job::Compression;
 use bytes::{Bytes, BytesMut};
@@ -36,8 +38,6 @@ const ZSTD_INPUT_BYTES: usize = 1 << 20;
 /// From here on an object goes to a folder around the system's cache; what is smaller waits longer
 /// for the disk than its copy takes.
 const DIRECT_BYTES_MIN: u64 = 1 << 20;
-/// Why an object has no end.
-const NO_END: &str = "its checksums were not computed";
 
 const _: () = assert!(SINGLE_PUT_BYTES_MAX >= PART_BYTES);
 
@@ -50,13 +50,15 @@ pub(crate) struct Content {
     pub end_bytes: u64,
     /// What is computed while the rest is on its way; none when that failed.
     pub end: Shared<BoxFuture<'static, Option<Bytes>>>,
+    /// Set when nobody wants the object any more: its write ends at the next block.
+    pub unwanted: Arc<AtomicBool>,
 }
 
 impl Content {
     /// One whose end is there already.
     pub fn of(pieces: Vec<Bytes>) -> Self {
         let end = async { Some(Bytes::new()) };
-        Self { pieces, end_bytes: 0, end: end.boxed().shared() }
+        Self { pieces, end_bytes: 0, end: end.boxed().shared(), unwanted: Arc::default() }
     }
 
     fn bytes(&self) -> u64 {
@@ -64,10 +66,7 @@ impl Content {
     }
 
     async fn end(&self, store: &Store, key: &str) -> Result<Bytes, StoreError> {
-        self.end
-            .clone()
-            .await
-            .ok_or_else(|| store.attempt("write", key).unavailable(NO_END.into(), true))
+        self.end.clone().await.ok_or_else(|| store.attempt("write", key).io(&no_end()))
     }
 }
 
@@ -94,6 +93,11 @@ pub(crate) async fn write_object(
     store.patiently(attempt).await
 }
 
+/// An object without an end: trying again would change nothing.
+fn no_end() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "its checksums were not computed")
+}
+
 fn total(pieces: &[Bytes]) -> u64 {
     pieces.iter().map(|piece| piece.len() as u64).sum()
 }
@@ -110,10 +114,14 @@ async fn write_plain(store: &Store, key: &str, content: &Content) -> Result<Stor
         && bytes >= DIRECT_BYTES_MIN
     {
         let (root, path, content) = (folder.to_owned(), folder.join(key), content.clone());
-        let end = async move { content.end.await.ok_or_else(|| io::Error::other(NO_END)) };
-        let (runtime, pieces) = (Handle::current(), content.pieces);
+        let end = async move { content.end.await.ok_or_else(no_end) };
+        let (runtime, pieces, unwanted) = (Handle::current(), content.pieces, content.unwanted);
         let written = tokio::task::spawn_blocking(move || {
-            direct::write_file(&root, &path, &pieces, || runtime.block_on(end))
+            let before = |_| match unwanted.load(Ordering::Relaxed) {
+                true => Err(io::Error::other("nobody wants the object any more")),
+                false => Ok(()),
+            };
+            direct::write_file(&root, &path, &pieces, || runtime.block_on(end), &before)
         });
         let failed = |error: io::Error| store.attempt("write", key).io(&error);
         let blake3 = joined(store, key, written).await?.map_err(failed)?;

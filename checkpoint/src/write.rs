@@ -1,6 +1,8 @@
 //! The two writes of which a save consists: a rank's shard, and the manifest that names them all.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use api::Step;
 use api::events::CheckpointFact;
@@ -20,7 +22,7 @@ use crate::upload::{Content, write_object};
 /// Shards looked up at once before a manifest is written.
 const LOOKUPS_AT_ONCE: usize = 16;
 
-/// Writes what `former`, if given, does not hold already.
+/// Writes what `former`, if given, does not hold already; breaks off when it is `unwanted`.
 pub(crate) async fn write_shard(
     store: &Store,
     options: &SaverOptions,
@@ -28,6 +30,7 @@ pub(crate) async fn write_shard(
     step: Step,
     staged: &mut Staged,
     former: Option<&Former>,
+    unwanted: Arc<AtomicBool>,
 ) -> Result<ShardEntry, SaveError> {
     let mut key = keys::shard(&options.job, step, options.generation, options.rank, writer);
     if options.compression == Compression::Zstd {
@@ -41,7 +44,8 @@ pub(crate) async fn write_shard(
     let computing = tokio::task::spawn_blocking(staged.checksums());
     let checksums = computing.map(Result::ok).boxed().shared();
     let end = checksums.clone().map(|found| Some(found?.bytes)).boxed().shared();
-    let content = Content { pieces: staged.pieces(), end_bytes: staged.checksum_bytes(), end };
+    let (pieces, end_bytes) = (staged.pieces(), staged.checksum_bytes());
+    let content = Content { pieces, end_bytes, end, unwanted };
     let stored = write_object(store, &key, &content, options.compression).await?;
     drop(content);
     if let Some(checksums) = checksums.await {

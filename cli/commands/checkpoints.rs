@@ -100,7 +100,7 @@ async fn verify(global: &Global, job: &str, step: Option<u64>) -> Result<()> {
 }
 
 /// What no manifest names, and, asked to, its deletion: only of a job that is over, by the leader's
-/// word, and of which no rank is known to run.
+/// word, and of which no rank is known to run (a leader that has just begun does not know of all).
 ///
 /// The store is worked on directly, and the leader need not wait for it: what is deleted is of no use
 /// to anybody, whatever is decided meanwhile. Only objects of generations up to the job's last are

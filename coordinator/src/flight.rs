@@ -423,7 +423,6 @@ async fn in_time<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result
     }
 }
 
-/// A rank of which nothing is known but where it was placed.
 /// How many ranks a generation has. Of one that is over it is not recorded: as many as the job needs, or
 /// as the present one has.
 fn ranks_in(job: &JobRecord, generation: Generation) -> u32 {
@@ -435,6 +434,7 @@ fn ranks_in(job: &JobRecord, generation: Generation) -> u32 {
     }
 }
 
+/// A rank of which nothing is known but where it was placed.
 fn unknown(job: &JobRecord, rank: Rank) -> RankFlight {
     let place = job.status.gang.iter().find(|place| place.rank == rank);
     RankFlight {

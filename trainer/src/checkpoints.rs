@@ -238,6 +238,11 @@ impl Checkpoints {
         self.saver.take().ok_or_else(gone)
     }
 
+    /// No step follows: what is saved from here on need not step back for one.
+    pub fn hurry(&mut self) -> Result<(), TrainError> {
+        Ok(self.saver()?.hurry()?)
+    }
+
     fn saver(&mut self) -> Result<&mut Saver, TrainError> {
         self.saver.as_mut().ok_or_else(gone)
     }

@@ -703,6 +703,7 @@ impl Trainer {
     /// A checkpoint of the current step, complete before this returns.
     fn save_and_report(&mut self, held: &Held) -> Result<(), TrainError> {
         self.busy("the last save")?;
+        self.bound.checkpoints.hurry()?;
         self.stage(held)?;
         let bound = &mut self.bound;
         for fact in bound.checkpoints.flush(&mut *bound.queue.turn())? {

@@ -298,7 +298,7 @@ impl Running {
             }
             CoordinatorMessage::Drain { deadline, reason } => {
                 info!(reason, "worker drains");
-                let limit = deadline.map_or(self.stop_timeout, |span| span.0);
+                let limit = task_limit(self.stop_timeout, deadline.map(|span| span.0));
                 let deadline = deadline.map(|span| Instant::now() + span.0);
                 let cause = reason.clone();
                 self.leaves.drain = Some(Leave { scope: LeaveScope::Drains, cause, deadline });

@@ -141,11 +141,13 @@ impl Leader {
 
     fn stop_job(&mut self, draft: &mut Draft, version: u64, job: &Arc<JobRecord>, now: Millis) {
         let generation = job.status.generation;
-        let is_broken = self.gangs.get(&job.spec.name).is_some_and(Gang::is_broken);
+        // With a newcomer that waits for a large state a boundary may be minutes away.
+        let is_apart = self.gangs.get(&job.spec.name).is_some_and(Gang::is_broken)
+            || self.waits_for_state(job);
         match job.status.phase {
             // What they hold is not thrown away: they meet, and then they are asked to stop.
             Phase::Starting | Phase::Running
-                if (job.status.phase == Phase::Starting || is_broken) && self.holds_state(job) =>
+                if (job.status.phase == Phase::Starting || is_apart) && self.holds_state(job) =>
             {
                 if !job.status.stop_asked {
                     self.change_job(draft, version, job, |status| {
@@ -172,15 +174,23 @@ impl Leader {
                 let job = job.spec.name.clone();
                 draft.effect(Effect::ForgetSecret { job, generation });
             }
-            Phase::Running => {
-                self.change_job(draft, version, job, |status| {
-                    status.phase = Phase::Stopping;
-                    status.reason = "asked to stop: writing a checkpoint".into();
-                });
-                self.tell_to_stop(draft, &job.spec.name, generation, BY_A_USER);
-            }
+            Phase::Running => self.stop_at_a_boundary(draft, version, job),
             Phase::Stopping | Phase::Stopped | Phase::Succeeded | Phase::Failed => {}
         }
+    }
+
+    /// Has a gang that runs save its state after the step that it makes, and leave.
+    pub(super) fn stop_at_a_boundary(
+        &mut self,
+        draft: &mut Draft,
+        version: u64,
+        job: &Arc<JobRecord>,
+    ) {
+        self.change_job(draft, version, job, |status| {
+            status.phase = Phase::Stopping;
+            status.reason = "asked to stop: writing a checkpoint".into();
+        });
+        self.tell_to_stop(draft, &job.spec.name, job.status.generation, BY_A_USER);
     }
 
     fn stop_endpoint(&mut self, draft: &mut Draft, version: u64, endpoint: &EndpointRecord) {

@@ -410,7 +410,7 @@ impl Leader {
     }
 
     /// Whether a rank that runs, on a worker that stays, has yet to get the state from the others.
-    fn waits_for_state(&self, job: &Arc<JobRecord>) -> bool {
+    pub(super) fn waits_for_state(&self, job: &Arc<JobRecord>) -> bool {
         let workload = Workload::Job(Arc::clone(job));
         let departs = |rank| {
             let gang = self.gangs.get(&job.spec.name);

@@ -209,8 +209,13 @@ impl Leader {
             }
             RankReport::Running { step, holds_state } => {
                 if let Some(state) = self.reached(worker, task, Stage::Running) {
+                    let has_got_it = state.step.is_some() && !state.holds_state && holds_state;
                     state.holds_state |= holds_state;
                     state.step = Some(step);
+                    if let Some(gang) = self.gangs.get_mut(&task.workload).filter(|_| has_got_it) {
+                        // The step behind which it came may take no longer than others.
+                        gang.pace.busy_is_over(now);
+                    }
                 }
             }
             RankReport::Paused { .. } => {

@@ -279,11 +279,16 @@ impl Leader {
                 return self.requeue_job(draft, now, version, job);
             }
         }
-        if is_starting && job.status.stop_asked && self.has_newcomers(job) {
+        let may_meet = is_starting || self.waits_for_state(job);
+        if may_meet && job.status.stop_asked && self.has_newcomers(job) {
             let why = Why::Left("its ranks meet to save what they hold".into());
             if let Regrouped::Yes = self.regroup_job(draft, now, version, job, why) {
                 return;
             }
+        }
+        if job.status.phase == Phase::Running && job.status.stop_asked && !is_broken {
+            // The newcomers that it waited for have got the state meanwhile.
+            return self.stop_at_a_boundary(draft, version, job);
         }
         if is_inherited {
             return self.take_over(draft, now, version, job, &standing);
@@ -420,7 +425,9 @@ impl Leader {
         {
             gang.shunned.failed(&failure.worker, now);
         }
-        if failure.cause.is_retryable() && failures <= allowed {
+        // What belongs to an incident that was counted does not end what came of it, a last save either.
+        let is_counted = failures == job.status.failures;
+        if failure.cause.is_retryable() && (failures <= allowed || is_counted) {
             let why = Why::Failed(failure.clone());
             if let Regrouped::Yes = self.regroup_job(draft, now, version, job, why) {
                 return;
@@ -493,7 +500,7 @@ impl Leader {
             || matches!(failure.cause, ExitCause::NotStarted { .. })
                 && !self.gangs.get(&job.spec.name)?.shunned.fits(&place.worker);
         let (_, others_hold_it) = self.members(job, Some(place.rank));
-        let is_new = job.status.phase == Phase::Starting && !self.has_held(job, place.rank);
+        let is_new = !self.has_held(job, place.rank);
         (is_final && is_new && others_hold_it).then(|| place.clone())
     }
 

@@ -81,6 +81,14 @@ impl Pace {
         self.is_busy = true;
     }
 
+    /// It is over, and a step is to be expected again.
+    pub(super) fn busy_is_over(&mut self, now: Millis) {
+        if self.is_busy {
+            self.busy(now);
+            self.is_busy = false;
+        }
+    }
+
     /// For the next generation: the history counts, the pause between the two does not.
     pub(super) fn carried(&self) -> Self {
         Self { longest_ms: self.longest_ms, beats: self.beats, ..Self::default() }

@@ -401,9 +401,6 @@ impl Leader {
         let lease = self.options.lease_ms;
         let is_over = |w: &Worker| w.is_lost && now.since(w.heard) > LOST_SHOWN_MS;
         for (name, worker) in self.workers.extract_if(.., |_, w| is_over(w)).collect::<Vec<_>>() {
-            if worker.leave.is_asked() {
-                Self::settle_asked(draft, &name);
-            }
             if !worker.health.is_fit() {
                 self.remember_lost(name);
             }
