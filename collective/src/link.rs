@@ -12,8 +12,12 @@ use std::io::{ErrorKind, IoSlice};
 use std::net::{Shutdown, SocketAddr};
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::time::Instant;
 
 use api::Rank;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::read;
 
 use crate::call::CallSite;
 use crate::connect::Connection;
@@ -576,6 +580,32 @@ impl Link {
         self.words.shutdown(Shutdown::Write);
         for stream in &self.streams {
             stream.wire.shutdown(Shutdown::Write);
+        }
+    }
+
+    /// Reads and forgets what the peer still sends, until it has closed its side or that moment.
+    pub(crate) fn discard(&self, until: Instant) {
+        discard(self.words_descriptor(), until);
+        (0..self.streams()).for_each(|stream| discard(self.descriptor(stream), until));
+    }
+}
+
+/// Reads and forgets what comes on a connection, until its end or that moment.
+fn discard(connection: BorrowedFd<'_>, until: Instant) {
+    let mut forgotten = [0; 4096];
+    loop {
+        let left = until.saturating_duration_since(Instant::now()).as_millis();
+        let mut wanted = [PollFd::new(connection, PollFlags::POLLIN)];
+        match poll(&mut wanted, PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO)) {
+            Ok(0) => return,
+            Err(Errno::EINTR) => continue,
+            Err(_) => return,
+            Ok(_) => {}
+        }
+        match read(connection, &mut forgotten) {
+            Ok(0) => return,
+            Ok(_) | Err(Errno::EINTR | Errno::EAGAIN) => {}
+            Err(_) => return,
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::{Generation, Rank};
 
@@ -24,6 +24,8 @@ use crate::payload::{Nothing, Payload, Sink, Transfers};
 use crate::selection::Selection;
 use crate::tcp_options::TcpOptions;
 
+/// How long a rank that leaves waits for the others to leave.
+const LINGER: Duration = Duration::from_millis(500);
 /// Bytes up to which a root sends its whole buffer to every rank; beyond, each rank gets a chunk
 /// from the root and the ranks exchange chunks, so that the root's link is not the narrow place.
 const BROADCAST_DIRECT_BYTES: usize = 256 << 10;
@@ -449,7 +451,17 @@ impl Peers {
                 link.shut_writing();
             }
         }
+        self.linger();
         self.abort.unwatch();
+    }
+
+    /// Reads what peers still say until they leave, too. Closing a connection on what was not read
+    /// resets it, and a peer that is behind would take that for the loss of this rank.
+    fn linger(&self) {
+        let until = Instant::now() + LINGER;
+        for link in self.links.iter().flatten() {
+            link.discard(until);
+        }
     }
 
     fn peers(&self) -> impl Iterator<Item = u32> + use<> {
