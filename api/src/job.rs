@@ -420,8 +420,9 @@ impl Default for Recovery {
             hang_min: Span::seconds(30),
             stragglers: Stragglers::Tell,
             straggler_min: Span::seconds(20),
-            // At 10 Gb/s on the wire in 54 ms: less than it costs that ranks idle for a step.
-            join_behind_above: ByteSize(64 << 20),
+            // At 10 Gb/s on the wire for 0.9 s: standing still for less costs less than ranks that idle
+            // for a step.
+            join_behind_above: ByteSize(1 << 30),
         }
     }
 }
