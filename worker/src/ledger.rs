@@ -338,14 +338,19 @@ impl Ledger {
     pub(crate) fn report(&self, task: &TaskId, line: RankLine) {
         let RankLine { generation, report } = line;
         let mut inner = self.lock();
-        // What it says of a former generation is no news of the one it was told to be in since.
+        // A state that a process holds it keeps, whatever it was told to be part of since.
+        if let Some(known) = inner.tasks.get_mut(task)
+            && let RankReport::Running { holds_state: true, .. } = &report
+        {
+            known.view.holds_state = true;
+        }
+        // What else it says of a former generation is no news of that one.
         if let Some(known) = inner.tasks.get_mut(task)
             && known.view.generation() == generation
         {
             let view = &mut known.view;
             match &report {
                 RankReport::Listening { address, .. } => view.address = Some(*address),
-                RankReport::Running { holds_state, .. } => view.holds_state |= *holds_state,
                 RankReport::Broken { .. } | RankReport::Paused { .. } => view.waits = true,
                 _ => {}
             }

@@ -131,6 +131,14 @@ impl Leader {
                 };
                 let current = gang.map(|gang| gang.generation).unwrap_or_default();
                 let who = Speaker { worker, task, rank, is_current: generation == current };
+                // A state that a process holds it keeps, whatever it was told to be part of since.
+                if let RankReport::Running { holds_state: true, .. } = report
+                    && !who.is_current
+                    && let Some(worker) = self.workers.get_mut(worker)
+                    && let Some(state) = worker.tasks.get_mut(task)
+                {
+                    state.holds_state = true;
+                }
                 // That a process is about to leave counts whatever it has heard of before.
                 if !who.is_current && !matches!(report, RankReport::Failed { .. }) {
                     let of = TaskId { generation, ..task.clone() };
