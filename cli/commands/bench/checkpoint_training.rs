@@ -1,5 +1,6 @@
 //! What checkpoints cost the steps of a job: the same job with and without them, by turns.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use api::events::{JobEvent, StepMetrics};
@@ -14,6 +15,8 @@ use crate::follow::outcome;
 
 /// Steps before measuring.
 const WARMUP: u64 = 3;
+/// Steps that a checkpoint may slow down, the one that it ends included.
+const BEHIND: u64 = 3;
 
 /// One round. Times in seconds.
 #[derive(Clone, Debug, Serialize)]
@@ -24,14 +27,24 @@ pub struct TrainingSample {
     pub step_saved: f64,
     /// How long each checkpoint held up the step loop.
     pub stalls: Vec<f64>,
+    /// What each cost: the step that it ended and the next two, over the median of the others of its run,
+    /// three times. A run's mean drifts with whatever else the machine does; this does not.
+    pub lost: Vec<f64>,
+    /// That median.
+    pub step_between: f64,
     /// Bytes of one checkpoint, of all ranks.
     pub bytes: u64,
 }
 
 impl TrainingSample {
-    /// How much slower the job is with checkpoints; 0.01 is one percent.
+    /// How much slower the job was with checkpoints than without; 0.01 is one percent.
     pub fn slowdown(&self) -> f64 {
         self.step_saved / self.step_plain - 1.0
+    }
+
+    /// The part of the time that checkpoints took of a run, one every so many steps.
+    pub fn taken(&self, every: u64) -> impl Iterator<Item = f64> {
+        self.lost.iter().map(move |lost| lost / (self.step_between * every as f64))
     }
 }
 
@@ -70,6 +83,26 @@ pub async fn clean(store: &Store, every: u64, rounds: usize) -> Result<()> {
     Ok(())
 }
 
+/// What checkpoints cost a run, each, and the median time of its other steps.
+fn lost(run: &Run, every: u64) -> (Vec<f64>, f64) {
+    let times = run.steps.windows(2).map(|pair| {
+        let (step, time) = (pair[1].0.step.0, pair[1].1.duration_since(pair[0].1));
+        (step, time.as_secs_f64())
+    });
+    let measured = times.filter(|(step, _)| *step > WARMUP);
+    let (behind, mut others): (Vec<_>, Vec<_>) =
+        measured.partition(|(step, _)| *step >= every && step % every < BEHIND);
+    others.sort_by(|a, b| a.1.total_cmp(&b.1));
+    let between = others.get(others.len() / 2).map_or(f64::NAN, |(_, time)| *time);
+    let mut by_checkpoint: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
+    for (step, time) in behind {
+        by_checkpoint.entry(step / every).or_default().push(time);
+    }
+    let whole = by_checkpoint.into_values().filter(|times| times.len() as u64 == BEHIND);
+    let lost = whole.map(|times| times.iter().sum::<f64>() - BEHIND as f64 * between);
+    (lost.collect(), between)
+}
+
 /// Runs the job `rounds` times each way.
 pub async fn measure(
     client: &ClusterClient,
@@ -94,10 +127,13 @@ pub async fn measure(
             metrics.step.0.is_multiple_of(every) && metrics.step != metrics.last_step
         };
         let due = saved.steps.iter().filter(|(metrics, _)| is_due(metrics));
+        let (lost, step_between) = lost(&saved, every);
         let sample = TrainingSample {
             step_plain: plain.mean()?,
             step_saved: saved.mean()?,
             stalls: due.map(|(metrics, _)| metrics.time.checkpoint).collect(),
+            lost,
+            step_between,
             bytes: saved.bytes,
         };
         tell(round, &sample);
