@@ -21,12 +21,13 @@ use crate::agreement::{Disagreement, agree};
 use crate::checkpoints::Checkpoints;
 use crate::data_plane::transport;
 use crate::error::TrainError;
+use crate::held::{Held, Progress};
 use crate::newcomers::{Joining, send_parts};
 use crate::place::Place;
 use crate::recovery::{Offer, Origin, origin};
 use crate::samples;
 use crate::state::TrainState;
-use crate::train::{Bound, End, Held, Progress, Trainer};
+use crate::train::{Bound, End, Trainer};
 
 /// Every peer listens when the addresses are known, so connecting is quick.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);

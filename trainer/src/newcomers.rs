@@ -12,9 +12,9 @@ use std::time::Duration;
 use api::{Rank, Step};
 use collective::{CollectiveError, Communicator, Queue, Work};
 
+use crate::held::{Held, Progress};
 use crate::recovery::{Offer, Origin, parts};
 use crate::state::TrainState;
-use crate::train::{Held, Progress};
 
 /// Who waits for the state, and who sends it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -15,11 +15,11 @@ use collective::FlightRecorder;
 
 use crate::data_plane::tcp_options;
 use crate::error::TrainError;
+use crate::held::{Held, Progress, last_step};
 use crate::member::Member;
 use crate::optimizer::Optimizer;
 use crate::parameters::Table;
 use crate::place::Place;
-use crate::train::{Held, Progress, last_step};
 use crate::{channels, device};
 
 /// The assignment is written before the rank is started; a slow host gets this long.
