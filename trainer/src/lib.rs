@@ -27,6 +27,7 @@ mod recovery;
 mod samples;
 mod schedule;
 mod self_test;
+mod slowest;
 mod state;
 mod train;
 

@@ -28,6 +28,7 @@ use crate::order::SampleOrder;
 use crate::parallel::{Buckets, Lanes};
 use crate::place::Place;
 use crate::samples::StepSamples;
+use crate::slowest::slowest;
 
 /// Metric sums that every model has: loss, counted elements, samples, tokens.
 const COMMON_SUMS: usize = 4;
@@ -622,17 +623,6 @@ fn interrupted() -> TrainError {
     collective::CollectiveError::Aborted { reason }.into()
 }
 
-/// The rank with the largest of the times, over their median; of ranks that computed, whose times
-/// are not 0.
-fn slowest(times: &[i64]) -> Option<Slowest> {
-    let mut sorted: Vec<i64> = times.iter().copied().filter(|time| *time > 0).collect();
-    sorted.sort_unstable();
-    let median = *sorted.get((sorted.len().max(1) - 1) / 2)?;
-    let (rank, time) = (0..).zip(times).max_by_key(|(_, time)| **time)?;
-    let is_known = sorted.len() > 1;
-    is_known.then(|| Slowest { rank: Rank(rank), ratio: *time as f64 / median as f64 })
-}
-
 fn stateless() -> TrainError {
     api::control::ControlError("a step without a state".into()).into()
 }
@@ -677,25 +667,4 @@ fn resident_bytes() -> u64 {
     let pages: Option<u64> = text.split_whitespace().nth(1).and_then(|n| n.parse().ok());
     let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok().flatten();
     pages.unwrap_or(0) * page.unwrap_or(4096) as u64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranks_that_computed_are_compared() {
-        for (times, expected) in [
-            (&[][..], None),
-            (&[0, 0], None),
-            (&[10], None),
-            (&[0, 10], None),
-            (&[10, 10, 30], Some((2, 3.0))),
-            (&[0, 10, 20, 10], Some((2, 2.0))),
-            (&[0, 0, 20, 10], Some((2, 2.0))),
-        ] {
-            let found = slowest(times).map(|slowest| (slowest.rank.0, slowest.ratio));
-            assert_eq!(found, expected, "{times:?}");
-        }
-    }
 }

@@ -55,6 +55,14 @@ struct Run {
 }
 
 impl Run {
+    /// Each step's number, and the time since the one before was told, in seconds.
+    fn times(&self) -> Vec<(u64, f64)> {
+        let time = |pair: &[(StepMetrics, Instant)]| {
+            (pair[1].0.step.0, pair[1].1.duration_since(pair[0].1).as_secs_f64())
+        };
+        self.steps.windows(2).map(time).collect()
+    }
+
     /// Mean time from step to step after the warm-up, in seconds.
     fn mean(&self) -> Result<f64> {
         let measured = self.steps.iter().filter(|(metrics, _)| metrics.step.0 >= WARMUP);
@@ -83,13 +91,9 @@ pub async fn clean(store: &Store, every: u64, rounds: usize) -> Result<()> {
     Ok(())
 }
 
-/// What checkpoints cost a run, each, and the median time of its other steps.
-fn lost(run: &Run, every: u64) -> (Vec<f64>, f64) {
-    let times = run.steps.windows(2).map(|pair| {
-        let (step, time) = (pair[1].0.step.0, pair[1].1.duration_since(pair[0].1));
-        (step, time.as_secs_f64())
-    });
-    let measured = times.filter(|(step, _)| *step > WARMUP);
+/// What checkpoints cost a run, each, and the median time of its other steps; `times` are of each step.
+fn lost(times: &[(u64, f64)], every: u64) -> (Vec<f64>, f64) {
+    let measured = times.iter().copied().filter(|(step, _)| *step > WARMUP);
     let (behind, mut others): (Vec<_>, Vec<_>) =
         measured.partition(|(step, _)| *step >= every && step % every < BEHIND);
     others.sort_by(|a, b| a.1.total_cmp(&b.1));
@@ -127,7 +131,7 @@ pub async fn measure(
             metrics.step.0.is_multiple_of(every) && metrics.step != metrics.last_step
         };
         let due = saved.steps.iter().filter(|(metrics, _)| is_due(metrics));
-        let (lost, step_between) = lost(&saved, every);
+        let (lost, step_between) = lost(&saved.times(), every);
         let sample = TrainingSample {
             step_plain: plain.mean()?,
             step_saved: saved.mean()?,
@@ -168,4 +172,23 @@ async fn run(
         }
     }
     Ok(run)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_checkpoint_costs_is_told_from_what_all_steps_take() {
+        // Steps of 2 s; those of 10 and 11 take more; the second checkpoint's last step is missing.
+        let time = |step| match step {
+            10 => 2.25,
+            11 => 2.5,
+            _ => 2.0,
+        };
+        let times: Vec<(u64, f64)> = (2..=21).map(|step| (step, time(step))).collect();
+        assert_eq!(lost(&times, 10), (vec![0.75], 2.0));
+        let (each, between) = lost(&times, 2);
+        assert!(each.is_empty() && between.is_nan(), "no step is undisturbed");
+    }
 }

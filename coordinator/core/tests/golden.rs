@@ -48,7 +48,7 @@ use api::session::{
     TaskEvent, TaskView, WorkerHello, WorkerMessage,
 };
 use coordinator_core::{Decision, Effect, Input, Outcome, Refusal, SessionId, Write};
-use support::{Shell, Step};
+use support::{Shell, Step, metrics};
 
 #[test]
 fn every_script_gives_its_trace() {
@@ -675,22 +675,6 @@ fn fact(job: &str, generation: Generation, step: u64, digest: &str) -> Checkpoin
         manifest_digest: digest.to_owned(),
         bytes: 64,
         metrics: BTreeMap::new(),
-    }
-}
-
-fn metrics(step: TrainStep) -> StepMetrics {
-    StepMetrics {
-        step,
-        last_step: TrainStep(1000),
-        epoch: 0.0,
-        loss: 1.0,
-        learning_rate: 0.1,
-        gradient_norm: 1.0,
-        samples_per_second: 1.0,
-        tokens_per_second: 0.0,
-        time: StepTime::default(),
-        memory_bytes: 0,
-        slowest: None,
     }
 }
 

@@ -27,7 +27,7 @@ use api::session::{
 use coordinator_core::{Effect, Input, Millis, Records, Retention, SessionId, Transaction};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use support::{LEASE_MS, Shell};
+use support::{LEASE_MS, Shell, metrics};
 
 const HISTORIES: u64 = 100;
 const STEPS: usize = 400;
@@ -901,7 +901,8 @@ impl History {
             self.checkpoints += 1;
             // What a step took is no fact: it is said if somebody hears it.
             if let Some(session) = worker.session.filter(|_| !worker.is_frozen) {
-                let report = RankReport::Step(metrics(step));
+                let time = StepTime { compute: 0.5, ..StepTime::default() };
+                let report = RankReport::Step(StepMetrics { time, ..metrics(TrainStep(step)) });
                 let event = TaskEvent::Report { generation, report };
                 let task = task.clone();
                 self.say(name, session, WorkerMessage::Task { task, event });
@@ -1213,22 +1214,6 @@ impl History {
 
 fn leaving(scope: LeaveScope) -> WorkerMessage {
     WorkerMessage::Leaving { deadline_ms: None, cause: String::new(), scope }
-}
-
-fn metrics(step: u64) -> StepMetrics {
-    StepMetrics {
-        step: TrainStep(step),
-        last_step: TrainStep(30),
-        epoch: 0.0,
-        loss: 1.0,
-        learning_rate: 0.1,
-        gradient_norm: 1.0,
-        samples_per_second: 1.0,
-        tokens_per_second: 0.0,
-        time: StepTime { compute: 0.5, ..StepTime::default() },
-        memory_bytes: 0,
-        slowest: None,
-    }
 }
 
 fn fact(job: &Name, generation: Generation, step: u64) -> CheckpointFact {

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use api::events::{StepMetrics, StepTime};
 use api::ids::{Generation, NodeId, Step as TrainStep};
 use api::records::{
     CheckpointRecord, EndpointRecord, JobRecord, KIND_CHECKPOINT, KIND_ENDPOINT, KIND_JOB, Phase,
@@ -247,4 +248,21 @@ fn is_request(input: &Input) -> bool {
             | Input::Drain { .. }
             | Input::Undrain { .. }
     )
+}
+
+/// What a rank tells of a step of which nothing but its number matters.
+pub fn metrics(step: TrainStep) -> StepMetrics {
+    StepMetrics {
+        step,
+        last_step: TrainStep(1000),
+        epoch: 0.0,
+        loss: 1.0,
+        learning_rate: 0.1,
+        gradient_norm: 1.0,
+        samples_per_second: 1.0,
+        tokens_per_second: 0.0,
+        time: StepTime::default(),
+        memory_bytes: 0,
+        slowest: None,
+    }
 }
