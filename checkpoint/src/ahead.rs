@@ -31,7 +31,7 @@ pub(crate) fn read_ahead<'a>(
     key: &'a str,
     bytes: u64,
 ) -> BoxStream<'a, Result<Bytes, StoreError>> {
-    let Some(folder) = store.folder().filter(|_| store.key_id().is_none()) else {
+    let Some(folder) = store.plain_folder() else {
         return stream::iter(chunks(bytes, CHUNK_BYTES))
             .map(move |(start, end)| fetch(store, key, start, end))
             .buffered(CHUNKS_AHEAD)

@@ -134,6 +134,11 @@ impl Store {
         &self.place
     }
 
+    /// The folder, where objects lie in it as they are given: no server, and no encryption on the way.
+    pub(crate) fn plain_folder(&self) -> Option<&FsPath> {
+        self.folder().filter(|_| self.key_id.is_none())
+    }
+
     /// The folder, when it is one.
     pub(crate) fn folder(&self) -> Option<&FsPath> {
         match &*self.place {

@@ -110,7 +110,7 @@ fn part_bytes(total: u64) -> u64 {
 
 async fn write_plain(store: &Store, key: &str, content: &Content) -> Result<Stored, StoreError> {
     let bytes = content.bytes();
-    if let Some(folder) = store.folder().filter(|_| store.key_id().is_none())
+    if let Some(folder) = store.plain_folder()
         && bytes >= DIRECT_BYTES_MIN
     {
         let (root, path, content) = (folder.to_owned(), folder.join(key), content.clone());
