@@ -294,6 +294,9 @@ pub struct CheckpointRecord {
     pub fact: CheckpointFact,
     /// When the leader recorded it.
     pub committed_ms: u64,
+    /// Why it could not be restored when that was tried: the job went back to one before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damaged: Option<String>,
 }
 
 impl CheckpointRecord {

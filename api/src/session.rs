@@ -604,6 +604,9 @@ pub enum RankReport {
         retryable: bool,
         /// The peer that is to blame, when it is not this rank's own fault.
         blames: Option<Rank>,
+        /// The checkpoint that it was to restore and that is damaged, or of which something is gone.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        damaged: Option<Step>,
     },
     /// What it remembers of its collective operations. It stays with the worker, which answers
     /// whoever asked or keeps it; it is no fact and goes into no record.

@@ -104,6 +104,21 @@ pub enum RestoreError {
 }
 
 impl RestoreError {
+    /// Whether the checkpoint itself is not what was written: damaged, or something of it is gone. An
+    /// older one may be whole.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Digest { .. } | Self::Other { .. } => true,
+            Self::Store(error) => matches!(
+                error,
+                StoreError::NotFound { .. }
+                    | StoreError::Corrupt { .. }
+                    | StoreError::TooLarge { .. }
+            ),
+            _ => false,
+        }
+    }
+
     /// Whether restoring again may succeed.
     pub fn is_retryable(&self) -> bool {
         match self {

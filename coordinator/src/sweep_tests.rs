@@ -91,7 +91,7 @@ fn records(
     let mut writes = vec![put(key, serde_json::to_vec(&JobRecord { spec, status }))];
     for fact in recorded.iter().copied().map(fact) {
         let key = RecordKey::new(KIND_CHECKPOINT, CheckpointRecord::id(job, fact.step));
-        let record = CheckpointRecord { job: job.clone(), fact, committed_ms: 1 };
+        let record = CheckpointRecord { job: job.clone(), fact, committed_ms: 1, damaged: None };
         writes.push(put(key, serde_json::to_vec(&record)));
     }
     let mut records = Records::default();

@@ -48,7 +48,8 @@ pub fn run_replica() -> ExitCode {
         ServeError::Store(error) => !error.is_key_mistake(),
         _ => true,
     };
-    let report = RankReport::Failed { message: error.to_string(), retryable, blames: None };
+    let message = error.to_string();
+    let report = RankReport::Failed { message, retryable, blames: None, damaged: None };
     // The worker may be gone; the exit code still tells.
     let _ = control.report(&report);
     ExitCode::from(error.exit_class().code())

@@ -1,6 +1,6 @@
 //! Why a rank cannot go on.
 
-use api::Rank;
+use api::{Rank, Step};
 
 /// Why a rank cannot go on, and whether starting again can help.
 #[derive(Debug, thiserror::Error)]
@@ -35,8 +35,13 @@ pub enum TrainError {
     #[error(transparent)]
     Save(checkpoint::SaveError),
     /// The state could not be restored.
-    #[error(transparent)]
-    Restore(#[from] checkpoint::RestoreError),
+    #[error("{error}")]
+    Restore {
+        /// Whose state.
+        step: Step,
+        /// What went wrong.
+        error: checkpoint::RestoreError,
+    },
     /// The control socket to the worker broke.
     #[error(transparent)]
     Control(#[from] api::control::ControlError),
@@ -55,7 +60,15 @@ impl TrainError {
             }
             Self::Save(checkpoint::SaveError::Store(error)) => !error.is_key_mistake(),
             Self::Collective(_) | Self::Save(_) | Self::Control(_) => true,
-            Self::Restore(error) => error.is_retryable(),
+            Self::Restore { error, .. } => error.is_retryable(),
+        }
+    }
+
+    /// The checkpoint that cannot be restored any more, when that is what is wrong.
+    pub fn damaged(&self) -> Option<Step> {
+        match self {
+            Self::Restore { step, error } => error.is_damage().then_some(*step),
+            _ => None,
         }
     }
 

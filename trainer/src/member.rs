@@ -348,9 +348,10 @@ impl Member {
     ) -> Result<(TrainState, Option<Manifest>), TrainError> {
         let mut state = held.blank_state();
         let Some(fact) = &place.restore else { return Ok((state, None)) };
-        let mut restore = Restore::with_store(self.store.clone(), fact)?;
+        let failed = |error| TrainError::Restore { step: fact.step, error };
+        let mut restore = Restore::with_store(self.store.clone(), fact).map_err(failed)?;
         check(&held.spec, restore.manifest(), &self.info, fact.step)?;
-        state.restore(&held.table, &mut restore)?;
+        state.restore(&held.table, &mut restore).map_err(failed)?;
         Ok((state, Some(restore.manifest().clone())))
     }
 

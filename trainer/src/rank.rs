@@ -54,6 +54,7 @@ pub fn run_rank() -> ExitCode {
                 message: error.to_string(),
                 retryable: error.is_retryable(),
                 blames: error.blames(),
+                damaged: error.damaged(),
             };
             // The worker may be gone; the exit code still tells.
             let _ = control.report(&report);

@@ -16,6 +16,7 @@ mod client;
 mod cost;
 mod decision;
 mod draft;
+mod fallback;
 mod gang;
 mod goodput;
 mod health;
@@ -201,7 +202,7 @@ impl Leader {
         let live: Vec<Entry> = self.index.live().map(|(_, entry)| entry.clone()).collect();
         for Entry { version, workload } in live {
             match workload {
-                Workload::Job(job) => self.advance_job(draft, now, version, &job),
+                Workload::Job(job) => self.advance_job(draft, records, now, version, &job),
                 Workload::Endpoint(endpoint) => {
                     self.advance_endpoint(draft, records, now, version, &endpoint);
                 }

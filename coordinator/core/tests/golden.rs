@@ -433,6 +433,7 @@ impl Stage {
                 message: words.rest(2),
                 retryable: !words.has("fatal"),
                 blames: words.number("blames").map(|rank| api::Rank(rank as u32)),
+                damaged: words.number("damaged").map(TrainStep),
             },
             "exit" => return self.say(words, task, TaskEvent::Exited { cause: cause(words) }),
             other => panic!("`{other}` is not a command"),
@@ -740,7 +741,8 @@ fn trace_write(write: &Write) -> String {
         }
         KIND_CHECKPOINT => {
             let record: CheckpointRecord = serde_json::from_slice(json).expect("a checkpoint");
-            format!("{} of {}", record.fact.step, record.fact.generation)
+            let damaged = if record.damaged.is_some() { ", damaged" } else { "" };
+            format!("{} of {}{damaged}", record.fact.step, record.fact.generation)
         }
         _ => String::from_utf8_lossy(json).into_owned(),
     };

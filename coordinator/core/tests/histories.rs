@@ -654,8 +654,13 @@ impl History {
             }
         }
         let step = running.held.map(TrainStep);
-        let words =
-            |retryable, blames| RankReport::Failed { message: "oh".into(), retryable, blames };
+        let damaged = running.restore.filter(|_| step.is_none()).map(TrainStep);
+        let words = |retryable, blames| RankReport::Failed {
+            message: "oh".into(),
+            retryable,
+            blames,
+            damaged: damaged.filter(|_| !retryable),
+        };
         let code = |retryable| ExitCause::Code { code: 1, message: String::new(), retryable };
         match kind {
             3 => {
@@ -668,7 +673,7 @@ impl History {
                 worker.report(&task, words(true, Some(Rank(other))));
                 worker.end(&task, code(true));
             }
-            2 if other == 0 => {
+            2 if other == 0 || damaged.is_some() => {
                 worker.report(&task, words(false, None));
                 worker.end(&task, code(false));
             }

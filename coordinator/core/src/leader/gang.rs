@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use api::ids::{Generation, Name, Rank, TaskId};
+use api::ids::{Generation, Name, Rank, Step, TaskId};
 use api::job::LANES_MAX;
 use api::records::Failure;
 use api::session::{ExitCause, StopCause};
@@ -29,6 +29,8 @@ pub(super) struct LastWords {
     pub(super) blames: Option<Rank>,
     /// It has not left: it keeps its state and waits for the next generation.
     pub(super) stays: bool,
+    /// The checkpoint that it could not restore, and nobody can any more.
+    pub(super) damaged: Option<Step>,
     /// Not its own words: its worker says that it waits. They come, if there are any.
     pub(super) is_hearsay: bool,
 }
@@ -291,6 +293,11 @@ impl Gang {
     pub(super) fn is_back(&mut self, rank: Rank) {
         let is_lost = |end: &End| matches!(end.exit, Some(ExitCause::WorkerLost { .. }));
         self.ends.retain(|end| end.rank != rank || !is_lost(end));
+    }
+
+    /// The checkpoint that the rank found damaged.
+    pub(super) fn found_damaged(&self, rank: Rank) -> Option<Step> {
+        self.ends.iter().find(|end| end.rank == rank)?.words.as_ref()?.damaged
     }
 
     /// How the task ended, when it did.

@@ -241,6 +241,7 @@ impl Leader {
                         retryable: true,
                         blames,
                         stays: true,
+                        damaged: None,
                         is_hearsay: false,
                     };
                     gang.failed(rank, worker, words, now);
@@ -257,12 +258,13 @@ impl Leader {
                 let text = format!("{task} leaves at step {}: {why}", step.0);
                 draft.because(Reason::Remark(text));
             }
-            RankReport::Failed { message, retryable, blames } => {
+            RankReport::Failed { message, retryable, blames, damaged } => {
                 if let Some(gang) = self.gangs.get_mut(&task.workload) {
                     // Ranks have other numbers in another generation.
                     let blames = blames.filter(|_| is_current);
+                    let (stays, is_hearsay) = (false, false);
                     let words =
-                        LastWords { message, retryable, blames, stays: false, is_hearsay: false };
+                        LastWords { message, retryable, blames, stays, damaged, is_hearsay };
                     gang.failed(rank, worker, words, now);
                 }
             }
@@ -466,7 +468,12 @@ fn check_checkpoint(
 
 fn record_checkpoint(draft: &mut Draft, job: &Name, fact: &CheckpointFact, now: Millis) {
     let key = RecordKey::new(KIND_CHECKPOINT, CheckpointRecord::id(job, fact.step));
-    let record = CheckpointRecord { job: job.clone(), fact: fact.clone(), committed_ms: now.0 };
+    let record = CheckpointRecord {
+        job: job.clone(),
+        fact: fact.clone(),
+        committed_ms: now.0,
+        damaged: None,
+    };
     draft.put(key, Expect::Anything, &record);
 }
 

@@ -85,22 +85,29 @@ pub(super) fn surplus_checkpoints(
     let policy = &job.spec.checkpoint;
     let written_ids: BTreeSet<String> =
         written.iter().map(|fact| CheckpointRecord::id(&job.spec.name, fact.step)).collect();
-    let former: Vec<&RecordKey> = records
+    let (former, damaged): (Vec<&RecordKey>, Vec<&RecordKey>) = records
         .list(KIND_CHECKPOINT, &format!("{}/", job.spec.name))
         .map(|(key, _)| key)
         .filter(|key| !written_ids.contains(&key.id))
-        .collect();
+        .partition(|key| !is_damaged(records, key));
     let kept = (policy.keep.get() as usize).saturating_sub(written_ids.len());
     let surplus = former.len().saturating_sub(kept);
-    if surplus == 0 {
-        return Vec::new();
-    }
     let best = best_steps(records, policy, &former, written);
     let is_kept = |key: &&RecordKey| {
         let step = CheckpointRecord::step_of(&key.id);
         step.is_some_and(|step| policy.is_kept_for_good(step) || best.contains(&step))
     };
-    former.into_iter().take(surplus).filter(|key| !is_kept(key)).cloned().collect()
+    let oldest = former.get(surplus).map(|key| &key.id).or(written_ids.first());
+    // They go with the age at which others go, and keep none of those from staying.
+    let damaged = damaged.into_iter().filter(|key| Some(&key.id) < oldest);
+    let goes = former.iter().copied().take(surplus).filter(|key| !is_kept(key)).chain(damaged);
+    goes.cloned().collect()
+}
+
+/// Whether it was tried to restore it in vain.
+fn is_damaged(records: &Records, key: &RecordKey) -> bool {
+    let record = records.read::<CheckpointRecord>(KIND_CHECKPOINT, &key.id);
+    record.is_ok_and(|record| record.is_some_and(|(_, record)| record.damaged.is_some()))
 }
 
 /// The best of what is recorded and what is about to be. One whose record cannot be read counts as

@@ -81,6 +81,7 @@ impl Leader {
     pub(super) fn advance_job(
         &mut self,
         draft: &mut Draft,
+        records: &Records,
         now: Millis,
         version: u64,
         job: &Arc<JobRecord>,
@@ -88,7 +89,9 @@ impl Leader {
         match job.status.phase {
             Phase::Queued if job.status.gang.is_empty() => {}
             Phase::Queued => self.clear_job(draft, now, version, job),
-            Phase::Starting | Phase::Running => self.advance_gang(draft, now, version, job),
+            Phase::Starting | Phase::Running => {
+                self.advance_gang(draft, records, now, version, job);
+            }
             Phase::Stopping => self.advance_stop(draft, now, version, job),
             Phase::Stopped | Phase::Succeeded | Phase::Failed => {}
         }
@@ -212,7 +215,14 @@ impl Leader {
 
     // ---- starting and running ---------------------------------------------------------------
 
-    fn advance_gang(&mut self, draft: &mut Draft, now: Millis, version: u64, job: &Arc<JobRecord>) {
+    fn advance_gang(
+        &mut self,
+        draft: &mut Draft,
+        records: &Records,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+    ) {
         let name = &job.spec.name;
         let workload = Workload::Job(Arc::clone(job));
         let mut standing = self.standing(&workload, now);
@@ -252,7 +262,12 @@ impl Leader {
             Verdict::Await(text) => {
                 return draft.because(Reason::Waiting { name: name.clone(), text });
             }
-            Verdict::Cause(failure) => return self.fail_job(draft, now, version, job, failure),
+            Verdict::Cause(failure) => {
+                if !self.go_back(draft, records, now, version, job, &failure) {
+                    self.fail_job(draft, now, version, job, failure);
+                }
+                return;
+            }
             Verdict::AllWait => {
                 let why = Why::LeaderChanged;
                 if let Regrouped::NobodyHoldsState = self.regroup_job(draft, now, version, job, why)
@@ -630,7 +645,7 @@ fn too_many(what: &str, failures: u32, status: &JobStatus, allowed: u32) -> Stri
 }
 
 /// A job that was asked to stop and cannot save any more does not go on.
-fn end_if_asked(status: &mut JobStatus, now: Millis) {
+pub(super) fn end_if_asked(status: &mut JobStatus, now: Millis) {
     if status.stop_asked && status.phase == Phase::Queued {
         status.phase = if status.fails_with.is_some() { Phase::Failed } else { Phase::Stopped };
         status.ended_ms = Some(now.0);

@@ -272,6 +272,7 @@ impl Leader {
                     retryable: true,
                     blames: None,
                     stays: true,
+                    damaged: None,
                     is_hearsay: false,
                 };
                 for place in &places {

@@ -271,6 +271,7 @@ impl Leader {
                     retryable: true,
                     blames: None,
                     stays: true,
+                    damaged: None,
                     is_hearsay: true,
                 };
                 gang.failed(rank, &name, words, now);

@@ -161,7 +161,13 @@ impl Shell {
             let id = CheckpointRecord::id(&job.spec.name, fact.step);
             assert!(self.records.get(KIND_CHECKPOINT, &id).is_some(), "{id} is not recorded");
             let former = self.checkpoints.insert(job.spec.name.to_string(), fact.step);
-            assert!(former.is_none_or(|former| former <= fact.step), "{id} came after {former:?}");
+            let is_damaged = |step| {
+                let id = CheckpointRecord::id(&job.spec.name, step);
+                let record = self.records.read::<CheckpointRecord>(KIND_CHECKPOINT, &id);
+                record.expect("readable").is_some_and(|(_, record)| record.damaged.is_some())
+            };
+            let is_newer = former.is_none_or(|former| former <= fact.step || is_damaged(former));
+            assert!(is_newer, "{id} came after {former:?}");
         }
         let jobs = jobs
             .iter()

@@ -1,0 +1,108 @@
+//! The checkpoint that a job was to go on from is damaged: it goes back to the newest one before.
+//!
+//! What cannot be restored is marked, not deleted: it may be the store that is wrong, mounted
+//! elsewhere for an hour. A job never begins anew where there are checkpoints: with none that can be
+//! restored it fails, and a resume begins with the newest again.
+
+use std::sync::Arc;
+
+use api::events::CheckpointFact;
+use api::records::{CheckpointRecord, Failure, JobRecord, KIND_CHECKPOINT, Phase};
+
+use super::Leader;
+use super::decision::Millis;
+use super::draft::{Draft, Expect};
+use super::gang;
+use super::reason::count;
+use super::train::{end_if_asked, stop_clock};
+use crate::records::Records;
+use crate::transaction::RecordKey;
+
+impl Leader {
+    /// If what failed is the checkpoint that the job was to go on from: has it go on from an older
+    /// one, or fail where there is none. No failure counts: every time there is one fewer to try.
+    pub(super) fn go_back(
+        &mut self,
+        draft: &mut Draft,
+        records: &Records,
+        now: Millis,
+        version: u64,
+        job: &Arc<JobRecord>,
+        failure: &Failure,
+    ) -> bool {
+        let name = &job.spec.name;
+        let gang = self.gangs.get(name);
+        let found = failure.rank.and_then(|rank| gang?.found_damaged(rank));
+        let Some(fact) = job.status.checkpoint.as_ref().filter(|fact| Some(fact.step) == found)
+        else {
+            return false;
+        };
+        let all = recorded(records, job);
+        let former = all
+            .iter()
+            .rev()
+            .find(|record| record.damaged.is_none() && record.fact.step < fact.step);
+        let what = gang::describe(failure);
+        let (phase, from, reason) = match former {
+            Some(record) => {
+                mark(draft, &all, fact, &failure.cause.to_string());
+                let step = record.fact.step.0;
+                let reason = format!("{what}: going back to the checkpoint at step {step}");
+                (Phase::Queued, record.fact.clone(), reason)
+            }
+            None => {
+                unmark(draft, &all);
+                let newest = all.last().map_or(fact, |record| &record.fact);
+                let others = all.iter().filter(|record| record.damaged.is_some()).count();
+                let others = match others {
+                    0 => String::new(),
+                    n => format!("; {} before failed alike", count(n, "newer checkpoint")),
+                };
+                let reason = format!(
+                    "{what}{others}: mend the store and continue with `cluster resume {name}`, or \
+                     submit the job under another name"
+                );
+                (Phase::Failed, newest.clone(), reason)
+            }
+        };
+        self.change_job(draft, version, job, |status| {
+            stop_clock(status, now);
+            status.phase = phase;
+            status.reason = reason.clone();
+            status.checkpoint = Some(from);
+            status.first_cause = Some(failure.clone());
+            status.completed.clear();
+            status.ended_ms = phase.is_terminal().then_some(now.0);
+            end_if_asked(status, now);
+        });
+        draft.note(name, failure.generation, failure.rank, reason);
+        self.forget(draft, job);
+        true
+    }
+}
+
+/// The job's checkpoints that can be read as records, the newest last.
+fn recorded(records: &Records, job: &JobRecord) -> Vec<CheckpointRecord> {
+    let prefix = format!("{}/", job.spec.name);
+    let keys = records.list(KIND_CHECKPOINT, &prefix);
+    keys.filter_map(|(key, _)| records.read(KIND_CHECKPOINT, &key.id).ok().flatten())
+        .map(|(_, record): (u64, CheckpointRecord)| record)
+        .collect()
+}
+
+fn mark(draft: &mut Draft, all: &[CheckpointRecord], fact: &CheckpointFact, why: &str) {
+    if let Some(record) = all.iter().find(|record| record.fact.step == fact.step) {
+        put(draft, &CheckpointRecord { damaged: Some(why.to_owned()), ..record.clone() });
+    }
+}
+
+fn unmark(draft: &mut Draft, all: &[CheckpointRecord]) {
+    for record in all.iter().filter(|record| record.damaged.is_some()) {
+        put(draft, &CheckpointRecord { damaged: None, ..record.clone() });
+    }
+}
+
+fn put(draft: &mut Draft, record: &CheckpointRecord) {
+    let id = CheckpointRecord::id(&record.job, record.fact.step);
+    draft.put(RecordKey::new(KIND_CHECKPOINT, id), Expect::Anything, record);
+}
