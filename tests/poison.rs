@@ -62,6 +62,12 @@ fn a_poisoned_step_ends_the_job_or_is_skipped_and_is_named() {
     assert_eq!(last["restarts"], 0, "{last}");
     let cause = last["first_cause"]["cause"]["message"].as_str().unwrap_or_default();
     assert!(cause.contains(&format!("at step {step}")), "{last}");
+    // Whose microbatch it was is the first cause, and the sample is told, whoever spoke first.
+    let rank = &last["first_cause"]["rank"];
+    let named = format!(
+        "in 1 of 8 microbatches, first in that of r{rank} with sample {POISON} of the training data"
+    );
+    assert!(cause.contains(&named), "{named}: {last}");
 
     // Skipped, it changes nothing: twice, on one rank as on two.
     let skip = "divergence = \"skip\"\nmax_skips = 1\n";

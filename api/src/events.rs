@@ -8,7 +8,8 @@ use crate::ids::{Generation, Rank, Step};
 use crate::records::JobStatus;
 use crate::samples::SampleTally;
 
-/// Where one step's wall time went, in seconds. The parts add up to `total`.
+/// Where one step's wall time went, in seconds. Data, compute, communication and checkpoint add up to
+/// `total`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepTime {
     /// The whole step.
@@ -19,6 +20,9 @@ pub struct StepTime {
     pub compute: f64,
     /// Waiting for and exchanging with other ranks, as far as nothing was computed meanwhile.
     pub communication: f64,
+    /// What ranks waited so in the mean, in the step before; absent in a generation's first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub communication_mean: Option<f64>,
     /// How long gradients were exchanged in all, behind the backward pass too.
     #[serde(default)]
     pub communication_total: f64,

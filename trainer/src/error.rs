@@ -2,6 +2,8 @@
 
 use api::{Rank, Step};
 
+use crate::divergence::Origin;
+
 /// Why a rank cannot go on, and whether starting again can help.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
@@ -13,15 +15,19 @@ pub enum TrainError {
     DataPlane(#[from] crate::data_plane::DataPlaneError),
     /// The loss or the gradient is no longer a number.
     #[error(
-        "the loss is {loss} at step {step}{}: training diverged; lower `learning_rate`, set \
-         `clip_norm`, or look at the data",
+        "the {what} is {value} at step {step}{}: training diverged{origin}; lower \
+         `learning_rate`, set `clip_norm`, or look at the data",
         after(*skipped)
     )]
     Diverged {
         /// The step, from 1.
         step: u64,
+        /// What is no number: "loss" or "gradient's norm".
+        what: &'static str,
         /// NaN or infinite.
-        loss: f64,
+        value: f64,
+        /// Where it came from.
+        origin: Box<Origin>,
         /// Steps in a row before it that were skipped for the same reason.
         skipped: u32,
     },
@@ -76,6 +82,8 @@ impl TrainError {
     pub fn blames(&self) -> Option<Rank> {
         match self {
             Self::Collective(error) => error.peer(),
+            // Every rank finds the same; whose microbatch it was is the cause.
+            Self::Diverged { origin, .. } => origin.first.map(|(rank, _)| rank),
             _ => None,
         }
     }

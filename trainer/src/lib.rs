@@ -11,6 +11,7 @@ mod channels;
 mod checkpoints;
 mod data_plane;
 mod device;
+mod divergence;
 mod engine;
 mod error;
 mod held;

@@ -351,7 +351,7 @@ impl Member {
         let failed = |error| TrainError::Restore { step: fact.step, error };
         let mut restore = Restore::with_store(self.store.clone(), fact).map_err(failed)?;
         check(&held.spec, restore.manifest(), &self.info, fact.step)?;
-        state.restore(&held.table, &mut restore).map_err(failed)?;
+        state.restore(&held.table, &mut restore)?;
         Ok((state, Some(restore.manifest().clone())))
     }
 

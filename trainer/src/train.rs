@@ -5,19 +5,21 @@
 //! it needs the coordinator. Between two steps the ranks agree, in one small all-reduce, on stopping
 //! and on finished checkpoint shards.
 
+mod ending;
+
 use std::collections::BTreeMap;
 use std::time::Instant;
 
 use algorithms::{Mode, StepKey};
 use api::control::Control;
-use api::events::{Evaluation, ModelFact, Slowest, StepMetrics, StepTime};
+use api::events::{Evaluation, Slowest, StepMetrics, StepTime};
 use api::job::Divergence;
-use api::samples::SampleTally;
 use api::session::{RankReport, StopCause};
 use api::{Rank, Step};
 use collective::{Communicator, FlightRecorder, LaneFold, Queue, ReduceOp};
 
 use crate::checkpoints::{Checkpoints, Told};
+use crate::divergence::{Finds, Origin};
 use crate::engine::{GradientSink, Leaves, MicrobatchSums, evaluate, forward_backward};
 use crate::error::TrainError;
 use crate::held::Held;
@@ -97,8 +99,14 @@ pub struct Trainer {
     started: Instant,
     /// What this rank's lanes took in the last step, each, in microseconds.
     microbatch_micros: i64,
+    /// What this rank waited for others in the last step, in microseconds.
+    waited_micros: i64,
+    /// The same of all ranks, their mean in the step before, in seconds.
+    waited_mean: Option<f64>,
     /// Who was the slowest in the step before.
     slowest: Option<Slowest>,
+    /// What the losses of this rank's microbatches were in the step under way.
+    finds: Finds,
 }
 
 /// What is decided between two steps.
@@ -116,7 +124,10 @@ impl Trainer {
             recorder: recorder.clone(),
             started: Instant::now(),
             microbatch_micros: 0,
+            waited_micros: 0,
+            waited_mean: None,
             slowest: None,
+            finds: Finds::default(),
         }
     }
 
@@ -232,6 +243,8 @@ impl Trainer {
         let mut sums = vec![0.0; own_sums + drawn.sums()];
         bound.lanes.reduce(&mut *bound.queue.turn(), &mut stats, &mut sums)?;
         time.communication = reducing.elapsed().as_secs_f64();
+        time.communication_mean = self.waited_mean;
+        self.waited_micros = (time.communication * 1e6) as i64;
 
         self.recorder.set_tag(format_args!("step {step} update"));
         let count = sums[1].max(1.0);
@@ -248,7 +261,9 @@ impl Trainer {
             .account(&mut progress.samples, &sums[own_sums..])
             .map_err(TrainError::SampleLedger)?;
         if !loss.is_finite() || !norm.is_finite() {
-            self.skip(held, if loss.is_finite() { norm } else { loss })?;
+            let bad = if loss.is_finite() { ("gradient's norm", norm) } else { ("loss", loss) };
+            let origin = self.origin_of_divergence(&drawn)?;
+            self.skip(held, bad, origin)?;
             return Ok(None);
         }
         progress.skipped = 0;
@@ -295,6 +310,7 @@ impl Trainer {
     ) -> Result<LaneFold<f64>, TrainError> {
         let bound = &mut self.bound;
         let mut stats: LaneFold<f64> = bound.lanes.fold();
+        self.finds = Finds::default();
         if bound.lanes.own().is_empty() {
             bound.buckets.bring_nothing(&bound.lanes, &bound.queue);
             return Ok(stats);
@@ -329,6 +345,7 @@ impl Trainer {
                 };
                 let found = forward_backward(model, table, &leaves, batch, mode, &mut sink)
                     .ok_or_else(interrupted)?;
+                self.finds.note(microbatch, found.loss);
                 add_sums(&mut sums, &found, samples, tokens);
             }
             stats.push(lane, sums);
@@ -386,14 +403,31 @@ impl Trainer {
         }
     }
 
+    /// Whose microbatch made the step's loss no number.
+    fn origin_of_divergence(&mut self, drawn: &StepSamples) -> Result<Origin, TrainError> {
+        let bound = &mut self.bound;
+        let Place { rank, world_size, .. } = bound.place;
+        let mut origin = self.finds.compare(&bound.queue, rank, world_size)?;
+        if let Some((_, microbatch)) = origin.first {
+            origin.samples = draw(bound, drawn, microbatch).1;
+        }
+        Ok(origin)
+    }
+
     /// Counts a step that changes nothing, if the job allows it. Every rank has the same loss, so all
     /// do the same.
-    fn skip(&mut self, held: &mut Held, loss: f64) -> Result<(), TrainError> {
+    fn skip(
+        &mut self,
+        held: &mut Held,
+        (what, value): (&'static str, f64),
+        origin: Origin,
+    ) -> Result<(), TrainError> {
         let step = held.step().0 + 1;
         let stop = &held.spec.stop;
         let progress = &mut held.progress;
         if stop.divergence == Divergence::Stop || progress.skipped >= stop.max_skips.get() {
-            return Err(TrainError::Diverged { step, loss, skipped: progress.skipped });
+            let (origin, skipped) = (Box::new(origin), progress.skipped);
+            return Err(TrainError::Diverged { step, what, value, origin, skipped });
         }
         progress.skipped += 1;
         *progress.metrics.entry("train:skipped_steps".into()).or_default() += 1.0;
@@ -401,7 +435,7 @@ impl Trainer {
             state.step = Step(step);
         }
         if self.is_first() {
-            println!("step {step}/{} skipped: the loss is {loss}", held.last_step);
+            println!("step {step}/{} skipped: the {what} is {value}{origin}", held.last_step);
         }
         self.checkpoint_if_due(held).map(|_| ())
     }
@@ -474,14 +508,16 @@ impl Trainer {
         let pause = self.control.pause_requested();
         let bound = &mut self.bound;
         let shards = bound.checkpoints.shards_done()?;
-        let mut votes = vec![i64::from(ordered), i64::from(time_up), shards, i64::from(pause)];
+        let (ordered, time_up, pause) = (ordered.into(), time_up.into(), pause.into());
+        let mut votes = vec![ordered, time_up, shards, pause, self.waited_micros];
         // Each rank's place in a list of what its lanes took.
         let times = votes.len()..votes.len() + bound.place.world_size as usize;
         votes.resize(times.end, 0);
         votes[times.start + bound.place.rank.0 as usize] = self.microbatch_micros;
         bound.queue.turn().all_reduce(votes.as_mut_slice().into(), ReduceOp::Sum)?;
         self.slowest = slowest(&votes[times]);
-        let [ordered, time_up, shards, pause] = votes[..4] else { return Err(stateless()) };
+        let [ordered, time_up, shards, pause, waited] = votes[..5] else { return Err(stateless()) };
+        self.waited_mean = Some(waited as f64 / 1e6 / f64::from(bound.place.world_size));
         bound.checkpoints.agree(&mut *bound.queue.turn(), shards)?;
         if step >= held.last_step {
             return Ok(None);
@@ -551,61 +587,10 @@ impl Trainer {
         Ok(())
     }
 
-    fn stop_here(&mut self, held: &Held, why: StopCause) -> Result<End, TrainError> {
-        self.save_and_report(held)?;
-        let step = held.step();
-        if self.is_first() {
-            println!("stopped at step {}/{}", step.0, held.last_step);
-            self.control.report(&RankReport::Stopped { step, why })?;
-        }
-        self.bound.queue.turn().barrier()?;
-        self.bound.checkpoints.take_saver()?.finish()?;
-        Ok(End::Stopped)
-    }
-
-    fn finish(&mut self, held: &Held) -> Result<End, TrainError> {
-        self.save_and_report(held)?;
-        self.recorder.set_tag("writing the model");
-        let mut saver = self.bound.checkpoints.take_saver()?;
-        if self.is_first() {
-            let Some(state) = &held.state else { return Err(stateless()) };
-            let descriptor = serde_json::to_vec_pretty(&held.problem.descriptor)
-                .map_err(|e| TrainError::Job(format!("model.json cannot be written: {e}")))?;
-            let tensors = state.model_tensors(&held.table);
-            let (key, sha256, bytes) = saver.put_model(&tensors, &descriptor)?;
-            let (step, metrics) = (state.step, held.progress.metrics.clone());
-            let samples = Some(held.progress.samples);
-            let fact = ModelFact { key, sha256, bytes, step, metrics, samples };
-            let SampleTally { epochs_verified, count, .. } = held.progress.samples;
-            println!(
-                "samples: {epochs_verified} whole epochs with every sample exactly once, and {count} \
-                 of the next"
-            );
-            println!("model written: sha256 {} ({} bytes)", fact.sha256, fact.bytes);
-            self.control.report(&RankReport::Finished(fact))?;
-        }
-        // Nobody leaves before the model is written: a failure of rank 0 is everyone's.
-        self.bound.queue.turn().barrier()?;
-        saver.finish()?;
-        Ok(End::Finished)
-    }
-
     /// Says that no step is to be expected for a while.
     fn busy(&self, what: &str) -> Result<(), TrainError> {
         if self.is_first() {
             self.control.report(&RankReport::Busy { what: what.to_owned() })?;
-        }
-        Ok(())
-    }
-
-    /// A checkpoint of the current step, complete before this returns.
-    fn save_and_report(&mut self, held: &Held) -> Result<(), TrainError> {
-        self.busy("the last save")?;
-        self.bound.checkpoints.hurry()?;
-        self.stage(held)?;
-        let bound = &mut self.bound;
-        for fact in bound.checkpoints.flush(&mut *bound.queue.turn())? {
-            self.control.report(&RankReport::Checkpoint(fact))?;
         }
         Ok(())
     }

@@ -1,8 +1,10 @@
 //! Where a job's rank-seconds went, and the history of how it came about.
 //!
 //! Steps are no facts and give no transaction: what they took is summed here and written down with
-//! the next change of the job's record, at the latest with its next checkpoint. A leader that dies
-//! takes the last such sums with it; the time is then counted as `other`.
+//! the next change of the job's record, or after ten seconds. A leader that dies takes the last such
+//! sums with it; the time is then counted as `other`.
+
+use std::sync::Arc;
 
 use api::events::StepTime;
 use api::ids::{Name, Step};
@@ -11,9 +13,14 @@ use api::records::{Goodput, JobRecord, JobStatus, Moment, Phase};
 use super::Leader;
 use super::cost;
 use super::decision::Millis;
+use super::draft::{Draft, Expect};
+use super::index::Workload;
+use super::reason::Reason;
 
-/// Moments kept in a record, the newest.
-const HISTORY_MAX: usize = 64;
+/// Moments kept in a record, the newest: two for every generation that goes on in place.
+const HISTORY_MAX: usize = 512;
+/// How old a record of a job that makes steps may be.
+const LEDGER_MS: u64 = 10_000;
 /// Longest text of one, in bytes.
 const TEXT_BYTES_MAX: usize = 512;
 
@@ -33,8 +40,11 @@ impl Unwritten {
     /// A step was reported.
     pub(super) fn step(&mut self, step: Step, time: &StepTime, now: Millis) {
         self.steps += 1;
-        self.useful += seconds(time.compute) + seconds(time.data);
-        self.communication += seconds(time.communication);
+        // The reporting rank's own, but for what it waited for the others or they for it.
+        let all = seconds(time.compute) + seconds(time.data) + seconds(time.communication);
+        let waited = seconds(time.communication_mean.unwrap_or(time.communication)).min(all);
+        self.useful += all - waited;
+        self.communication += waited;
         self.checkpoint += seconds(time.checkpoint);
         self.last = Some((step, now));
     }
@@ -59,6 +69,30 @@ impl Leader {
         });
         account(&mut job.status, &unwritten.unwrap_or_default(), now);
         job
+    }
+
+    /// Writes down what a gang's steps took, should nothing else have had its job's record written for
+    /// a while. True when it did.
+    pub(super) fn write_ledger(
+        &mut self,
+        draft: &mut Draft,
+        version: u64,
+        job: &Arc<JobRecord>,
+    ) -> bool {
+        let name = &job.spec.name;
+        let is_due =
+            job.status.accounted_ms.is_none_or(|then| self.now.since(Millis(then)) >= LEDGER_MS);
+        let has_stepped = self.gangs.get(name).is_some_and(|gang| gang.unwritten.steps > 0);
+        if !is_due || !has_stepped {
+            return false;
+        }
+        let workload = Workload::Job(Arc::new(self.accounted(job)));
+        if let Workload::Job(job) = &workload {
+            draft.put(workload.key(), Expect::Version(version), &**job);
+        }
+        draft.because(Reason::Remark(format!("`{name}`: wrote down where its time went")));
+        self.index.set(workload);
+        true
     }
 
     /// The running gang of a job that is about to be recorded has ended or broken. Nothing is lost of
@@ -221,6 +255,17 @@ mod tests {
         status.goodput.other_ms = u64::MAX;
         account(&mut status, &Unwritten::default(), Millis(20_000));
         assert_eq!(status.goodput.other_ms, u64::MAX);
+    }
+
+    #[test]
+    fn what_ranks_wait_is_that_of_all_of_them() {
+        let mut status = status(Phase::Running);
+        let slow = StepTime { compute: 2.0, communication: 0.0, ..StepTime::default() };
+        let told = StepTime { communication_mean: Some(0.75), ..slow };
+        // The slowest rank reports that it waits for nobody; the other one waits 1.5 s of each step.
+        account(&mut status, &steps(&[told, told]), Millis(10_000));
+        let book = status.goodput;
+        assert_eq!((book.useful_ms, book.communication_ms, book.other_ms), (5_000, 3_000, 12_000));
     }
 
     #[test]

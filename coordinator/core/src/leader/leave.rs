@@ -160,6 +160,12 @@ impl Worker {
 }
 
 impl Leader {
+    /// Who leaves, and why: "`w1` is leaving: AWS reclaims it at 12:00:31Z".
+    pub(super) fn how_it_leaves(&self, worker: &Name) -> String {
+        let how = self.workers.get(worker).filter(|worker| worker.is_leaving).map(Worker::leaves);
+        format!("`{worker}` {}", how.as_deref().unwrap_or("is leaving"))
+    }
+
     /// A worker says that it stays: it takes tasks again.
     pub(super) fn staying(&mut self, draft: &mut Draft, worker: &Name) {
         let Some(state) = self.workers.get_mut(worker) else { return };

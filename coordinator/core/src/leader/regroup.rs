@@ -452,7 +452,8 @@ impl Leader {
         }
         if let Some(worker) = leaver.as_ref().filter(|_| !holds_state) {
             // Newcomers would have nobody to get the state from.
-            let why = format!("`{worker}` is leaving, and no rank stays that holds the state");
+            let why = self.how_it_leaves(worker);
+            let why = format!("{why}, and no rank stays that holds the state");
             self.tell_to_stop(draft, &name, job.status.generation, &why);
             return false;
         }
@@ -484,11 +485,12 @@ impl Leader {
                     return false;
                 }
                 if at_hand < min {
-                    let why = format!("`{worker}` is leaving and nobody can take its ranks");
+                    let why = self.how_it_leaves(&worker);
+                    let why = format!("{why}, and nobody can take its ranks");
                     self.tell_to_stop(draft, &name, job.status.generation, &why);
                     return false;
                 }
-                format!("`{worker}` is leaving")
+                self.how_it_leaves(&worker)
             }
             None if replacing.is_some() => {
                 if at_hand < former {

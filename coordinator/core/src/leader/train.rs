@@ -283,8 +283,9 @@ impl Leader {
         let was_stopped = gang.stopped.is_some();
         if is_broken || (is_starting && leaver.is_some()) {
             if !was_stopped {
-                let leaver = leaver.as_ref().map(Name::as_str).unwrap_or_default();
-                let why = Why::Left(format!("`{leaver}` is leaving"));
+                let why =
+                    leaver.as_ref().map(|leaver| self.how_it_leaves(leaver)).unwrap_or_default();
+                let why = Why::Left(why);
                 if let Regrouped::Yes = self.regroup_job(draft, now, version, job, why) {
                     return;
                 }
@@ -321,6 +322,9 @@ impl Leader {
             return;
         }
         if is_whole && self.reshape_job(draft, now, version, job) {
+            return;
+        }
+        if self.write_ledger(draft, version, job) {
             return;
         }
         if !completed.iter().all(|rank| job.status.completed.contains(rank)) {
@@ -396,7 +400,10 @@ impl Leader {
         let name = job.spec.name.clone();
         let leaver = self.gangs.get(&name).and_then(Gang::leaver);
         let who = match leaver {
-            Some(worker) => format!("its worker `{worker}` left"),
+            Some(worker) => match self.workers.get(worker).map_or("", |w| w.leave.cause()) {
+                "" => format!("its worker `{worker}` left"),
+                cause => format!("its worker `{worker}` left ({cause})"),
+            },
             None => "its ranks were asked to leave".to_owned(),
         };
         let text = match job.status.stop_asked {
