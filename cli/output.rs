@@ -59,10 +59,13 @@ pub fn table(header: &[&str], rows: Vec<Vec<String>>, empty: &str) {
 
 /// "3 s ago" for a time in milliseconds since the Unix epoch.
 pub fn ago(time_ms: u64) -> String {
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |d| d.as_millis() as u64);
-    format!("{} ago", span(Duration::from_millis(now.saturating_sub(time_ms))))
+    format!("{} ago", span(Duration::from_millis(now_ms().saturating_sub(time_ms))))
+}
+
+/// Milliseconds since the Unix epoch.
+pub fn now_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
 }
 
 /// "42 s", "3 min 5 s", "2 h 10 min".

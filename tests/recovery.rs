@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::path::{Path, PathBuf};
+
 use common::{
     Running, cluster, eventually, repository, run, small_job, submit, submit_local, up_with_slots,
     weights_digest,
@@ -36,7 +38,7 @@ const CLASSIFIER: (&str, &[&str]) = (
     ],
 );
 
-fn start((job, sets): (&str, &[&str]), folder: &std::path::Path, extra: &[&str]) -> Running {
+fn start((job, sets): (&str, &[&str]), folder: &Path, extra: &[&str]) -> Running {
     let sets: Vec<&str> = sets.iter().chain(extra).copied().collect();
     Running::start(&mut submit_local(&repository(job), folder, &sets))
 }
@@ -351,4 +353,53 @@ fn bounds_that_make_no_sense_are_refused() {
         let ended = run(&mut command).expect_code(2);
         assert!(ended.stderr.contains(expected), "{set}: {}", ended.stderr);
     }
+}
+
+#[test]
+fn a_job_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let sets = ["checkpoint.every_steps=20", "checkpoint.keep=3", "stop.max_steps=200"];
+    let job = small_job(folder.path(), "");
+    let undisturbed = run(&mut submit_local(&job, &folder.path().join("other"), &sets));
+    let expected = weights_digest(&undisturbed.expect_code(0));
+
+    let dir = folder.path().join("run");
+    let mut running = Running::start(&mut submit_local(&job, &dir, &sets));
+    running.wait_for("three checkpoints", |event| {
+        event["event"] == "checkpoint" && event["step"].as_u64() >= Some(60)
+    });
+    running.kill();
+    let all = dir.join("store/jobs/small/checkpoints");
+    let mut kept: Vec<PathBuf> = std::fs::read_dir(&all)
+        .expect("checkpoints")
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.join("manifest.json").exists())
+        .collect();
+    kept.sort();
+    // Bytes of the newest are others, and something of the one before is gone.
+    let [.., before, newest] = &kept[..] else { panic!("two checkpoints: {kept:?}") };
+    let shard = |path: &Path| {
+        let files = std::fs::read_dir(path).expect("files");
+        let mut files = files.map(|entry| entry.expect("an entry").path());
+        files
+            .find(|path| path.extension().is_some_and(|end| end == "safetensors"))
+            .expect("a shard")
+    };
+    let mut bytes = std::fs::read(shard(newest)).expect("read");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(shard(newest), bytes).expect("written");
+    std::fs::remove_file(shard(before)).expect("removed");
+
+    let _up = up_with_slots(&dir, 1, &[]);
+    let last = eventually("the job has ended", || {
+        let mut job = cluster();
+        let job = run(job.args(["job", "small", "--json", "--dir"]).arg(&dir)).expect_code(0);
+        let status = &job.last_json()["status"];
+        ["succeeded", "failed"].contains(&status["phase"].as_str()?).then(|| status.clone())
+    });
+    let history = last["history"].to_string();
+    assert_eq!(history.matches("going back to the checkpoint at step").count(), 2, "{history}");
+    assert!(history.contains("is damaged") && history.contains("is not in"), "{history}");
+    assert_eq!(last["model"]["sha256"], expected, "{last}");
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use api::pb::LogLine;
-use api::records::{Goodput, JobRecord, Moment};
+use api::records::{Goodput, JobRecord, JobStatus, Moment, Phase};
 use api::{ExitClass, Name};
 use coordinator::ClusterClient;
 use tokio_stream::StreamExt;
@@ -49,11 +49,16 @@ fn row(job: &JobRecord) -> Vec<String> {
 /// `cluster job NAME`.
 pub async fn show(global: &Global, name: &str) -> Result<()> {
     let name: Name = name.parse()?;
-    let (version, job) = client(global).await?.job(&name).await?;
+    let (version, mut job) = client(global).await?.job(&name).await?;
+    count_waiting(&mut job.status, output::now_ms());
     if global.json {
         let (spec, status) = (&job.spec, &job.status);
-        let cost = cost::document(status);
-        output::json(&serde_json::json!({ "spec": spec, "status": status, "cost": cost }));
+        output::json(&serde_json::json!({
+            "spec": spec,
+            "status": status,
+            "goodput_fraction": status.goodput.fraction(),
+            "cost": cost::document(status),
+        }));
         return Ok(());
     }
     let status = &job.status;
@@ -122,10 +127,24 @@ pub async fn show(global: &Global, name: &str) -> Result<()> {
     Ok(())
 }
 
+/// The record of a job that waits is not written meanwhile: its wait ends now.
+fn count_waiting(status: &mut JobStatus, now_ms: u64) {
+    if let (Phase::Queued, Some(then)) = (status.phase, status.accounted_ms) {
+        status.goodput.queued_ms += now_ms.saturating_sub(then);
+        status.accounted_ms = Some(now_ms.max(then));
+    }
+}
+
 /// Where every rank-second went, as far as the record says.
 pub fn show_goodput(book: &Goodput) {
-    let Some(fraction) = book.fraction() else { return };
+    let fraction = book.fraction();
+    if fraction.is_none() && book.queued_ms == 0 {
+        return;
+    }
     output::line("");
+    let queued = book.queued_ms as f64 / 1e3;
+    let queued = format!("  {:<18} {queued:>10.1} s, without ranks", "in the queue");
+    let Some(fraction) = fraction else { return output::line(&queued) };
     output::line(&format!(
         "goodput              {:.1} % of {} rank-seconds; {} steps, {} of them computed again",
         fraction * 100.0,
@@ -147,8 +166,7 @@ pub fn show_goodput(book: &Goodput) {
         let seconds = milliseconds as f64 / 1e3;
         output::line(&format!("  {what:<18} {seconds:>10.1} s {share:>6.1} %"));
     }
-    let queued = book.queued_ms as f64 / 1e3;
-    output::line(&format!("  {:<18} {queued:>10.1} s, without ranks", "in the queue"));
+    output::line(&queued);
 }
 
 fn show_history(history: &[Moment]) {
