@@ -198,7 +198,7 @@ fn a_drained_rank_hands_its_work_over_and_no_step_is_lost() {
     assert_eq!(goodput["steps_redone"], 0, "{goodput}");
     assert_eq!(goodput["lost_ms"], 0, "{goodput}");
     assert_eq!(goodput["steps"], 300, "each step once: {goodput}");
-    let cause = format!("`{drained}` is leaving");
+    let cause = format!("`{drained}` is draining: drained by a user");
     let history = status["history"].as_array().expect("a history");
     let names = |moment: &Value| moment["text"].as_str().is_some_and(|text| text.contains(&cause));
     assert!(history.iter().any(names), "{history:#?}");
