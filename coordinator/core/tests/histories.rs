@@ -18,7 +18,8 @@ use api::ids::{Generation, Name, Rank, Secret, Step as TrainStep, TaskId};
 use api::job::JobSpec;
 use api::price::HostPrice;
 use api::records::{
-    CheckpointRecord, EndpointSpec, KIND_CHECKPOINT, KIND_ENDPOINT, KIND_JOB, KIND_MODEL, Phase,
+    CheckpointRecord, EndpointSpec, KIND_CHECKPOINT, KIND_ENDPOINT, KIND_JOB, KIND_MODEL, Moment,
+    Phase,
 };
 use api::session::{
     Assignment, CoordinatorMessage, ExitCause, LeaveScope, RankOrder, RankReport, Regroup,
@@ -69,7 +70,7 @@ fn random_histories_keep_the_invariants_and_come_to_rest() {
         assert!(seen.leaves > HISTORIES / 2 && seen.drains > HISTORIES / 4, "{seen:?}");
         assert!(seen.checks > HISTORIES / 2 && seen.unheard > HISTORIES / 2, "{seen:?}");
         assert!(seen.cut_short > 0 && seen.received > HISTORIES / 4, "{seen:?}");
-        assert!(seen.joined > 0, "{seen:?}");
+        assert!(seen.joined > 0 && seen.went_back > 0, "{seen:?}");
         assert!(seen.hangs > HISTORIES / 10 && seen.diagnoses > HISTORIES / 4, "{seen:?}");
     }
 }
@@ -102,6 +103,7 @@ struct Seen {
     cut_short: u64,
     hangs: u64,
     diagnoses: u64,
+    went_back: usize,
     endpoints: u64,
     swept: u64,
 }
@@ -117,6 +119,8 @@ impl Seen {
             }
             self.restarts += job.status.restarts - job.status.regroups;
             self.regroups += job.status.regroups;
+            let went_back = |moment: &&Moment| moment.text.contains("going back to the checkpoint");
+            self.went_back += job.status.history.iter().filter(went_back).count();
         }
         self.checkpoints += history.checkpoints;
         self.leaders += history.leaders;
@@ -663,6 +667,10 @@ impl History {
         };
         let code = |retryable| ExitCause::Code { code: 1, message: String::new(), retryable };
         match kind {
+            _ if damaged.is_some() && other > 0 => {
+                worker.report(&task, words(false, None));
+                worker.end(&task, code(false));
+            }
             3 => {
                 let blames = Some(Rank(other));
                 worker.tasks.get_mut(&task).expect("a task").waits = true;
@@ -673,7 +681,7 @@ impl History {
                 worker.report(&task, words(true, Some(Rank(other))));
                 worker.end(&task, code(true));
             }
-            2 if other == 0 || damaged.is_some() => {
+            2 if other == 0 => {
                 worker.report(&task, words(false, None));
                 worker.end(&task, code(false));
             }
