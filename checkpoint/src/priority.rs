@@ -5,7 +5,7 @@
 
 use nix::libc;
 
-/// What a thread that is behind training adds to its niceness. Where all processors are busy such a
+/// What a thread that is behind training adds to the process's niceness. Where all processors are busy such a
 /// thread gets a tenth of one, so a checkpoint is written in the gaps that training leaves, and still
 /// comes to an end where it leaves none.
 const BEHIND: libc::c_int = 10;
@@ -13,10 +13,12 @@ const BEHIND: libc::c_int = 10;
 /// Puts the calling thread behind those of the step loop. Best effort: where the system does not let
 /// it, checkpoints cost the steps more.
 pub(crate) fn behind_training() {
+    // The process's first thread, not the calling one: that may have been started by one behind.
+    let first = std::process::id();
     // SAFETY: takes integers only; 0 is the calling thread, to which Linux confines the change.
     unsafe {
-        let own = libc::getpriority(libc::PRIO_PROCESS, 0);
-        libc::setpriority(libc::PRIO_PROCESS, 0, own + BEHIND);
+        let niceness = libc::getpriority(libc::PRIO_PROCESS, first);
+        libc::setpriority(libc::PRIO_PROCESS, 0, niceness + BEHIND);
     }
 }
 
@@ -38,5 +40,19 @@ mod tests {
         });
         let there = thread.join().expect("no panic");
         assert_eq!((niceness(), there), (before, (before + BEHIND).min(19)));
+    }
+
+    #[test]
+    fn one_that_is_started_by_one_behind_is_no_further_back() {
+        let thread = std::thread::spawn(|| {
+            behind_training();
+            let next = std::thread::spawn(|| {
+                behind_training();
+                niceness()
+            });
+            (niceness(), next.join().expect("no panic"))
+        });
+        let (first, second) = thread.join().expect("no panic");
+        assert_eq!(first, second);
     }
 }
