@@ -68,3 +68,4 @@ pub use store_key::StoreKey;
 pub use tools::{
     StoredCheckpoint, VerifyReport, delete_checkpoint, find_complete, list_checkpoints, verify,
 };
+pub use upload::copy_to_store;

@@ -148,6 +148,17 @@ async fn write_plain(store: &Store, key: &str, content: &Content) -> Result<Stor
     Ok(Stored { bytes, blake3: hasher.finalize().to_hex().to_string() })
 }
 
+/// Writes bytes as they are, in parts as tools that copy files do; computes and checks nothing.
+///
+/// # Errors
+/// Those of the store. Nothing is tried again, and nothing is left.
+pub async fn copy_to_store(store: &Store, key: &str, bytes: Bytes) -> Result<(), StoreError> {
+    let content = Content::of(vec![bytes]);
+    let mut parts = Parts::begin(store, key).await?;
+    let sent = send_slices(&mut parts, &content, part_bytes(content.bytes())).await;
+    parts.end(sent).await
+}
+
 /// Cuts the content into parts of equal size (some servers insist on that) without copying.
 async fn send_slices(
     parts: &mut Parts<'_>,
