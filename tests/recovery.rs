@@ -4,10 +4,11 @@
 mod common;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use common::{
-    Running, cluster, eventually, repository, run, small_job, submit, submit_local, up_with_slots,
-    weights_digest,
+    Running, cluster, eventually, free_ports, repository, roles, run, small_job, submit,
+    submit_local, up_with_slots, weights_digest,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -402,4 +403,38 @@ fn a_job_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before() {
     assert_eq!(history.matches("going back to the checkpoint at step").count(), 2, "{history}");
     assert!(history.contains("is damaged") && history.contains("is not in"), "{history}");
     assert_eq!(last["model"]["sha256"], expected, "{last}");
+}
+
+#[test]
+fn a_coordinator_that_stood_still_blames_no_worker() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let job = small_job(folder, "[resources]\nranks = 2\n[recovery]\nmax_failures = 0\n");
+    let sets = ["stop.max_steps=1000", "checkpoint.every_steps=0"];
+    roles::make_certificates(folder);
+    let ports = free_ports(1);
+    let config = roles::write_config(folder, "n1", 1, ("127.0.0.1", &ports), "");
+    let coordinator = roles::start_coordinator(&config);
+    let _workers = ["w1", "w2"].map(|name| roles::start_worker(folder, name, 1, &ports));
+    let ask = |arguments: &[&str]| {
+        let mut command = cluster();
+        run(command.args(arguments).arg("--config").arg(&config))
+    };
+    eventually("two workers", || {
+        (ask(&["workers", "--json"]).stdout.lines().count() == 2).then_some(())
+    });
+    let mut submit = cluster();
+    submit.arg("submit").arg(&job).args(["--json", "--follow", "--config"]).arg(&config);
+    for set in sets {
+        submit.args(["--set", set]);
+    }
+    let mut following = Running::start(&mut submit);
+    following.wait_for_step(30);
+    coordinator.signal(Signal::SIGSTOP);
+    // Longer than a lease: that is what is tried.
+    std::thread::sleep(Duration::from_secs(4));
+    coordinator.signal(Signal::SIGCONT);
+    following.finish().expect_code(0);
+    let status = ask(&["job", "small", "--json"]).expect_code(0).last_json()["status"].clone();
+    assert_eq!((&status["restarts"], &status["failures"]), (&0.into(), &0.into()), "{status}");
 }

@@ -42,6 +42,9 @@ const COMMIT_WAIT: Duration = Duration::from_secs(2);
 /// more transactions goes on with the next input.
 const TICKS_AT_ONCE: usize = 64;
 
+/// A leader that has looked at nothing for so long was away; it ticks more often than that.
+const AWAY: Duration = Duration::from_millis(500);
+
 /// Why a term of office ended.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TermEnded {
@@ -100,6 +103,8 @@ pub(crate) struct Term {
     status: watch::Receiver<RaftStatus>,
     raft_term: u64,
     transactions: u64,
+    /// When the last decision was taken.
+    looked: Millis,
     last_reason: String,
     options: TermOptions,
 }
@@ -109,7 +114,8 @@ impl Term {
     pub(crate) fn begin(options: TermOptions) -> Self {
         let clock = Clock::start();
         let records = options.raft.records();
-        let leader = Leader::new(options.leader.clone(), options.node, &records, clock.now());
+        let now = clock.now();
+        let leader = Leader::new(options.leader.clone(), options.node, &records, now);
         let status = options.raft.watch_status();
         let raft_term = status.borrow().term;
         options.sweeper.take_over();
@@ -121,6 +127,7 @@ impl Term {
             status,
             raft_term,
             transactions: 0,
+            looked: now,
             last_reason: String::new(),
             options,
         }
@@ -276,7 +283,18 @@ impl Term {
         request_id: Option<String>,
     ) -> Result<Decided, TermEnded> {
         let records = self.options.raft.records();
-        let decision = self.leader.decide(&records, self.clock.now(), input);
+        let now = self.clock.now();
+        let milliseconds = now.since(self.looked);
+        self.looked = now;
+        if u128::from(milliseconds) > AWAY.as_millis() {
+            warn!(
+                milliseconds,
+                "nothing was decided for a while: a slow disk, or a process held up"
+            );
+            // It decides nothing but what the time counts for.
+            self.leader.decide(&records, now, Input::WasAway { milliseconds });
+        }
+        let decision = self.leader.decide(&records, now, input);
         let Decision { transaction, effects, reply, reason } = decision;
         if let Some(reason) = reason {
             self.log_reason(reason.to_string());

@@ -106,6 +106,10 @@ impl Leader {
         self.follow(records);
         let mut draft = Draft::default();
         match input {
+            Input::WasAway { milliseconds } => {
+                self.was_away(milliseconds);
+                return draft.finish();
+            }
             Input::Submit { spec } => {
                 let reply = self.submit(&mut draft, records, now, spec);
                 return self.answer(draft, reply);

@@ -266,6 +266,11 @@ impl Stage {
                 }
                 Input::Tick
             }
+            "away" => {
+                let milliseconds = number(words.at(1));
+                self.shell.now = self.shell.now.plus(milliseconds);
+                Input::WasAway { milliseconds }
+            }
             "submit" => Input::Submit { spec: spec(words) },
             "stop" => Input::Stop { kind: KIND_JOB.into(), name: name() },
             "stop-endpoint" => Input::Stop { kind: KIND_ENDPOINT.into(), name: name() },

@@ -54,6 +54,12 @@ pub struct LeaderOptions {
 /// Something the leader has to react to.
 #[derive(Clone, Debug)]
 pub enum Input {
+    /// The leader looked at nothing for so long: a commit took its time, or the process stood still.
+    /// What workers said meanwhile comes after this.
+    WasAway {
+        /// Milliseconds.
+        milliseconds: u64,
+    },
     /// A client wants a job to run.
     Submit {
         /// What is to run.

@@ -397,6 +397,17 @@ impl Leader {
         Some(name)
     }
 
+    /// A time that does not count as anybody's silence: their words lie where nobody has read them.
+    pub(super) fn was_away(&mut self, milliseconds: u64) {
+        let later = |then: Millis| then.plus(milliseconds).min(self.now);
+        for worker in self.workers.values_mut().filter(|worker| !worker.is_lost) {
+            worker.heard = later(worker.heard);
+        }
+        for end in self.gangs.values_mut().flat_map(|gang| &mut gang.ends) {
+            end.at = later(end.at);
+        }
+    }
+
     /// Loses workers whose lease ran out.
     pub(super) fn expire(&mut self, draft: &mut Draft, now: Millis) {
         let lease = self.options.lease_ms;
