@@ -34,6 +34,9 @@ pub(super) struct Unwritten {
     checkpoint: f64,
     /// The last step that was reported, and when.
     last: Option<(Step, Millis)>,
+    /// What the record counts as between steps, in rank-milliseconds, and may be part of the step
+    /// that was under way when it was written.
+    open_ms: u64,
 }
 
 impl Unwritten {
@@ -60,14 +63,12 @@ impl Leader {
     pub(super) fn accounted(&mut self, job: &JobRecord) -> JobRecord {
         let now = self.now;
         let mut job = job.clone();
-        let unwritten = self.gangs.get_mut(&job.spec.name).map(|gang| {
-            let last = gang.unwritten.last;
-            Unwritten {
-                last,
-                ..std::mem::replace(&mut gang.unwritten, Unwritten { last, ..Unwritten::default() })
-            }
-        });
-        account(&mut job.status, &unwritten.unwrap_or_default(), now);
+        let Some(gang) = self.gangs.get_mut(&job.spec.name) else {
+            account(&mut job.status, &Unwritten::default(), now);
+            return job;
+        };
+        let open_ms = account(&mut job.status, &gang.unwritten, now);
+        gang.unwritten = Unwritten { last: gang.unwritten.last, open_ms, ..Unwritten::default() };
         job
     }
 
@@ -136,7 +137,8 @@ fn keep_newest(history: &mut Vec<Moment>) {
 }
 
 /// Adds the time since the last account to where it went, judging by the phase that has lasted.
-fn account(status: &mut JobStatus, unwritten: &Unwritten, now: Millis) {
+/// Returns the rank-milliseconds that count as between steps until the step under way is reported.
+fn account(status: &mut JobStatus, unwritten: &Unwritten, now: Millis) -> u64 {
     let since = status.accounted_ms.map_or(now, Millis);
     status.accounted_ms = Some(now.0);
     let elapsed = now.since(since);
@@ -145,13 +147,19 @@ fn account(status: &mut JobStatus, unwritten: &Unwritten, now: Millis) {
     }
     let ranks = status.gang.len() as u64;
     let mut left = elapsed.saturating_mul(ranks);
+    let book = &mut status.goodput;
+    if matches!(status.phase, Phase::Running | Phase::Stopping) {
+        // What was under way at the last account is part of a step that is reported now.
+        let open = unwritten.open_ms.min(book.other_ms);
+        book.other_ms -= open;
+        left = left.saturating_add(open);
+    }
     // Of what ranks report no more is believed than there was.
     let mut of_all = |seconds: f64| {
         let found = ((seconds * 1e3 * ranks as f64) as u64).min(left);
         left -= found;
         found
     };
-    let book = &mut status.goodput;
     if status.phase.is_active() {
         // The first ranks to run make steps before the last one is heard to.
         add(&mut book.useful_ms, of_all(unwritten.useful));
@@ -173,6 +181,10 @@ fn account(status: &mut JobStatus, unwritten: &Unwritten, now: Millis) {
             }
         }
         Phase::Stopped | Phase::Succeeded | Phase::Failed => {}
+    }
+    match (status.phase, unwritten.last) {
+        (Phase::Running, Some((_, at))) => left.min(now.since(at).saturating_mul(ranks)),
+        _ => 0,
     }
 }
 
@@ -266,6 +278,30 @@ mod tests {
         account(&mut status, &steps(&[told, told]), Millis(10_000));
         let book = status.goodput;
         assert_eq!((book.useful_ms, book.communication_ms, book.other_ms), (5_000, 3_000, 12_000));
+    }
+
+    #[test]
+    fn a_step_under_way_at_an_account_counts_once_it_is_reported() {
+        let mut status = status(Phase::Running);
+        status.accounted_ms = Some(0);
+        let (mut unwritten, mut now) = (Unwritten::default(), 0);
+        // Steps of six seconds, without a pause; the record is written every ten.
+        for step in 1..=10 {
+            let time = StepTime { compute: 6.0, ..StepTime::default() };
+            for second in 1..=6 {
+                now += 1_000;
+                if second == 6 {
+                    unwritten.step(Step(step), &time, Millis(now));
+                }
+                if now % 10_000 == 0 {
+                    let open_ms = account(&mut status, &unwritten, Millis(now));
+                    let last = unwritten.last;
+                    unwritten = Unwritten { last, open_ms, ..Unwritten::default() };
+                }
+            }
+        }
+        let book = status.goodput;
+        assert_eq!((book.useful_ms, book.other_ms, book.steps), (120_000, 0, 10));
     }
 
     #[test]
