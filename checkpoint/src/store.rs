@@ -254,16 +254,23 @@ impl Store {
         if expected == 0 {
             return Ok(Bytes::new());
         }
-        let found = self.inner.get_range(&self.path(key)?, range.clone()).await;
+        let options = GetOptions::new().with_range(Some(range.clone()));
+        let found = self.inner.get_opts(&self.path(key)?, options).await;
         let found = found.map_err(|error| attempt.failed(error))?;
-        if found.len() as u64 != expected {
-            let end = range.start + found.len() as u64;
-            let problem = format!("it ends at byte {end}, expected at least {}", range.end);
+        let size = found.meta.size;
+        if size < range.end {
+            let problem = format!("it ends at byte {size}, expected at least {}", range.end);
             return Err(StoreError::Corrupt { key: key.to_owned(), problem });
         }
+        let content = found.bytes().await.map_err(|error| attempt.failed(error))?;
+        // An answer that was cut off: the object is as long as it should be.
+        if content.len() as u64 != expected {
+            let problem = format!("{} of {expected} bytes came", content.len());
+            return Err(attempt.unavailable(problem, false));
+        }
         match range.start {
-            0 => self.opened(key, found),
-            _ => Ok(found),
+            0 => self.opened(key, content),
+            _ => Ok(content),
         }
     }
 

@@ -257,8 +257,9 @@ fn the_key_is_asked_for_once_per_process_and_behind_what_is_staged() {
     let with_key = plan.calls();
     save(&store, &state, 2, 2, Compression::None).expect("saves");
     let shard_and_look = 2;
-    // To ask for the mark and to make it; the second save has one shard more.
-    assert_eq!(plan.calls() - with_key, with_key - 2 + shard_and_look);
+    // To ask for the mark, to see that nothing lies there without it, and to make it; the second save
+    // has one shard more.
+    assert_eq!(plan.calls() - with_key, with_key - 3 + shard_and_look);
     // A rank that meets others again asks nothing of a store.
     let refuses = Plan::new(Failure::SlowDown, 0, true);
     let inner = Arc::new(FailingStore::new(Arc::new(InMemory::new()), refuses.clone()));

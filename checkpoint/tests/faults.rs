@@ -154,7 +154,10 @@ impl ObjectStore for Faulty {
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.inner.list(prefix)
+        match meet(&self.calls, self.at, self.fault) {
+            (true, true) => self.inner.list(prefix),
+            _ => futures::stream::once(async { Err(lost()) }).boxed(),
+        }
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {

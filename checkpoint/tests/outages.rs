@@ -1,6 +1,7 @@
 //! Every call that a save makes fails once, and for good from there on, in every way that stores
 //! fail; and the writer is killed before, in and after every call. Enumerated, not sampled: after each
-//! of them no checkpoint is torn, what was acknowledged is there, and the next save works.
+//! of them no checkpoint is torn, what was acknowledged is there, and the next save works. So does every
+//! call that a restore makes: it gives what was saved, or says that it is the store.
 
 mod support;
 
@@ -12,13 +13,14 @@ use api::events::CheckpointFact;
 use api::job::Compression;
 use api::{Generation, Step};
 use checkpoint::{
-    Restore, SaveError, Saver, SaverOptions, Store, StoreKey, find_complete, keys, verify,
+    Restore, RestoreError, SaveError, Saver, SaverOptions, Store, StoreError, StoreKey,
+    find_complete, keys, verify,
 };
 use object_store::ObjectStore;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use support::failing::{FailingStore, Failure, Moment, Plan};
-use support::{State, info, job, options, restore, runtime};
+use support::{State, info, job, options, restore, runtime, save};
 
 const FAILURES: [Failure; 5] =
     [Failure::TimeOut, Failure::SlowDown, Failure::Truncated, Failure::Expired, Failure::DiskFull];
@@ -62,7 +64,7 @@ impl Mode {
             if let Some(base) = base {
                 let restored = Restore::with_store(store.clone(), base);
                 let restored = restored.map_err(|error| match error {
-                    checkpoint::RestoreError::Store(error) => SaveError::Store(error),
+                    RestoreError::Store(error) => SaveError::Store(error),
                     other => panic!("{other}"),
                 })?;
                 saver.base_on(restored.manifest());
@@ -167,6 +169,113 @@ fn no_failing_call_tears_or_loses_an_incremental_encrypted_checkpoint_in_a_folde
         std::fs::create_dir(&root).expect("made");
         Arc::new(LocalFileSystem::new_with_prefix(root).expect("a folder"))
     });
+}
+
+/// Saves a shard that is sent in parts with the call `at` failing, and says whether a save makes so
+/// many.
+fn upload_fails_at(small: &State, large: &State, plan: &Plan) -> bool {
+    let what = format!("{:?} at {}", plan.failure, plan.at);
+    let inner = Arc::new(InMemory::new());
+    let honest = Store::with_inner(inner.clone(), "a store");
+    let known = save(&honest, small, 1, 1, Compression::None).expect("saves");
+    let failing = Arc::new(FailingStore::new(inner, plan.clone()));
+    let failing = Store::with_inner(failing, "a failing store");
+    let saved = save(&failing, large, 2, 1, Compression::None);
+    let reached = plan.calls() > plan.at;
+    // What is there is verified, which reads all of it.
+    check(&honest, &[(known, small.clone())], &what);
+    match saved {
+        Ok(fact) => {
+            let job = job();
+            let found = runtime().block_on(find_complete(&honest, &job, None)).expect("lists");
+            assert!(found.contains(&fact), "{what}: step 2 is lost");
+        }
+        Err(error) => {
+            assert!(reached && plan.failure == Failure::Expired, "{what}: {error}");
+        }
+    }
+    reached
+}
+
+/// The beginning of the upload, every part and its end. Fewer failures than above, since every save
+/// moves 35 MB.
+#[test]
+fn no_failing_call_of_an_upload_in_parts_tears_or_loses_a_checkpoint() {
+    let (small, large) = (State::new(12, 4000), State::new(13, 8_600_000));
+    std::thread::scope(|scope| {
+        for failure in [Failure::TimeOut, Failure::SlowDown, Failure::Expired, Failure::DiskFull] {
+            let (small, large) = (&small, &large);
+            scope.spawn(move || {
+                let mut at = 0;
+                while upload_fails_at(small, large, &Plan::new(failure, at, false)) {
+                    at += 1;
+                }
+                // To begin, three parts, to end, and the manifest.
+                assert!(at >= 6, "{failure:?}: {at} calls: the shard went in one piece");
+            });
+        }
+    });
+}
+
+/// Restores with the call `at` failing, and says whether a restore makes so many.
+fn restore_fails_at(
+    mode: Mode,
+    inner: &Arc<dyn ObjectStore>,
+    fact: &CheckpointFact,
+    plan: &Plan,
+) -> bool {
+    let what = format!("{mode:?}, {:?} at {}, stays: {}", plan.failure, plan.at, plan.stays);
+    let failing = mode.store(Arc::new(FailingStore::new(inner.clone(), plan.clone())));
+    let restored = restore(&failing, fact, &state(2));
+    let reached = plan.calls() > plan.at;
+    match restored {
+        Ok(restored) => assert!(restored == state(2), "{what}: it is not what was saved"),
+        Err(error) => {
+            assert!(reached, "{what}: {error}");
+            let is_denied = matches!(&error, RestoreError::Store(StoreError::Denied { .. }));
+            match plan.failure {
+                Failure::Expired => assert!(is_denied, "{what}: {error}"),
+                // The checkpoint is as good as ever: it is not called damaged.
+                _ => assert!(plan.stays && error.is_retryable(), "{what}: {error}"),
+            }
+        }
+    }
+    reached
+}
+
+fn fail_every_call_of_a_restore(mode: Mode) {
+    let inner: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    let store = mode.store(inner.clone());
+    let first = mode.save(&store, &state(1), 1, None).expect("saves");
+    let second = mode.save(&store, &state(2), 2, Some(&first)).expect("saves");
+    std::thread::scope(|scope| {
+        for failure in [Failure::TimeOut, Failure::SlowDown, Failure::Truncated, Failure::Expired] {
+            for stays in [false, true] {
+                let (inner, fact) = (&inner, &second);
+                scope.spawn(move || {
+                    let mut at = 0;
+                    while restore_fails_at(mode, inner, fact, &Plan::new(failure, at, stays)) {
+                        at += 1;
+                    }
+                    assert!(at >= 5, "{mode:?} {failure:?}: a restore makes more than {at} calls");
+                });
+            }
+        }
+    });
+    assert_eq!(restore(&store, &second, &state(2)).as_ref(), Ok(&state(2)));
+}
+
+#[test]
+fn no_failing_call_of_a_restore_gives_something_else_or_calls_it_damaged() {
+    for compression in [Compression::None, Compression::Zstd] {
+        fail_every_call_of_a_restore(Mode { incremental: false, encrypted: false, compression });
+    }
+}
+
+#[test]
+fn no_failing_call_of_a_restore_from_former_encrypted_shards_does_either() {
+    let mode = Mode { incremental: true, encrypted: true, compression: Compression::None };
+    fail_every_call_of_a_restore(mode);
 }
 
 const FOLDER: &str = "COHORT_TEST_CRASH_FOLDER";

@@ -73,26 +73,34 @@ impl Plan {
         run: impl Future<Output = Result<T>>,
         half: impl Future<Output = ()>,
     ) -> Result<T> {
-        match self.next() {
-            None | Some(Failure::Truncated) => run.await,
-            Some(Failure::TimeOut) => {
-                let _ = run.await;
-                Err(io(ErrorKind::TimedOut))
+        fail(self.next(), run, half).await
+    }
+}
+
+async fn fail<T>(
+    failure: Option<Failure>,
+    run: impl Future<Output = Result<T>>,
+    half: impl Future<Output = ()>,
+) -> Result<T> {
+    match failure {
+        None | Some(Failure::Truncated) => run.await,
+        Some(Failure::TimeOut) => {
+            let _ = run.await;
+            Err(io(ErrorKind::TimedOut))
+        }
+        Some(Failure::SlowDown) => Err(answer("503 Service Unavailable", "SlowDown")),
+        Some(Failure::Expired) => Err(answer("400 Bad Request", "ExpiredToken")),
+        Some(Failure::DiskFull) => {
+            half.await;
+            Err(io(ErrorKind::StorageFull))
+        }
+        Some(Failure::Crash(moment)) => {
+            match moment {
+                Moment::Before => {}
+                Moment::Halfway => half.await,
+                Moment::After => drop(run.await),
             }
-            Some(Failure::SlowDown) => Err(answer("503 Service Unavailable", "SlowDown")),
-            Some(Failure::Expired) => Err(answer("400 Bad Request", "ExpiredToken")),
-            Some(Failure::DiskFull) => {
-                half.await;
-                Err(io(ErrorKind::StorageFull))
-            }
-            Some(Failure::Crash(moment)) => {
-                match moment {
-                    Moment::Before => {}
-                    Moment::Halfway => half.await,
-                    Moment::After => drop(run.await),
-                }
-                std::process::abort()
-            }
+            std::process::abort()
         }
     }
 }
@@ -158,13 +166,10 @@ impl ObjectStore for FailingStore {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        // Decided before the call, since a call decides for itself whether it is cut off.
-        let is_cut = self.plan.failure == Failure::Truncated
-            && (self.plan.calls() == self.plan.at
-                || self.plan.stays && self.plan.calls() > self.plan.at)
-            && !options.head;
-        let found = self.plan.call(self.inner.get_opts(location, options), async {}).await?;
-        if !is_cut {
+        let failure = self.plan.next();
+        let is_head = options.head;
+        let found = fail(failure, self.inner.get_opts(location, options), async {}).await?;
+        if failure != Some(Failure::Truncated) || is_head {
             return Ok(found);
         }
         let (meta, range, attributes, extensions) = (
@@ -192,7 +197,14 @@ impl ObjectStore for FailingStore {
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.inner.list(prefix)
+        let (inner, plan, prefix) = (self.inner.clone(), self.plan.clone(), prefix.cloned());
+        // One call: what these tests list fits into one answer.
+        let listed = async move {
+            let found = inner.list(prefix.as_ref()).try_collect::<Vec<_>>();
+            let found = plan.call(found, async {}).await?;
+            Ok::<_, Error>(futures::stream::iter(found.into_iter().map(Ok)))
+        };
+        futures::stream::once(listed).try_flatten().boxed()
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
