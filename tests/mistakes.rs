@@ -72,6 +72,36 @@ fn more_ranks_than_lanes() {
 }
 
 #[test]
+fn a_metric_that_nobody_reports() {
+    let best =
+        |metric: &str| format!("checkpoint.keep_best={{ metric = \"{metric}\", mode = \"min\" }}");
+    refused_before_anything(
+        "",
+        &[&best("train:lozz")],
+        2,
+        &["checkpoint.keep_best.metric `train:lozz`; did you mean `train:loss`?", "train:accuracy"],
+    );
+    let unvalidated = ["evaluate.every_steps=5", &best("validation:loss")];
+    refused_before_anything(
+        "",
+        &unvalidated,
+        2,
+        &["`validation:loss`, but the job validates nothing", "channels.validation", "train:loss"],
+    );
+    refused_before_anything(
+        "",
+        &["checkpoint.keep=0"],
+        2,
+        &["integer `0`, expected a whole number of at least 1"],
+    );
+    let folder = folder();
+    let job = small_job(folder.path(), "");
+    let held_out = ["hyperparameters.validation_fraction=0.1", "stop.max_steps=5"];
+    let sets = [&unvalidated[..], &held_out].concat();
+    run(&mut submit_local(&job, &folder.path().join("run"), &sets)).expect_code(0);
+}
+
+#[test]
 fn missing_data() {
     refused_before_anything(
         "",

@@ -72,7 +72,16 @@ fn invalid(error: &toml::de::Error, text: &str, origin: &str) -> DocumentError {
         }
         _ => origin.to_owned(),
     };
-    DocumentError::Invalid { origin, message: with_suggestion(error.message()) }
+    DocumentError::Invalid { origin, message: for_people(error.message()) }
+}
+
+/// serde's message without the names of Rust's types.
+fn for_people(message: &str) -> String {
+    let message = with_suggestion(message);
+    match message.strip_suffix("a nonzero u32") {
+        Some(found) => format!("{found}a whole number of at least 1"),
+        None => message,
+    }
 }
 
 /// Turns serde's "unknown field `x`, expected one of `a`, `b`" into "unknown key `x`; did you mean
@@ -143,6 +152,17 @@ mod tests {
         let text = error.to_string();
         assert!(text.contains("line `2`"), "{text}");
         assert!(text.contains("unknown key `microbach`; did you mean `microbatch`?"), "{text}");
+    }
+
+    #[test]
+    fn a_number_that_must_not_be_zero_is_said_so_without_a_type_of_rust() {
+        #[derive(Debug, serde::Deserialize)]
+        struct Positive {
+            #[expect(dead_code, reason = "only parsed")]
+            keep: std::num::NonZeroU32,
+        }
+        let error = parse::<Positive>("keep = 0\n", "job.toml").expect_err("zero").to_string();
+        assert!(error.ends_with("`0`, expected a whole number of at least 1"), "{error}");
     }
 
     #[test]

@@ -572,11 +572,42 @@ impl JobSpec {
         Ok(())
     }
 
-    /// Fills in hyperparameter defaults and checks them and the channels against the schema.
+    /// Fills in hyperparameter defaults and checks them, the channels and the metric that checkpoints
+    /// are chosen by against the schema.
     pub fn resolve(&mut self, schema: &AlgorithmSchema) -> Result<(), JobError> {
         self.hyperparameters = schema.resolve(&self.hyperparameters)?;
         schema.check_channels(&self.channels)?;
-        Ok(())
+        self.check_best_metric(schema)
+    }
+
+    /// A metric that is never reported would keep nothing, and only the end would show it.
+    fn check_best_metric(&self, schema: &AlgorithmSchema) -> Result<(), JobError> {
+        let Some(KeepBest { metric, .. }) = &self.checkpoint.keep_best else { return Ok(()) };
+        let is_validated = self.channels.contains_key("validation") || self.holds_out_data();
+        let reported = schema.metrics.iter().map(|reported| reported.name.as_str());
+        let (validation, others): (Vec<&str>, Vec<&str>) =
+            reported.partition(|name| name.starts_with("validation:"));
+        let there = if is_validated { [&others[..], &validation].concat() } else { others };
+        if there.contains(&metric.as_str()) {
+            return Ok(());
+        }
+        let problem = match validation.contains(&metric.as_str()) {
+            true => format!(
+                "checkpoint.keep_best.metric = `{metric}`, but the job validates nothing: set \
+                 channels.validation or hyperparameters.validation_fraction, or choose one of {}",
+                there.join(", ")
+            ),
+            false => document::unknown("checkpoint.keep_best.metric", metric, &there),
+        };
+        Err(JobError::Disagreement(problem))
+    }
+
+    /// Whether a part of the training data is validated with, in place of a channel.
+    fn holds_out_data(&self) -> bool {
+        match self.hyperparameters.get("validation_fraction") {
+            Some(Value::Float(fraction)) => *fraction > 0.0,
+            _ => false,
+        }
     }
 }
 
