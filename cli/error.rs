@@ -137,13 +137,28 @@ impl From<trainer::DataPlaneError> for CliError {
 
 impl From<checkpoint::StoreError> for CliError {
     fn from(error: checkpoint::StoreError) -> Self {
+        use checkpoint::StoreError as E;
         let class = match &error {
-            checkpoint::StoreError::NotFound { .. } => ExitClass::NotFound,
-            checkpoint::StoreError::Denied { .. } => ExitClass::Denied,
-            checkpoint::StoreError::Corrupt { .. } => ExitClass::Corrupt,
+            E::NotFound { .. } | E::NoBucket(_) => ExitClass::NotFound,
+            E::Uri { .. } | E::Settings(_) | E::Key { .. } => ExitClass::Usage,
+            E::Denied { .. } => ExitClass::Denied,
+            E::Corrupt { .. } | E::TooLarge { .. } => ExitClass::Corrupt,
+            E::Host { .. } => ExitClass::Internal,
             _ => ExitClass::Unavailable,
         };
         Self::new(class, error.to_string())
+    }
+}
+
+/// Of a command that takes a checkpoint as it is: what does not fit together in it is damage.
+impl From<checkpoint::RestoreError> for CliError {
+    fn from(error: checkpoint::RestoreError) -> Self {
+        use checkpoint::RestoreError as E;
+        match error {
+            E::Store(error) => error.into(),
+            E::Runtime(_) => Self::internal(error.to_string()),
+            _ => Self::new(ExitClass::Corrupt, error.to_string()),
+        }
     }
 }
 

@@ -40,8 +40,8 @@ pub struct ExportReport {
     pub bytes: u64,
 }
 
-/// Writes the weights of a recorded checkpoint to the file `to`, replacing it only when all is
-/// read and checked.
+/// Writes the weights of a recorded checkpoint to the file `to`, in a folder that is there, replacing
+/// it only when all is read and checked.
 pub async fn export(
     store: &Store,
     fact: &CheckpointFact,
@@ -82,7 +82,6 @@ async fn export_here(
     let failed = |error: io::Error| StoreError::host(to, &error);
     let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty());
     let parent = parent.unwrap_or(Path::new("."));
-    std::fs::create_dir_all(parent).map_err(failed)?;
     let staged = tempfile::Builder::new().prefix(".export-").tempfile_in(parent).map_err(failed)?;
     staged.as_file().write_all_at(&header, 0).map_err(failed)?;
     // Every shard, also those without weights: what is exported is part of a whole checkpoint.

@@ -39,7 +39,7 @@ fn what_is_saved_comes_back_whatever_number_of_ranks_saved_it() {
             assert_eq!(report.shards, u64::from(world_size));
             assert_eq!((report.tensors, report.bytes), (state.0.len() as u64, fact.bytes));
 
-            let path = folder.path().join(format!("exported/{step}.safetensors"));
+            let path = folder.path().join(format!("{step}.safetensors"));
             let report = runtime.block_on(checkpoint::export(&store, &fact, &path));
             let report = report.expect("exports");
             assert_eq!(report.bytes, fs::metadata(&path).expect("a file").len());

@@ -499,7 +499,7 @@ fn pieces_that_do_not_make_whole_tensors_are_not_committed() {
 #[test]
 fn an_export_puts_parts_together_and_verify_reads_them() {
     let halves = Halves::new();
-    let path = halves.folder.path().join("out/model.safetensors");
+    let path = halves.folder.path().join("model.safetensors");
     let report = runtime().block_on(checkpoint::export(&halves.store, &halves.fact, &path));
     assert_eq!(report.expect("exports").bytes, fs::metadata(&path).expect("a file").len());
     let bytes = fs::read(&path).expect("a file");

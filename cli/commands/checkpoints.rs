@@ -1,8 +1,12 @@
 //! `cluster checkpoints` and `cluster checkpoint verify|diff|export|gc`.
 
+use std::path::Path;
+
+use api::config::StoreSection;
 use api::records::{CheckpointRecord, JobStatus, WorkerView};
 use api::{ExitClass, Generation, Name, Step};
-use checkpoint::{Difference, Store};
+use checkpoint::{Difference, Store, StoreError, VerifyReport};
+use coordinator::ClusterClient;
 
 use crate::args::{CheckpointCommand, Global};
 use crate::context::Access;
@@ -11,7 +15,9 @@ use crate::output;
 
 /// `cluster checkpoints JOB`.
 pub async fn list(global: &Global, job: &str) -> Result<()> {
-    let (records, _) = open(global, job).await?;
+    let name: Name = job.parse()?;
+    let client = Access::find(global)?.0.connect().await?;
+    let records = records(&client, &name).await?;
     if global.json {
         records.iter().for_each(output::json);
         return Ok(());
@@ -39,55 +45,85 @@ pub async fn run(global: &Global, command: CheckpointCommand) -> Result<()> {
         CheckpointCommand::Gc { job, delete } => gc(global, &job, delete).await,
         CheckpointCommand::Diff { job, from, to } => diff(global, &job, from, to).await,
         CheckpointCommand::Export { job, output, step } => {
-            let (records, store) = open(global, &job).await?;
-            let record = pick(&job, &records, step)?;
-            let report = checkpoint::export(&store, &record.fact, &output)
-                .await
-                .map_err(|e| CliError::new(ExitClass::Corrupt, e.to_string()))?;
-            if global.json {
-                output::json(&report);
-            } else {
-                output::line(&format!(
-                    "step {}: {} ({}), sha256 {}",
-                    record.fact.step.0,
-                    output.display(),
-                    output::bytes(report.bytes),
-                    report.sha256
-                ));
-            }
-            Ok(())
+            export(global, &job, &output, step).await
         }
     }
 }
 
+async fn export(global: &Global, job: &str, to: &Path, step: Option<u64>) -> Result<()> {
+    check_output(to)?;
+    let Opened { records, store, .. } = Opened::find(global, job).await?;
+    let record = pick(job, &records, step)?;
+    let report = checkpoint::export(&store, &record.fact, to).await?;
+    if global.json {
+        output::json(&report);
+        return Ok(());
+    }
+    output::line(&format!(
+        "step {}: {} ({}), sha256 {}",
+        record.fact.step.0,
+        to.display(),
+        output::bytes(report.bytes),
+        report.sha256
+    ));
+    Ok(())
+}
+
+/// Before a gigabyte is read: a file can be made there.
+fn check_output(to: &Path) -> Result<()> {
+    if to.is_dir() {
+        let example = to.join("weights.safetensors");
+        let text = format!("--output `{}` is a folder, expected a file", to.display());
+        return Err(CliError::usage(text).with_hint(format!("such as `{}`", example.display())));
+    }
+    let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty());
+    match parent.filter(|parent| !parent.is_dir()) {
+        Some(parent) => {
+            let text =
+                format!("--output `{}`: there is no folder `{}`", to.display(), parent.display());
+            Err(CliError::usage(text).with_hint("make it first, or correct the path"))
+        }
+        None => Ok(()),
+    }
+}
+
+/// What reading one checkpoint came to.
+enum Verified {
+    /// It was read, or an object of it is gone.
+    Report(VerifyReport),
+    /// The leader has deleted it since it was listed.
+    Deleted,
+    /// Whether it is damaged is not known: it may not be read.
+    Unread(CliError),
+}
+
 async fn verify(global: &Global, job: &str, step: Option<u64>) -> Result<()> {
-    let (records, store) = open(global, job).await?;
+    let opened = Opened::find(global, job).await?;
     let chosen: Vec<&CheckpointRecord> = match step {
-        Some(_) => vec![pick(job, &records, step)?],
-        None => records.iter().collect(),
+        Some(_) => vec![pick(job, &opened.records, step)?],
+        None => opened.records.iter().collect(),
     };
     if chosen.is_empty() && !global.json {
         output::line("no checkpoints");
     }
-    let mut damaged = 0;
+    let (mut damaged, mut unread) = (0, None);
     for record in chosen {
-        let fact = &record.fact;
-        let digest = Some(fact.manifest_digest.as_str());
-        let report = checkpoint::verify(&store, &fact.manifest_key, digest).await?;
-        damaged += usize::from(!report.ok);
-        if global.json {
-            output::json(&serde_json::json!({ "step": fact.step, "report": report }));
-            continue;
+        let step = record.fact.step;
+        match opened.verify(record).await? {
+            Verified::Report(report) => {
+                damaged += usize::from(!report.ok);
+                show_report(global, step, &report);
+            }
+            Verified::Deleted => {
+                let json = serde_json::json!({ "step": step, "deleted": true });
+                show_verdict(global, step, "deleted meanwhile", &json);
+            }
+            Verified::Unread(error) => {
+                let json = serde_json::json!({ "step": step, "unread": error.message() });
+                show_verdict(global, step, &format!("NOT READ: {}", error.message()), &json);
+                unread.get_or_insert(error);
+            }
         }
-        let verdict = if report.ok { "ok" } else { "DAMAGED" };
-        output::line(&format!(
-            "step {}: {verdict} ({} shards, {} tensors, {})",
-            fact.step.0,
-            report.shards,
-            report.tensors,
-            output::bytes(report.bytes)
-        ));
-        report.problems.iter().for_each(|problem| output::line(&format!("  {problem}")));
     }
     if damaged > 0 {
         return Err(CliError::new(
@@ -96,7 +132,29 @@ async fn verify(global: &Global, job: &str, step: Option<u64>) -> Result<()> {
         )
         .with_hint("an older one may be whole: `cluster checkpoint export JOB --step N`"));
     }
-    Ok(())
+    unread.map_or(Ok(()), Err)
+}
+
+fn show_report(global: &Global, step: Step, report: &VerifyReport) {
+    let verdict = format!(
+        "{} ({} shards, {} tensors, {})",
+        if report.ok { "ok" } else { "DAMAGED" },
+        report.shards,
+        report.tensors,
+        output::bytes(report.bytes)
+    );
+    let json = serde_json::json!({ "step": step, "report": report });
+    show_verdict(global, step, &verdict, &json);
+    if !global.json {
+        report.problems.iter().for_each(|problem| output::line(&format!("  {problem}")));
+    }
+}
+
+fn show_verdict(global: &Global, step: Step, verdict: &str, json: &serde_json::Value) {
+    match global.json {
+        true => output::json(json),
+        false => output::line(&format!("step {}: {verdict}", step.0)),
+    }
 }
 
 /// What no manifest names, and, asked to, its deletion: only of a job that is over, by the leader's
@@ -130,7 +188,7 @@ async fn gc(global: &Global, job: &str, delete: bool) -> Result<()> {
             "ask again when `cluster workers` shows it attached and without that task",
         ));
     }
-    let store = Store::open(&section, &access.store_uri)?;
+    let store = open_store(&access, &section)?;
     // What the current generation has begun is no orphan while it goes on.
     let ended = match status.phase.is_terminal() {
         true => status.generation,
@@ -174,7 +232,7 @@ fn still_there(job: &Name, status: &JobStatus, workers: &[WorkerView]) -> Option
 }
 
 async fn diff(global: &Global, job: &str, from: Option<u64>, to: Option<u64>) -> Result<()> {
-    let (records, store) = open(global, job).await?;
+    let Opened { records, store, .. } = Opened::find(global, job).await?;
     let second = pick(job, &records, to)?;
     let first = match from {
         Some(_) => pick(job, &records, from)?,
@@ -187,9 +245,7 @@ async fn diff(global: &Global, job: &str, from: Option<u64>, to: Option<u64>) ->
             })?
         }
     };
-    let report = checkpoint::diff(&store, &first.fact, &second.fact)
-        .await
-        .map_err(|e| CliError::new(ExitClass::Corrupt, e.to_string()))?;
+    let report = checkpoint::diff(&store, &first.fact, &second.fact).await?;
     let (from, to) = (first.fact.step, second.fact.step);
     if global.json {
         output::json(&serde_json::json!({ "from": from, "to": to, "report": report }));
@@ -220,16 +276,62 @@ fn diff_row(name: &str, difference: &Difference) -> Vec<String> {
     vec![name.to_owned(), what, largest]
 }
 
-/// A job's records in step order, and the store they lie in.
-async fn open(global: &Global, job: &str) -> Result<(Vec<CheckpointRecord>, Store)> {
-    let name: Name = job.parse()?;
-    let (access, section) = Access::find(global)?;
-    let client = access.connect().await?;
-    // An unknown job is an error; a known one without checkpoints an empty list.
-    client.job(&name).await?;
-    let records = client.checkpoints(&name).await?.into_iter().map(|(_, record)| record).collect();
-    let store = Store::open(&section, &access.store_uri)?;
-    Ok((records, store))
+/// A job's checkpoints: who knows of them, and where they lie.
+struct Opened {
+    client: ClusterClient,
+    name: Name,
+    /// In step order.
+    records: Vec<CheckpointRecord>,
+    store: Store,
+}
+
+impl Opened {
+    async fn find(global: &Global, job: &str) -> Result<Self> {
+        let name: Name = job.parse()?;
+        let (access, section) = Access::find(global)?;
+        let client = access.connect().await?;
+        let records = records(&client, &name).await?;
+        Ok(Self { client, name, records, store: open_store(&access, &section)? })
+    }
+
+    /// Reads all of one checkpoint. An error is one of the whole store: the next checkpoint would wait
+    /// as long and fare no better.
+    async fn verify(&self, record: &CheckpointRecord) -> Result<Verified> {
+        let fact = &record.fact;
+        let digest = Some(fact.manifest_digest.as_str());
+        let report = match checkpoint::verify(&self.store, &fact.manifest_key, digest).await {
+            Ok(report) => report,
+            // It is on record, so it should be there.
+            Err(error @ StoreError::NotFound { .. }) => {
+                VerifyReport { problems: vec![error.to_string()], ..VerifyReport::default() }
+            }
+            Err(error @ StoreError::Denied { .. }) => return Ok(Verified::Unread(error.into())),
+            Err(error) => return Err(error.into()),
+        };
+        let is_it = |other: &CheckpointRecord| other.fact.manifest_key == fact.manifest_key;
+        if !report.ok && !records(&self.client, &self.name).await?.iter().any(is_it) {
+            return Ok(Verified::Deleted);
+        }
+        Ok(Verified::Report(report))
+    }
+}
+
+/// A job's checkpoints on record, in step order. An unknown job is an error; a known one without
+/// checkpoints an empty list.
+async fn records(client: &ClusterClient, job: &Name) -> Result<Vec<CheckpointRecord>> {
+    client.job(job).await?;
+    Ok(client.checkpoints(job).await?.into_iter().map(|(_, record)| record).collect())
+}
+
+/// The store as it is: a folder that is gone is not made anew, all would seem to be missing from it.
+fn open_store(access: &Access, section: &StoreSection) -> Result<Store> {
+    let folder = access.store_uri.strip_prefix("file://").map(Path::new);
+    if let Some(folder) = folder.filter(|folder| folder.is_absolute() && !folder.exists()) {
+        let text = format!("the store's folder `{}` does not exist", folder.display());
+        let hint = "is it mounted on this host, at the same path as on the cluster's?";
+        return Err(CliError::new(ExitClass::NotFound, text).with_hint(hint));
+    }
+    Ok(Store::open(section, &access.store_uri)?)
 }
 
 fn pick<'a>(
