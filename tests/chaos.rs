@@ -370,6 +370,53 @@ fn a_trace_is_worked_out_and_samples_are_written() {
 }
 
 #[test]
+fn a_replay_refuses_what_would_say_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let scratch = folder.path().join("scratch");
+    std::fs::create_dir(&scratch).expect("made");
+    let trace = folder.path().join("trace.json");
+    let replay = |gap: u64, arguments: &[&str]| {
+        let text = format!("{{\"metadata\": {{\"gap_seconds\": {gap}}}, \"data\": [2, 1]}}");
+        std::fs::write(&trace, text).expect("written");
+        let mut replay = cluster();
+        replay.args(["chaos", "replay"]).arg(&trace).args(arguments).env("TMPDIR", &scratch);
+        run(&mut replay).expect_code(2).stderr
+    };
+    for arguments in [&["--simulate"][..], &["--scale", "simulate"]] {
+        let more = ["--speed", "20", "--notice", "10s", "--job", "/no/such", "--seed", "2"];
+        let refused = replay(6, &[arguments, &more].concat());
+        let expected = "--job, --speed, --notice, --seed: for --scale true only";
+        assert!(refused.contains(expected), "{refused}");
+    }
+    let refused = replay(3600, &["--notice", "10s"]);
+    assert!(refused.contains("--notice: for --scale true only"), "{refused}");
+    assert!(refused.contains("which a trace of this length gets by default"), "{refused}");
+    let refused = replay(6, &["--shrink", "1s"]);
+    assert!(refused.contains("--shrink: for --scale simulate only"), "{refused}");
+    let refused = replay(6, &["--job", "/no/such"]);
+    assert!(refused.contains("cannot read `/no/such`"), "{refused}");
+    assert_eq!(std::fs::read_dir(&scratch).expect("there").count(), 0, "no folder is left");
+}
+
+#[test]
+fn nodes_that_leave_on_notice_take_no_step_with_them() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let trace = folder.path().join("trace.json");
+    let text = "{\"metadata\": {\"gap_seconds\": 6}, \"data\": [2, 1]}";
+    std::fs::write(&trace, text).expect("written");
+    let mut replay = cluster();
+    replay.args(["chaos", "replay", "--json", "--notice", "2m"]).arg(&trace);
+    let ended = run(&mut replay).expect_code(0);
+    let documents = documents(&ended.stdout);
+    let counts: Vec<u64> = documents.iter().filter_map(|d| d["nodes"].as_u64()).collect();
+    assert_eq!(counts, [2, 1], "{ended:?}");
+    let last = documents.last().expect("the end");
+    assert_eq!((&last["phase"], &last["failures"]), (&"stopped".into(), &0.into()), "{last}");
+    assert_eq!(last["rank_time"]["steps_redone"], 0, "{last}");
+    assert_eq!(last["rank_time"]["lost_ms"], 0, "{last}");
+}
+
+#[test]
 fn nodes_come_and_go_under_a_job_at_true_scale() {
     let folder = tempfile::tempdir().expect("a folder");
     let trace = folder.path().join("trace.json");

@@ -66,9 +66,9 @@ pub struct ChaosReplay {
     /// The same as --scale simulate.
     #[arg(long, conflicts_with = "scale")]
     pub simulate: bool,
-    /// With true scale, so many times faster than the trace.
-    #[arg(long, default_value_t = 1.0)]
-    pub speed: f64,
+    /// With true scale, so many times faster than the trace; absent: as fast.
+    #[arg(long)]
+    pub speed: Option<f64>,
     /// Scale the trace's counts down so that its peak is this. Absent: 4 with true scale, as they
     /// are otherwise.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
@@ -77,9 +77,9 @@ pub struct ChaosReplay {
     /// at once.
     #[arg(long, value_name = "SPAN")]
     pub notice: Option<Span>,
-    /// With true scale, which nodes go follows from it.
-    #[arg(long, default_value_t = 1)]
-    pub seed: u64,
+    /// With true scale, which nodes go follows from it; absent: 1.
+    #[arg(long)]
+    pub seed: Option<u64>,
     /// What recovery costs.
     #[command(flatten)]
     pub costs: Costs,

@@ -19,18 +19,21 @@ const NODES_DEFAULT: u32 = 4;
 
 /// Reads the trace, and replays it one way or the other.
 pub async fn replay(global: &Global, args: &ChaosReplay) -> Result<()> {
-    if !(args.speed.is_finite() && args.speed > 0.0) {
-        let text = format!("--speed {}: expected a number greater than 0", args.speed);
+    let speed = args.speed.unwrap_or(1.0);
+    if !(speed.is_finite() && speed > 0.0) {
+        let text = format!("--speed {speed}: expected a number greater than 0");
         return Err(CliError::usage(text));
     }
     if let Some(span) = args.costs.checkpoint.filter(|span| span.0 < Duration::from_secs(1)) {
         return Err(CliError::usage(format!("--checkpoint {span}: expected at least 1s")));
     }
     let trace = read(&args.trace)?;
-    let takes_ms = trace.end_ms() as f64 / args.speed;
+    let takes_ms = trace.end_ms() as f64 / speed;
     let by_length =
         if takes_ms <= TRUE_SCALE_MAX.as_millis() as f64 { Scale::True } else { Scale::Simulate };
-    let scale = if args.simulate { Scale::Simulate } else { args.scale.unwrap_or(by_length) };
+    let asked = args.scale.or(args.simulate.then_some(Scale::Simulate));
+    let scale = asked.unwrap_or(by_length);
+    refuse_idle(args, scale, asked.is_some())?;
     match scale {
         Scale::Simulate => {
             let trace = args.max_nodes.map_or_else(|| trace.clone(), |max| trace.scaled_to(max));
@@ -45,6 +48,47 @@ pub async fn replay(global: &Global, args: &ChaosReplay) -> Result<()> {
             spot::replay(global, args, &trace).await
         }
     }
+}
+
+/// Refuses options that say nothing to the way that the trace is replayed: whoever gives them expects
+/// something that does not happen.
+fn refuse_idle(args: &ChaosReplay, scale: Scale, is_asked: bool) -> Result<()> {
+    let costs = &args.costs;
+    let given = |options: &[(&'static str, bool)]| -> Vec<&'static str> {
+        options.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect()
+    };
+    let (idle, this, other) = match scale {
+        Scale::Simulate => (
+            given(&[
+                ("--job", args.job.is_some()),
+                ("--speed", args.speed.is_some()),
+                ("--notice", args.notice.is_some()),
+                ("--seed", args.seed.is_some()),
+            ]),
+            "simulate",
+            "true",
+        ),
+        Scale::True => (
+            given(&[
+                ("--detect", costs.detect.is_some()),
+                ("--shrink", costs.shrink.is_some()),
+                ("--grow", costs.grow.is_some()),
+                ("--noticed", costs.noticed.is_some()),
+                ("--restart", costs.restart.is_some()),
+                ("--checkpoint", costs.checkpoint.is_some()),
+                ("--step", costs.step.is_some()),
+            ]),
+            "true",
+            "simulate",
+        ),
+    };
+    if idle.is_empty() {
+        return Ok(());
+    }
+    let why = if is_asked { "" } else { ", which a trace of this length gets by default" };
+    let text =
+        format!("{}: for --scale {other} only, and this is --scale {this}{why}", idle.join(", "));
+    Err(CliError::usage(text).with_hint(format!("leave it out, or give --scale {other}")))
 }
 
 fn read(path: &Path) -> Result<Trace> {

@@ -44,15 +44,19 @@ const LONGEST: Duration = Duration::from_secs(10 * 366 * 86_400);
 
 /// Runs a job on nodes that come and go, and says what became of their time.
 pub async fn replay(global: &Global, args: &ChaosReplay, trace: &Trace) -> Result<()> {
-    let last = Duration::try_from_secs_f64(trace.end_ms() as f64 / 1e3 / args.speed);
+    let speed = args.speed.unwrap_or(1.0);
+    let last = Duration::try_from_secs_f64(trace.end_ms() as f64 / 1e3 / speed);
     if !last.is_ok_and(|last| last <= LONGEST) {
-        let text = format!("--speed {}: the trace would take more than ten years", args.speed);
+        let text = format!("--speed {speed}: the trace would take more than ten years");
         return Err(CliError::usage(text));
     }
+    // A job that cannot be used leaves nothing behind.
+    let peak = trace.statistics().peak;
+    let given = args.job.as_deref().map(|path| load_job(path, &overrides(peak))).transpose()?;
     let mut signals = Signals::new()?;
     let folder = make_folder()?;
     let ended = tokio::select! {
-        ended = replay_in(global, args, trace, &folder) => Some(ended),
+        ended = replay_in(global, args, given, trace, &folder) => Some(ended),
         () = signals.wait() => None,
     };
     // All processes have ended with the future that held them.
@@ -75,11 +79,15 @@ pub async fn replay(global: &Global, args: &ChaosReplay, trace: &Trace) -> Resul
 async fn replay_in(
     global: &Global,
     args: &ChaosReplay,
+    given: Option<JobSpec>,
     trace: &Trace,
     folder: &Path,
 ) -> Result<()> {
-    let peak = trace.statistics().peak;
-    let spec = job_for(args.job.as_deref(), peak, folder)?;
+    let spec = match given {
+        Some(spec) => spec,
+        None => light_job(folder, trace.statistics().peak)?,
+    };
+    let speed = args.speed.unwrap_or(1.0);
     let (config_file, access) = configure(folder)?;
     let mut coordinator = start(&config_file, folder, "coordinator", &["coordinator"])?;
     let client = connect(&access, &mut coordinator).await?;
@@ -91,13 +99,12 @@ async fn replay_in(
         leaving: Vec::new(),
         started: 0,
         node_seconds: 0.0,
-        random: Random::new(args.seed),
+        random: Random::new(args.seed.unwrap_or(1)),
         notice: args.notice.map(|span| span.0),
     };
     let mut watch = Watch::new(&client, &spec.name);
     let begun = Instant::now();
-    let at =
-        |milliseconds: u64| begun + Duration::from_secs_f64(milliseconds as f64 / 1e3 / args.speed);
+    let at = |milliseconds: u64| begun + Duration::from_secs_f64(milliseconds as f64 / 1e3 / speed);
     let mut has_ended = false;
     for (start_ms, _, count) in trace.stretches() {
         has_ended = wait(global, begun, at(start_ms), &mut watch, &mut nodes).await?;
@@ -180,25 +187,19 @@ fn conclude(global: &Global, job: &JobRecord, node_seconds: f64) -> Result<()> {
     output::try_line(&format!("goodput of the nodes: {part} of {node_seconds:.1} node-seconds"))
 }
 
-/// The user's job, or a light one, on any number of ranks up to `peak`.
-fn job_for(path: Option<&Path>, peak: u32, folder: &Path) -> Result<JobSpec> {
-    let mut overrides = vec![format!("resources.ranks={{ min = 1, max = {peak} }}")];
-    let path = match path {
-        Some(path) => path.to_owned(),
-        None => {
-            overrides.push(format!("batch.lanes={}", peak.next_power_of_two().max(8)));
-            light_job(folder)?
-        }
-    };
-    overrides.push("stop.max_steps=1000000".into());
-    // Losses are what is tried here, not a reason to give up.
-    overrides.push("recovery.max_failures=1000".into());
-    load_job(&path, &overrides)
+/// What a replay changes of its job: any number of ranks up to `peak`, and no end of its own.
+fn overrides(peak: u32) -> Vec<String> {
+    vec![
+        format!("resources.ranks={{ min = 1, max = {peak} }}"),
+        "stop.max_steps=1000000".into(),
+        // Losses are what is tried here, not a reason to give up.
+        "recovery.max_failures=1000".into(),
+    ]
 }
 
 /// A transformer of half a million weights on a text of its own. Its steps take a few tenths of a
 /// second: of a step of a few milliseconds, what ranks say to each other between steps is a good part.
-fn light_job(folder: &Path) -> Result<PathBuf> {
+fn light_job(folder: &Path, peak: u32) -> Result<JobSpec> {
     let text: String = (0..400)
         .map(|line| {
             format!("fn step_{}(rank: usize) -> usize {{ rank + {} }}\n", line % 37, line % 11)
@@ -212,7 +213,9 @@ fn light_job(folder: &Path) -> Result<PathBuf> {
     let written =
         std::fs::write(folder.join("text.txt"), text).and_then(|()| std::fs::write(&path, job));
     written.map_err(|e| CliError::usage(format!("cannot write to `{}`: {e}", folder.display())))?;
-    Ok(path)
+    let mut overrides = overrides(peak);
+    overrides.push(format!("batch.lanes={}", peak.next_power_of_two().max(8)));
+    load_job(&path, &overrides)
 }
 
 /// cluster.toml of one coordinator on a free port of loopback, and how to reach it.
