@@ -137,6 +137,8 @@ fn a_cluster_in_one_process_is_interrupted_and_its_job_goes_on_by_itself() {
         texts.filter_map(|text| text.strip_prefix("step ")?.split('/').next()?.parse().ok());
     let steps: Vec<u64> = steps.collect();
     assert!(steps.len() > 2 && steps.iter().all(|step| *step > 30), "{logs:?}");
+    let nobody = ask(&["logs", "small", "--rank", "99"]).expect_code(3);
+    assert!(nobody.stderr.contains("`small` has no rank 99: "), "{nobody:?}");
     again.signal(Signal::SIGINT);
     again.finish().expect_code(0);
 }

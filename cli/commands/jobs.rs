@@ -186,10 +186,38 @@ pub async fn logs(global: &Global, args: &Logs) -> Result<()> {
     let name: Name = args.name.parse()?;
     let client = client(global).await?;
     let mut lines = client.logs(&name, args.rank, args.follow).await?;
+    if let Some(rank) = args.rank {
+        check_rank(&client, &name, rank).await?;
+    }
+    let mut is_empty = true;
     while let Some(line) = lines.next().await {
         print_log(global, &line?);
+        is_empty = false;
+    }
+    if let Some(rank) = args.rank.filter(|_| is_empty) {
+        // Of an elastic job: it may never have run on so many.
+        eprintln!("rank {rank} of `{name}` has written nothing");
     }
     Ok(())
+}
+
+/// Refuses a rank that the job cannot have had: it would show nothing, as one that wrote nothing does.
+async fn check_rank(client: &ClusterClient, name: &Name, rank: u32) -> Result<()> {
+    let count = match client.job(name).await {
+        // Processes that began as spares have logs of their own, behind those of the ranks.
+        Ok((_, job)) => job.spec.resources.ranks.max().saturating_add(job.status.spares_most),
+        // An endpoint: it has one replica.
+        Err(error) if error.exit_class() == ExitClass::NotFound => 1,
+        Err(error) => return Err(error.into()),
+    };
+    if rank < count {
+        return Ok(());
+    }
+    let there = match count {
+        1 => "the only one is rank 0".to_owned(),
+        _ => format!("it has ranks 0 to {}", count - 1),
+    };
+    Err(CliError::new(ExitClass::NotFound, format!("`{name}` has no rank {rank}: {there}")))
 }
 
 fn print_log(global: &Global, line: &LogLine) {
