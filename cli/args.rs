@@ -63,13 +63,15 @@ pub enum Command {
     Resume(Resume),
     /// List workers.
     Workers,
-    /// Ask the tasks of a worker to save their state and leave, and place no more on it.
+    /// Have a worker's tasks leave it, and place no more on it: others take over their work; where
+    /// nobody can, their state is saved and the job waits.
     Drain(Drain),
     /// Let a drained worker take tasks again.
     Undrain(WorkerName),
-    /// List a job's checkpoints, verify them, or export one as a weights file.
+    /// List a job's checkpoints.
     Checkpoints(Checkpoints),
-    /// The same as `checkpoints`, with `verify` and `export` as subcommands.
+    /// Verify a job's checkpoints, compare two (`diff`), export one as a weights file, or find what no
+    /// manifest names (`gc`).
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
     /// List models.

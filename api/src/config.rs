@@ -329,7 +329,8 @@ pub struct S3Section {
     pub endpoint: String,
     /// Region; empty: AWS_REGION, else us-east-1.
     pub region: String,
-    /// Access key; empty: AWS_ACCESS_KEY_ID.
+    /// Access key; empty: AWS_ACCESS_KEY_ID; without either, the role of the container or, on AWS, of
+    /// the instance: see docs/guide.md.
     pub access_key_id: String,
     /// Secret key; empty: AWS_SECRET_ACCESS_KEY.
     #[serde(skip_serializing_if = "Option::is_none")]
