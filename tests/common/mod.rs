@@ -186,6 +186,11 @@ impl Running {
     pub fn ranks(&self) -> Vec<(u32, Pid)> {
         ranks_below(self.pid())
     }
+
+    /// Its rank processes by what they were started as, a rank of a generation.
+    pub fn tasks(&self) -> Vec<(Task, Pid)> {
+        tasks_below(self.pid())
+    }
 }
 
 impl Drop for Running {
@@ -196,9 +201,20 @@ impl Drop for Running {
     }
 }
 
+/// The generation and the rank that a process was started as.
+pub type Task = (u64, u32);
+
 /// The rank processes whose parent is `parent`, by rank.
 pub fn ranks_below(parent: Pid) -> Vec<(u32, Pid)> {
-    let mut ranks = Vec::new();
+    let tasks = tasks_below(parent).into_iter();
+    let mut ranks: Vec<(u32, Pid)> = tasks.map(|((_, rank), pid)| (rank, pid)).collect();
+    ranks.sort();
+    ranks
+}
+
+/// The rank processes whose parent is `parent`, by what they were started as.
+pub fn tasks_below(parent: Pid) -> Vec<(Task, Pid)> {
+    let mut tasks = Vec::new();
     for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
             continue;
@@ -212,16 +228,17 @@ pub fn ranks_below(parent: Pid) -> Vec<(u32, Pid)> {
             continue;
         }
         let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
-        let rank = environment
-            .split(|byte| *byte == 0)
-            .find_map(|pair| pair.strip_prefix(b"RANK="))
-            .and_then(|value| String::from_utf8_lossy(value).parse().ok());
-        if let Some(rank) = rank {
-            ranks.push((rank, Pid::from_raw(pid)));
+        let number = |name: &str| {
+            let mut pairs = environment.split(|byte| *byte == 0);
+            let value = pairs.find_map(|pair| pair.strip_prefix(name.as_bytes()))?;
+            String::from_utf8_lossy(value).parse::<u64>().ok()
+        };
+        if let (Some(generation), Some(rank)) = (number("COHORT_GENERATION="), number("RANK=")) {
+            tasks.push(((generation, rank as u32), Pid::from_raw(pid)));
         }
     }
-    ranks.sort();
-    ranks
+    tasks.sort();
+    tasks
 }
 
 /// Waits, looking again and again, until `condition` gives something.
