@@ -25,16 +25,19 @@ pub async fn list(global: &Global, job: &str) -> Result<()> {
     let rows = records
         .iter()
         .map(|record| {
+            let state = if record.damaged.is_some() { "could not be restored" } else { "" };
             vec![
                 record.fact.step.0.to_string(),
                 record.fact.generation.to_string(),
                 output::bytes(record.fact.bytes),
                 output::ago(record.committed_ms),
                 record.fact.manifest_key.clone(),
+                state.to_owned(),
             ]
         })
         .collect();
-    output::table(&["step", "generation", "size", "committed", "manifest"], rows, "no checkpoints");
+    let header = ["step", "generation", "size", "committed", "manifest", ""];
+    output::table(&header, rows, "no checkpoints");
     Ok(())
 }
 
