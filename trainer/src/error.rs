@@ -46,7 +46,7 @@ pub enum TrainError {
         /// Whose state.
         step: Step,
         /// What went wrong.
-        error: checkpoint::RestoreError,
+        error: Box<checkpoint::RestoreError>,
     },
     /// The control socket to the worker broke.
     #[error(transparent)]
@@ -58,6 +58,11 @@ fn after(skipped: u32) -> String {
 }
 
 impl TrainError {
+    /// The state of `step` could not be restored.
+    pub fn restore(step: Step, error: checkpoint::RestoreError) -> Self {
+        Self::Restore { step, error: Box::new(error) }
+    }
+
     /// Whether starting again can help.
     pub fn is_retryable(&self) -> bool {
         match self {

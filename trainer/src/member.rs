@@ -348,7 +348,7 @@ impl Member {
     ) -> Result<(TrainState, Option<Manifest>), TrainError> {
         let mut state = held.blank_state();
         let Some(fact) = &place.restore else { return Ok((state, None)) };
-        let failed = |error| TrainError::Restore { step: fact.step, error };
+        let failed = |error| TrainError::restore(fact.step, error);
         let mut restore = Restore::with_store(self.store.clone(), fact).map_err(failed)?;
         check(&held.spec, restore.manifest(), &self.info, fact.step)?;
         state.restore(&held.table, &mut restore)?;

@@ -91,7 +91,7 @@ impl TrainState {
             .zip(outs)
             .map(|(name, (shape, out))| TensorTarget { name, shape, out })
             .collect();
-        restore.read_all(&mut targets).map_err(|error| TrainError::Restore { step, error })?;
+        restore.read_all(&mut targets).map_err(|error| TrainError::restore(step, error))?;
         self.step = step;
         Ok(())
     }
