@@ -434,6 +434,11 @@ fn a_coordinator_that_stood_still_blames_no_worker() {
     // Longer than a lease: that is what is tried.
     std::thread::sleep(Duration::from_secs(4));
     coordinator.signal(Signal::SIGCONT);
+    let status = ask(&["job", "small", "--json"]).expect_code(0).last_json()["status"].clone();
+    assert_eq!(
+        status["phase"], "running",
+        "nothing was tried: it is over, or it began anew: {status}"
+    );
     following.finish().expect_code(0);
     let status = ask(&["job", "small", "--json"]).expect_code(0).last_json()["status"].clone();
     assert_eq!((&status["restarts"], &status["failures"]), (&0.into(), &0.into()), "{status}");

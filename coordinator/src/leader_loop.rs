@@ -103,8 +103,16 @@ async fn serve_term(term: &mut Term, queue: &mut mpsc::Receiver<LeaderInput>) ->
         let acted = tokio::select! {
             biased;
             ended = term.lost() => return ended,
-            _ = ticks.tick() => term.tick().await,
-            Some(input) = queue.recv() => term.act(input).await,
+            _ = ticks.tick() => {
+                if queue.is_empty() {
+                    term.reads();
+                }
+                term.tick().await
+            }
+            Some(input) = queue.recv() => {
+                term.reads();
+                term.act(input).await
+            }
         };
         if let Err(ended) = acted {
             return ended;

@@ -42,7 +42,7 @@ const COMMIT_WAIT: Duration = Duration::from_secs(2);
 /// more transactions goes on with the next input.
 const TICKS_AT_ONCE: usize = 64;
 
-/// A leader that has looked at nothing for so long was away; it ticks more often than that.
+/// A leader that has not looked for words for so long was away; it does so more often than that.
 const AWAY: Duration = Duration::from_millis(500);
 
 /// Why a term of office ended.
@@ -103,8 +103,8 @@ pub(crate) struct Term {
     status: watch::Receiver<RaftStatus>,
     raft_term: u64,
     transactions: u64,
-    /// When the last decision was taken.
-    looked: Millis,
+    /// Up to when it has read what came, or been told that it had not.
+    read: Millis,
     last_reason: String,
     options: TermOptions,
 }
@@ -127,7 +127,7 @@ impl Term {
             status,
             raft_term,
             transactions: 0,
-            looked: now,
+            read: now,
             last_reason: String::new(),
             options,
         }
@@ -139,6 +139,15 @@ impl Term {
         match self.status.wait_for(|status| !status.is_leader || status.term != term).await {
             Ok(_) => TermEnded::NotLeader,
             Err(_) => TermEnded::RaftStopped,
+        }
+    }
+
+    /// Nothing that came before now is unread, or one of it is about to be acted on.
+    pub(crate) fn reads(&mut self) {
+        let now = self.clock.now();
+        // Longer than that is told before the next decision.
+        if u128::from(now.since(self.read)) <= AWAY.as_millis() {
+            self.read = now;
         }
     }
 
@@ -284,13 +293,10 @@ impl Term {
     ) -> Result<Decided, TermEnded> {
         let records = self.options.raft.records();
         let now = self.clock.now();
-        let milliseconds = now.since(self.looked);
-        self.looked = now;
+        let milliseconds = now.since(self.read);
         if u128::from(milliseconds) > AWAY.as_millis() {
-            warn!(
-                milliseconds,
-                "nothing was decided for a while: a slow disk, or a process held up"
-            );
+            self.read = now;
+            warn!(milliseconds, "nothing was read for a while: a slow disk, or a process held up");
             // It decides nothing but what the time counts for.
             self.leader.decide(&records, now, Input::WasAway { milliseconds });
         }

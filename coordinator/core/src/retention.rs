@@ -36,6 +36,9 @@ pub(crate) fn best(
 pub struct Retention {
     /// Recorded: may be resumed from, verified and exported.
     recorded: BTreeSet<(Step, Generation)>,
+    /// The newest of those that nobody found damaged. A job that went back from one writes and records
+    /// at steps before that.
+    newest: Option<(Step, Generation)>,
     /// The oldest of the newest that `checkpoint.keep` keeps.
     window: Option<(Step, Generation)>,
     /// Nothing of this generation and those before it will be recorded any more.
@@ -52,15 +55,20 @@ impl Retention {
         else {
             return Ok(None);
         };
-        let mut recorded = BTreeSet::new();
+        let (mut recorded, mut sound) = (BTreeSet::new(), BTreeSet::new());
         for (key, _) in records.list(KIND_CHECKPOINT, &format!("{job}/")) {
-            if let Some((_, CheckpointRecord { fact, .. })) =
+            if let Some((_, CheckpointRecord { fact, damaged, .. })) =
                 records.read(KIND_CHECKPOINT, &key.id)?
             {
                 recorded.insert((fact.step, fact.generation));
+                if damaged.is_none() {
+                    sound.insert((fact.step, fact.generation));
+                }
             }
         }
-        recorded.extend(status.checkpoint.map(|fact| (fact.step, fact.generation)));
+        let newest = status.checkpoint.map(|fact| (fact.step, fact.generation));
+        recorded.extend(newest);
+        sound.extend(newest);
         // A generation is placed when the former one is cleared; the gang of a cleared one is
         // forgotten.
         let cleared = match status.gang.is_empty() {
@@ -68,8 +76,8 @@ impl Retention {
             false => Generation(status.generation.0.saturating_sub(1)),
         };
         let keep = spec.checkpoint.keep.get() as usize;
-        let window = recorded.iter().rev().take(keep).next_back().copied();
-        Ok(Some(Self { recorded, window, cleared }))
+        let window = sound.iter().rev().take(keep).next_back().copied();
+        Ok(Some(Self { recorded, newest: sound.last().copied(), window, cleared }))
     }
 
     /// Whether a checkpoint of the store may go. `is_complete`: it has a manifest. `ended`: a
@@ -87,12 +95,12 @@ impl Retention {
         let is_before = |recorded: Option<&(Step, Generation)>| {
             recorded.is_some_and(|(recorded, _)| step < *recorded)
         };
-        // Nobody writes or records at steps before the newest recorded one; before the oldest of
+        // Nobody writes or records at steps before the newest sound one; before the oldest of
         // the newest ones, between those that are kept for good, lie those that were recorded once.
         let is_dropped = is_before(self.window.as_ref());
         // Its own ranks have said all they had to say: only what is newer and whole may be adopted.
         let is_left_over = ended.is_some_and(|ended| generation <= ended)
-            && (!is_complete || is_before(self.recorded.last()));
+            && (!is_complete || is_before(self.newest.as_ref()));
         generation <= self.cleared || is_dropped || is_left_over
     }
 }

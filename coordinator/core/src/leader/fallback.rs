@@ -7,13 +7,15 @@
 use std::sync::Arc;
 
 use api::events::CheckpointFact;
-use api::records::{CheckpointRecord, Failure, JobRecord, KIND_CHECKPOINT, Phase};
+use api::ids::Rank;
+use api::records::{CheckpointRecord, Failure, JobRecord, KIND_CHECKPOINT, Phase, Placement};
 
 use super::Leader;
 use super::decision::Millis;
 use super::draft::{Draft, Expect};
 use super::gang;
-use super::reason::count;
+use super::index::Workload;
+use super::reason::{Reason, count};
 use super::train::{end_if_asked, stop_clock};
 use crate::records::Records;
 use crate::transaction::RecordKey;
@@ -21,6 +23,8 @@ use crate::transaction::RecordKey;
 impl Leader {
     /// If what failed is the checkpoint that the job was to go on from: has it go on from an older
     /// one, or fail where there is none. No failure counts: every time there is one fewer to try.
+    /// False where it is for others to say: of a rank whose peers have restored it the host is at
+    /// fault, and a job that is to end does not go on.
     pub(super) fn go_back(
         &mut self,
         draft: &mut Draft,
@@ -37,6 +41,15 @@ impl Leader {
         else {
             return false;
         };
+        let (_, is_whole) = self.members(job, failure.rank);
+        if is_whole || job.status.stop_asked {
+            return false;
+        }
+        if let Some(other) = self.still_restores(job, failure.rank) {
+            let text = format!("{}: waiting for what {other} finds", gang::describe(failure));
+            draft.because(Reason::Waiting { name: name.clone(), text });
+            return true;
+        }
         let all = recorded(records, job);
         let former = all
             .iter()
@@ -78,6 +91,21 @@ impl Leader {
         draft.note(name, failure.generation, failure.rank, reason);
         self.forget(draft, job);
         true
+    }
+}
+
+impl Leader {
+    /// A rank of the gang, other than `without`, that has neither ended nor said what it found.
+    fn still_restores(&self, job: &Arc<JobRecord>, without: Option<Rank>) -> Option<Rank> {
+        let workload = Workload::Job(Arc::clone(job));
+        let gang = self.gangs.get(&job.spec.name)?;
+        let still = |place: &&Placement| {
+            let worker = self.workers.get(&place.worker).filter(|worker| !worker.is_lost);
+            let is_there = worker.is_some_and(|w| w.tasks.contains_key(&workload.task(place)));
+            let has_spoken = gang.ends.iter().any(|end| end.rank == place.rank);
+            is_there && !has_spoken && Some(place.rank) != without
+        };
+        job.status.gang.iter().find(still).map(|place| place.rank)
     }
 }
 

@@ -70,6 +70,11 @@ impl End {
         self.words.is_some() || self.exit.as_ref().is_some_and(|e| *e != ExitCause::Completed)
     }
 
+    /// Trying again would end the same way: whoever is blamed need not leave for that.
+    fn is_final(&self) -> bool {
+        self.words.as_ref().is_some_and(|words| !words.retryable)
+    }
+
     fn blames(&self) -> Option<Rank> {
         self.words.as_ref()?.blames.filter(|blamed| *blamed != self.rank)
     }
@@ -234,7 +239,8 @@ impl Gang {
     /// blames such a rank, or of any rank once all had been asked to leave and the state was saved.
     fn is_excused(&self, end: &End) -> bool {
         self.departing.contains_key(&end.rank)
-            || end.blames().is_some_and(|blamed| self.departing.contains_key(&blamed))
+            || !end.is_final()
+                && end.blames().is_some_and(|blamed| self.departing.contains_key(&blamed))
             || self.stopped == Some(StopCause::Order)
     }
 

@@ -97,6 +97,11 @@ impl Health {
         }
     }
 
+    /// When its worker was asked, while the answer is waited for.
+    pub(super) fn asked(&mut self) -> Option<&mut Millis> {
+        self.check.as_mut()?.asked.as_mut()
+    }
+
     /// Its session is another one: what it was asked in the former one may be lost.
     pub(super) fn ask_again(&mut self) {
         if let Some(check) = &mut self.check {

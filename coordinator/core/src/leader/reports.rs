@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use api::events::{CheckpointFact, JobEvent, ModelFact};
-use api::ids::{Generation, Name, Rank, TaskId};
+use api::ids::{Generation, Name, Rank, Step, TaskId};
 use api::records::{
     CheckpointRecord, JobRecord, KIND_CHECKPOINT, KIND_JOB, KIND_MODEL, ModelRecord, Phase,
 };
@@ -325,9 +325,13 @@ impl Leader {
             return draft.because(Reason::Remark(text));
         }
         draft.decided(Reason::Remark(format!("recorded step {} of {task}", step.0)));
+        // A job that went back from one that is damaged makes progress when it is beyond that.
+        let is_beyond = is_beyond_recorded(records, &name, step);
         self.change_job(draft, version, &job, |status| {
             status.checkpoint = Some(fact.clone());
-            status.failures = 0;
+            if is_beyond {
+                status.failures = 0;
+            }
         });
         record_checkpoint(draft, &name, &fact, now);
         let surplus = surplus_checkpoints(records, &job, std::slice::from_ref(&fact));
@@ -446,6 +450,13 @@ impl Leader {
             draft.deliver(session, task, order);
         }
     }
+}
+
+/// Whether no checkpoint of the job is recorded at this step or a later one.
+fn is_beyond_recorded(records: &Records, job: &Name, step: Step) -> bool {
+    let prefix = format!("{job}/");
+    let newest = records.list(KIND_CHECKPOINT, &prefix).map(|(key, _)| key.id.clone());
+    newest.max().is_none_or(|newest| newest < CheckpointRecord::id(job, step))
 }
 
 fn check_checkpoint(

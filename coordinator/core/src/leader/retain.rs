@@ -100,7 +100,7 @@ pub(super) fn surplus_checkpoints(
     let oldest = former.get(surplus).map(|key| &key.id).or(written_ids.first());
     // They go with the age at which others go, and keep none of those from staying.
     let damaged = damaged.into_iter().filter(|key| Some(&key.id) < oldest);
-    let goes = former.iter().copied().take(surplus).filter(|key| !is_kept(key)).chain(damaged);
+    let goes = former.iter().copied().take(surplus).chain(damaged).filter(|key| !is_kept(key));
     goes.cloned().collect()
 }
 

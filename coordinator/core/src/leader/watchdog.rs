@@ -74,6 +74,11 @@ impl Pace {
         self.asked = None;
     }
 
+    /// Since when it is silent, and has been asked.
+    pub(super) fn times(&mut self) -> impl IntoIterator<Item = &mut Millis> {
+        self.last.iter_mut().chain(&mut self.asked)
+    }
+
     /// Something begins that may take much longer than a step.
     pub(super) fn busy(&mut self, now: Millis) {
         self.last = Some(now);

@@ -26,6 +26,8 @@ use crate::records::Records;
 pub(super) const WORKERS_MAX: usize = 4_096;
 /// Heartbeats within which a worker's word shows that its session lives: one may be late.
 const HEARTBEATS_FRESH: u64 = 2;
+/// So often in a row a worker's silence is put down to a leader that was away.
+const EXCUSES_MAX: u32 = 16;
 /// How long a lost worker stays in the list, for people who wonder where it went.
 const LOST_SHOWN_MS: u64 = 600_000;
 
@@ -139,6 +141,8 @@ pub(super) struct Worker {
     pub(super) incarnation: u64,
     pub(super) session: Option<SessionId>,
     heard: Millis,
+    /// How often since then this leader was away.
+    excused: u32,
     /// Its lease ran out, or it left with nothing on it; nothing on it counts any more.
     pub(super) is_lost: bool,
     /// It said that it is leaving: nothing is placed on it.
@@ -238,6 +242,7 @@ impl Leader {
             incarnation,
             session: Some(session),
             heard: now,
+            excused: 0,
             is_lost: false,
             is_leaving,
             leave,
@@ -393,19 +398,29 @@ impl Leader {
     /// Any word renews the lease. The worker's name, if the session is known.
     pub(super) fn heard(&mut self, session: SessionId, now: Millis) -> Option<Name> {
         let name = self.sessions.get(&session)?.clone();
-        self.workers.get_mut(&name)?.heard = now;
+        let worker = self.workers.get_mut(&name)?;
+        (worker.heard, worker.excused) = (now, 0);
         Some(name)
     }
 
-    /// A time that does not count as anybody's silence: their words lie where nobody has read them.
+    /// A time that does not count as anybody's silence: words and answers lie where nobody has read
+    /// them. Of a leader that is away again and again it counts all the same in the end.
     pub(super) fn was_away(&mut self, milliseconds: u64) {
-        let later = |then: Millis| then.plus(milliseconds).min(self.now);
+        let now = self.now;
+        let shift = |then: &mut Millis| *then = then.plus(milliseconds).min(now);
         for worker in self.workers.values_mut().filter(|worker| !worker.is_lost) {
-            worker.heard = later(worker.heard);
+            if worker.excused < EXCUSES_MAX {
+                worker.excused += 1;
+                shift(&mut worker.heard);
+            }
+            worker.health.asked().into_iter().for_each(shift);
         }
-        for end in self.gangs.values_mut().flat_map(|gang| &mut gang.ends) {
-            end.at = later(end.at);
+        for gang in self.gangs.values_mut() {
+            gang.ends.iter_mut().map(|end| &mut end.at).for_each(shift);
+            gang.adopt_asked.iter_mut().for_each(shift);
+            gang.pace.times().into_iter().for_each(shift);
         }
+        shift(&mut self.since);
     }
 
     /// Loses workers whose lease ran out.
