@@ -28,7 +28,7 @@ pub enum RestoreError {
     Store(#[from] StoreError),
     /// The manifest is what was written and cannot be understood: another release wrote it.
     #[error(transparent)]
-    Manifest(StoreError),
+    Manifest(Box<StoreError>),
     /// The manifest is not the one that was recorded.
     #[error(
         "manifest `{key}` is not the one that was recorded: BLAKE3 {found}, expected {expected}"
@@ -291,7 +291,8 @@ pub(crate) async fn read_recorded(
         let expected = fact.manifest_digest.clone();
         return Err(RestoreError::Digest { key, found, expected });
     }
-    let manifest = Manifest::parse(&key, &bytes).map_err(RestoreError::Manifest)?;
+    let unread = |error| RestoreError::Manifest(Box::new(error));
+    let manifest = Manifest::parse(&key, &bytes).map_err(unread)?;
     if (manifest.step, manifest.generation) != (fact.step, fact.generation) {
         let found = format!("{} of {}", manifest.step, manifest.generation);
         let expected = format!("{} of {}", fact.step, fact.generation);

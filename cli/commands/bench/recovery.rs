@@ -159,7 +159,7 @@ impl Bench {
 
     /// Sends a signal to a rank, and waits for the first step after it.
     async fn strike(&mut self, signal: Signal) -> Result<Sample> {
-        self.view.steady().await?;
+        self.view.steady(self.ranks).await?;
         let before = pids();
         let victim = self.random.below(before.len().max(1) as u64) as usize;
         let Some(&pid) = before.get(victim) else {
@@ -186,13 +186,13 @@ impl Bench {
     async fn leave_and_join(&mut self) -> Result<Vec<Sample>> {
         let victim = self.random.below(u64::from(self.ranks)) + 1;
         let worker: Name = format!("w{victim}").parse()?;
-        self.view.steady().await?;
+        self.view.steady(self.ranks).await?;
         let before = pids();
         let generation = self.view.generation();
         let asked = Instant::now();
         self.client.drain(&worker, None).await?;
         let leave = self.changed("leave", asked, generation, &before, before.len() - 1).await?;
-        self.view.steady().await?;
+        self.view.steady(self.ranks - 1).await?;
         let before = pids();
         let generation = self.view.generation();
         let asked = Instant::now();

@@ -78,14 +78,19 @@ impl View {
         Ok(event)
     }
 
-    /// Returns when the present generation has run for some steps.
-    pub async fn steady(&mut self) -> Result<()> {
-        let mut steps = 0;
+    /// Returns when a generation of so many ranks has run for some steps.
+    pub async fn steady(&mut self, ranks: u32) -> Result<()> {
+        let (mut steps, mut generation) = (0, self.generation());
         while steps < STEPS_BETWEEN {
-            let is_running = self.status.as_ref().is_some_and(|s| s.phase == Phase::Running);
+            let is_whole =
+                |s: &JobStatus| s.phase == Phase::Running && s.gang.len() == ranks as usize;
+            let is_running = self.status.as_ref().is_some_and(is_whole);
             match self.next().await? {
                 JobEvent::Step(_) if is_running => steps += 1,
-                JobEvent::Status(_) => steps = 0,
+                // A record is also written to say where the time went.
+                JobEvent::Status(status) if status.generation != generation => {
+                    (steps, generation) = (0, status.generation);
+                }
                 _ => {}
             }
         }
