@@ -155,15 +155,15 @@ fn a_reclaimed_host_hands_its_rank_over_and_ends() {
     let _stays = start_worker(folder, "w1", 1, &cluster.ports);
     let leaves = cluster.spot_worker("w2", &metadata);
     let mut following = cluster.submit(&job, &SETS);
-    following.wait_for("two ranks run", |event| {
-        let gang = event["gang"].as_array().map_or(0, Vec::len);
-        event["event"] == "status" && event["phase"] == "running" && gang == 2
-    });
+    let runs_on = |ranks| {
+        move |event: &Value| {
+            let gang = event["gang"].as_array().map_or(0, Vec::len);
+            event["event"] == "status" && event["phase"] == "running" && gang == ranks
+        }
+    };
+    following.wait_for("two ranks run", runs_on(2));
     metadata.reclaim(120);
-    following.wait_for("one rank runs", |event| {
-        let gang = event["gang"].as_array().map_or(0, Vec::len);
-        event["event"] == "status" && event["phase"] == "running" && gang == 1
-    });
+    following.wait_for("one rank runs", runs_on(1));
     leaves.finish().expect_code(0);
     following.finish().expect_code(0);
     let status = cluster.status();

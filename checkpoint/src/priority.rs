@@ -5,9 +5,9 @@
 
 use nix::libc;
 
-/// What a thread that is behind training adds to the process's niceness. Where all processors are busy such a
-/// thread gets a tenth of one, so a checkpoint is written in the gaps that training leaves, and still
-/// comes to an end where it leaves none.
+/// What a thread that is behind training adds to the process's niceness. Where all processors are busy
+/// such a thread gets a tenth of one, so a checkpoint is written in the gaps that training leaves, and
+/// still comes to an end where it leaves none.
 const BEHIND: libc::c_int = 10;
 
 /// Puts the calling thread behind those of the step loop. Best effort: where the system does not let

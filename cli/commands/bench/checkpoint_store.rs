@@ -1,8 +1,9 @@
 //! How fast a state is written to a store and read back, beside the same bytes written and read plainly.
 //!
 //! Written: from the first byte copied out of the state until the manifest is there. The plain way is one
-//! file, synced, or one object, in parts as tools that copy files make it. Read: into memory that is there already, after the operating system was
-//! asked to forget the files; the plain way reads the same file without looking at it.
+//! file, synced, or one object, in parts as tools that copy files make it. Read: into memory that is there
+//! already, after the operating system was asked to forget the files; the plain way reads the same file
+//! without looking at it.
 
 use std::fs::File;
 use std::io::{Read, Write};
