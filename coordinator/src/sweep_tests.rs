@@ -49,6 +49,21 @@ fn left(root: &Path, job: &Name) -> Vec<(u64, u64)> {
     found
 }
 
+/// What is recorded of a checkpoint at a step of a generation.
+fn fact(job: &Name, (step, generation): (u64, u64)) -> CheckpointFact {
+    let (step, generation) = (Step(step), Generation(generation));
+    let manifest_key = keys::manifest(job, step, generation);
+    let manifest_digest = "ab".into();
+    CheckpointFact {
+        step,
+        generation,
+        manifest_key,
+        manifest_digest,
+        bytes: 1,
+        ..Default::default()
+    }
+}
+
 /// The records of one job: its phase, generation, gang, and checkpoints by step and generation.
 fn records(
     job: &Name,
@@ -57,18 +72,7 @@ fn records(
     has_gang: bool,
     recorded: &[(u64, u64)],
 ) -> Records {
-    let fact = |(step, generation): (u64, u64)| {
-        let (step, generation) = (Step(step), Generation(generation));
-        let manifest_key = keys::manifest(job, step, generation);
-        CheckpointFact {
-            step,
-            generation,
-            manifest_key,
-            manifest_digest: "ab".into(),
-            bytes: 1,
-            ..CheckpointFact::default()
-        }
-    };
+    let fact = |at| fact(job, at);
     let text = format!("name = \"{job}\"\nalgorithm = \"transformer\"\n[stop]\nmax_steps = 9\n");
     let spec = JobSpec::parse(&text, "job.toml", Path::new("/"), &[]).expect("a job");
     let worker = "w1".parse().expect("a name");
@@ -253,6 +257,27 @@ async fn without_a_record_that_says_so_nothing_is_deleted() {
         sweep(folder.path(), records, None).await;
         assert_eq!(left(folder.path(), &job()), [(10, 1), (20, 1)], "{what}");
     }
+}
+
+#[tokio::test]
+async fn what_is_damaged_says_nothing_about_what_came_after_the_job_went_back() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // It went back from step 60 to step 20, and completed step 50 unrecorded before it stopped.
+    let mut records = records(&job(), Phase::Stopped, 4, true, &[(20, 2)]);
+    let damaged = Some("a shard is gone".to_owned());
+    let record =
+        CheckpointRecord { job: job(), fact: fact(&job(), (60, 3)), committed_ms: 1, damaged };
+    let key = RecordKey::new(KIND_CHECKPOINT, CheckpointRecord::id(&job(), Step(60)));
+    let json = serde_json::to_vec(&record).expect("serialises");
+    let writes = vec![Write::Put { key, json }];
+    records.apply(2, &Transaction { writes, ..Transaction::default() });
+    for (step, generation, is_whole) in
+        [(20, 2, true), (40, 4, false), (50, 4, true), (60, 3, true)]
+    {
+        place(folder.path(), &job(), step, generation, is_whole);
+    }
+    sweep(folder.path(), records, Some(4)).await;
+    assert_eq!(left(folder.path(), &job()), [(20, 2), (50, 4), (60, 3)]);
 }
 
 #[tokio::test]
