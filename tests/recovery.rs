@@ -366,9 +366,7 @@ fn a_job_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before() {
 
     let dir = folder.path().join("run");
     let mut running = Running::start(&mut submit_local(&job, &dir, &sets));
-    running.wait_for("three checkpoints", |event| {
-        event["event"] == "checkpoint" && event["step"].as_u64() >= Some(60)
-    });
+    running.wait_for_checkpoint(60);
     running.kill();
     let all = dir.join("store/jobs/small/checkpoints");
     let mut kept: Vec<PathBuf> = std::fs::read_dir(&all)

@@ -71,7 +71,7 @@ fn what_is_referred_to_outlives_sweeps_and_is_restored_from() {
     let sets = [&SETS[..], &still].concat();
     let mut command = submit_local(&small_job(folder.path(), ""), &dir, &sets);
     let mut running = Running::start(command.arg("--config").arg(&config));
-    running.wait_for_step(53);
+    let committed = running.wait_for_checkpoint(50);
     let seen = running.seen().len();
     // Nobody is left who holds the state: it is in the store alone.
     for (_, pid) in running.ranks() {
@@ -83,7 +83,7 @@ fn what_is_referred_to_outlives_sweeps_and_is_restored_from() {
     let after = after.filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let steps = after.filter(|event| event["event"] == "step");
     let first = steps.filter_map(|event| event["step"].as_u64()).min();
-    assert!(first > Some(40), "it goes on from a checkpoint: {first:?}");
+    assert!(first > Some(committed), "it goes on from a checkpoint: {first:?}");
 
     let store = open(&section, &dir);
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");

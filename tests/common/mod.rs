@@ -141,6 +141,14 @@ impl Running {
         })
     }
 
+    /// Waits until the checkpoint of `step`, or a later one, is committed; its step.
+    pub fn wait_for_checkpoint(&mut self, step: u64) -> u64 {
+        let recorded = self.wait_for(&format!("a checkpoint of step {step} or later"), |event| {
+            event["event"] == "checkpoint" && event["step"].as_u64() >= Some(step)
+        });
+        recorded["step"].as_u64().expect("a step")
+    }
+
     /// Everything printed so far.
     pub fn seen(&self) -> &[String] {
         &self.seen
