@@ -367,7 +367,7 @@ fn a_job_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before() {
     let dir = folder.path().join("run");
     let mut running = Running::start(&mut submit_local(&job, &dir, &sets));
     running.wait_for_checkpoint(60);
-    running.kill();
+    running.kill_all();
     let all = dir.join("store/jobs/small/checkpoints");
     let mut kept: Vec<PathBuf> = std::fs::read_dir(&all)
         .expect("checkpoints")

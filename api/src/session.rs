@@ -213,6 +213,10 @@ pub enum ExitCause {
         message: String,
         /// False when trying again would end the same way (a user's mistake).
         retryable: bool,
+        /// The checkpoint that it reported before that it cannot restore (see
+        /// [`RankReport::Failed`]).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        damaged: Option<Step>,
     },
     /// A signal ended it.
     Signal {

@@ -57,7 +57,7 @@ pub use format::{
 pub use manifest::{MANIFEST_VERSION, Manifest, ManifestInfo, ShardEntry};
 pub use plan::{HeldTensor, share_replicas, share_tensors};
 pub use read::{PieceTarget, ReadOptions, ReadStats};
-pub use references::{References, delete_orphans, find_orphans};
+pub use references::{References, Stays, delete_orphans, find_orphans};
 pub use reshard::ReshardError;
 pub use restore::{Restore, RestoreError, TensorTarget};
 pub use saver::{SaveError, Saver, SaverOptions};

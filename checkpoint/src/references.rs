@@ -2,8 +2,9 @@
 //! them; and which objects no checkpoint needs at all.
 //!
 //! What decides is the manifests in the store. Whoever deletes first reads those of every checkpoint
-//! that stays; one that cannot be read keeps everything, except when it is no manifest at all, from
-//! which nobody could restore.
+//! that stays; one that cannot be read keeps everything, and so does one that is not what was
+//! recorded of it: the store may be read wrongly for a while, and its shards may be whole. What nobody
+//! recorded and is no manifest refers to nothing: nobody could restore from it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,6 +20,21 @@ use crate::store::{ObjectInfo, Store, with_retries};
 /// Manifests read at once.
 const READS_AT_ONCE: usize = 8;
 
+/// A manifest whose checkpoint stays.
+#[derive(Clone, Copy, Debug)]
+pub struct Stays<'a> {
+    /// Its key.
+    pub manifest_key: &'a str,
+    /// The digest that was recorded of it, if any.
+    pub digest: Option<&'a str>,
+}
+
+impl<'a> From<&'a str> for Stays<'a> {
+    fn from(manifest_key: &'a str) -> Self {
+        Self { manifest_key, digest: None }
+    }
+}
+
 /// What manifests refer to. Manifests never change, so each is read once.
 #[derive(Clone, Debug, Default)]
 pub struct References(BTreeMap<String, BTreeSet<String>>);
@@ -28,23 +44,24 @@ impl References {
     /// dropped half-way or fails, so that the next call goes on from there.
     ///
     /// # Errors
-    /// When one of them cannot be read, or is newer than this release: then nothing may be deleted.
-    pub async fn read(&mut self, store: &Store, manifests: &[&str]) -> Result<(), StoreError> {
-        self.0.retain(|key, _| manifests.contains(&key.as_str()));
-        let unknown: Vec<&str> =
-            manifests.iter().copied().filter(|key| !self.0.contains_key(*key)).collect();
+    /// When one of them cannot be read, is newer than this release, or is not the one that was
+    /// recorded: then nothing may be deleted.
+    pub async fn read(&mut self, store: &Store, manifests: &[Stays<'_>]) -> Result<(), StoreError> {
+        self.0.retain(|key, _| manifests.iter().any(|stays| stays.manifest_key == key));
+        let unknown = manifests.iter().filter(|stays| !self.0.contains_key(stays.manifest_key));
         let reads: Vec<_> = unknown
-            .into_iter()
-            .map(|key| {
-                let read = read_references(store, key);
-                async move { Ok::<_, StoreError>((key.to_owned(), read.await?)) }.boxed()
+            .map(|stays| {
+                let key = stays.manifest_key.to_owned();
+                let read = read_references(store, *stays);
+                async move { Ok::<_, StoreError>((key, read.await?)) }.boxed()
             })
             .collect();
         let mut found = stream::iter(reads).buffer_unordered(READS_AT_ONCE);
         let mut outcome = Ok(());
         while let Some(read) = found.next().await {
             match read {
-                Ok((key, references)) => drop(self.0.insert(key, references)),
+                // What refers to nothing because it is no manifest may have been read wrongly.
+                Ok((key, references)) => self.0.extend(references.map(|found| (key, found))),
                 // The others are worth knowing all the same.
                 Err(error) => outcome = outcome.and(Err(error)),
             }
@@ -57,8 +74,8 @@ impl References {
     /// # Errors
     /// As for [`read`](Self::read).
     pub async fn add(&mut self, store: &Store, manifest_key: &str) -> Result<(), StoreError> {
-        let found = read_references(store, manifest_key).await?;
-        self.0.insert(manifest_key.to_owned(), found);
+        let found = read_references(store, manifest_key.into()).await?;
+        self.0.extend(found.map(|found| (manifest_key.to_owned(), found)));
         Ok(())
     }
 
@@ -86,19 +103,39 @@ struct OutlineFormer {
     key: String,
 }
 
-async fn read_references(store: &Store, key: &str) -> Result<BTreeSet<String>, StoreError> {
+/// What a manifest refers to; `None` where there is none.
+async fn read_references(
+    store: &Store,
+    stays: Stays<'_>,
+) -> Result<Option<BTreeSet<String>>, StoreError> {
+    let Stays { manifest_key: key, digest } = stays;
     let bytes = match with_retries(|| store.get_bounded(key, MANIFEST_BYTES_MAX)).await {
-        Err(error @ (StoreError::TooLarge { .. } | StoreError::Corrupt { .. })) => {
+        Err(error @ (StoreError::TooLarge { .. } | StoreError::Corrupt { .. }))
+            if digest.is_none() =>
+        {
             tracing::warn!(%error, "what is no manifest refers to nothing");
-            return Ok(BTreeSet::new());
+            return Ok(None);
         }
+        // Somebody else dropped it meanwhile, or deleted it.
+        Err(StoreError::NotFound { .. }) if digest.is_some() => return Ok(None),
         bytes => bytes?,
     };
+    let found = manifest::digest(&bytes);
+    if let Some(expected) = digest.filter(|expected| *expected != found) {
+        return Err(StoreError::Corrupt {
+            key: key.to_owned(),
+            problem: format!(
+                "it is not the manifest that was recorded (BLAKE3 {found}, expected {expected}), so \
+                 that it is not known which shards are needed and none is deleted; put it back, or \
+                 delete it if nothing can"
+            ),
+        });
+    }
     match manifest::check_version(key, &bytes) {
         Ok(true) => {}
         Ok(false) => {
             tracing::warn!(key, "what is no manifest refers to nothing");
-            return Ok(BTreeSet::new());
+            return Ok(None);
         }
         Err(error) => return Err(error),
     }
@@ -107,7 +144,7 @@ async fn read_references(store: &Store, key: &str) -> Result<BTreeSet<String>, S
         problem: format!("what it refers to cannot be read: {error}"),
     })?;
     let former = outline.shards.into_iter().flat_map(|shard| shard.former);
-    Ok(former.map(|former| former.key).collect())
+    Ok(Some(former.map(|former| former.key).collect()))
 }
 
 /// Objects among a job's checkpoints that no manifest in the store names: what killed writers and

@@ -10,7 +10,7 @@ use api::job::Compression;
 use api::{Generation, Step};
 use bytes::Bytes;
 use checkpoint::{
-    Dtype, PieceTarget, ReadOptions, References, Restore, SaveError, Saver, Slice, Store,
+    Dtype, PieceTarget, ReadOptions, References, Restore, SaveError, Saver, Slice, Stays, Store,
     StoreError, StoreKey, diff, export, find_complete, keys, verify,
 };
 use object_store::local::LocalFileSystem;
@@ -241,9 +241,13 @@ fn one_damaged_manifest_is_in_the_way_of_no_other_checkpoint() {
         assert_eq!(complete, facts[1..]);
         let mut references = References::default();
         references
-            .read(&sealed, &manifests)
+            .read(&sealed, &manifests.iter().map(|key| (*key).into()).collect::<Vec<_>>())
             .await
-            .expect("nobody restores from it: it keeps nothing");
+            .expect("nobody recorded it: it keeps nothing");
+        let digest = Some(facts[0].manifest_digest.as_str());
+        let recorded = Stays { manifest_key: manifests[0], digest };
+        let refused = references.read(&sealed, &[recorded]).await.expect_err("it is damaged");
+        assert!(matches!(refused, StoreError::Corrupt { .. }), "{refused}");
     });
 }
 

@@ -9,8 +9,8 @@ use api::events::CheckpointFact;
 use api::job::Compression;
 use api::{Generation, Step};
 use checkpoint::{
-    References, Restore, SaveError, Saver, Store, delete_checkpoint, delete_orphans, find_complete,
-    find_orphans, keys, list_checkpoints, verify,
+    References, Restore, SaveError, Saver, Stays, Store, delete_checkpoint, delete_orphans,
+    find_complete, find_orphans, keys, list_checkpoints, verify,
 };
 use object_store::memory::InMemory;
 use support::failing::{FailingStore, Failure, Plan};
@@ -47,7 +47,7 @@ fn what_was_read_of_manifests_is_not_read_again_after_an_error() {
     let mut saver = saver(&honest, Compression::None);
     let facts: Vec<CheckpointFact> =
         (1..=12).map(|step| save(&mut saver, &state(&[(10, 1.0)]), step).expect("saves")).collect();
-    let keys: Vec<&str> = facts.iter().map(|fact| fact.manifest_key.as_str()).collect();
+    let keys: Vec<Stays<'_>> = facts.iter().map(stays).collect();
     let plan = Plan::new(Failure::Expired, 6, false);
     let failing = Store::with_inner(Arc::new(FailingStore::new(inner, plan.clone())), "memory");
     let mut references = References::default();
@@ -199,14 +199,18 @@ fn no_deletion_takes_what_a_kept_checkpoint_refers_to() {
     assert!(referred > 500, "only {referred} shards were referred to");
 }
 
+fn stays(fact: &CheckpointFact) -> Stays<'_> {
+    Stays { manifest_key: &fact.manifest_key, digest: Some(&fact.manifest_digest) }
+}
+
 /// What the leader's sweep does, with a list of those to keep in place of records.
 fn sweep(runtime: &tokio::runtime::Runtime, store: &Store, kept: &[(CheckpointFact, State)]) {
     runtime.block_on(async {
-        let kept: Vec<&str> = kept.iter().map(|(fact, _)| fact.manifest_key.as_str()).collect();
+        let kept: Vec<Stays<'_>> = kept.iter().map(|(fact, _)| stays(fact)).collect();
         let mut references = References::default();
         references.read(store, &kept).await.expect("reads");
         for found in list_checkpoints(store, &job()).await.expect("lists").into_iter().rev() {
-            if !kept.contains(&found.manifest_key.as_str()) {
+            if !kept.iter().any(|stays| stays.manifest_key == found.manifest_key) {
                 delete_checkpoint(store, &found.manifest_key, &references).await.expect("deletes");
             }
         }
@@ -239,7 +243,7 @@ fn orphans_are_what_no_manifest_names_and_nobody_writes() {
     // The first is deleted, but for the shard that the second refers to; a writer died at step 3.
     let runtime = runtime();
     let mut kept = References::default();
-    runtime.block_on(kept.read(&store, &[&second.manifest_key])).expect("reads");
+    runtime.block_on(kept.read(&store, &[stays(&second)])).expect("reads");
     runtime.block_on(delete_checkpoint(&store, &first.manifest_key, &kept)).expect("deletes");
     saver.stage(Step(3), &state(&[(500, 9.0), (8, 9.0)]).slices()).expect("stages");
     let lost = saver.wait_shard(Step(3)).expect("written").key;

@@ -13,7 +13,7 @@ use std::time::Duration;
 use api::records::{JobRecord, KIND_JOB};
 use api::{Generation, Name};
 use checkpoint::{
-    References, Store, StoreError, StoredCheckpoint, delete_checkpoint, list_checkpoints,
+    References, Stays, Store, StoreError, StoredCheckpoint, delete_checkpoint, list_checkpoints,
 };
 use coordinator_core::{RecordError, Records, Retention};
 use tokio::sync::Semaphore;
@@ -219,7 +219,11 @@ impl Shared {
         let (go, stay): (Vec<_>, Vec<_>) = found.into_iter().partition(may_go);
         let refused = match go.is_empty() {
             true => None,
-            false => self.delete(job, go, &stay).await?,
+            false => {
+                // What is recorded stays, even where this one listing lacks its manifest.
+                let recorded = retention.iter().flat_map(Retention::manifests).collect();
+                self.delete(job, go, &stay, recorded).await?
+            }
         };
         // They are few and small: one deadline for all of them.
         in_time(DELETE_WAIT, drop_old_flights(&self.store, job)).await?;
@@ -233,9 +237,18 @@ impl Shared {
         job: &Name,
         go: Vec<StoredCheckpoint>,
         stay: &[StoredCheckpoint],
+        recorded: BTreeMap<&str, &str>,
     ) -> Result<Option<SweepError>, SweepError> {
+        let is_recorded = |found: &&StoredCheckpoint| recorded.contains_key(&*found.manifest_key);
+        let others = stay.iter().filter(|stays| stays.is_complete && !is_recorded(stays));
+        let mut needed: Vec<Stays<'_>> =
+            others.map(|stays| stays.manifest_key.as_str().into()).collect();
+        let recorded = recorded.iter();
+        needed.extend(
+            recorded.map(|(key, digest)| Stays { manifest_key: key, digest: Some(digest) }),
+        );
         let mut references = self.references().remove(job).unwrap_or_default();
-        let done = self.delete_by(&mut references, job, go, stay).await;
+        let done = self.delete_by(&mut references, job, go, &needed).await;
         let mut known = self.references();
         if known.len() >= REFERENCES_MAX {
             known.clear();
@@ -249,12 +262,10 @@ impl Shared {
         references: &mut References,
         job: &Name,
         go: Vec<StoredCheckpoint>,
-        stay: &[StoredCheckpoint],
+        stay: &[Stays<'_>],
     ) -> Result<Option<SweepError>, SweepError> {
         let (mut deleted, mut refused) = (0, None);
-        let stay = stay.iter().filter(|stays| stays.is_complete);
-        let stay: Vec<&str> = stay.map(|stays| stays.manifest_key.as_str()).collect();
-        in_time(LIST_WAIT, references.read(&self.store, &stay)).await?;
+        in_time(LIST_WAIT, references.read(&self.store, stay)).await?;
         // The newest first: a manifest goes before what it refers to.
         for found in go.into_iter().rev() {
             let key = found.manifest_key.as_str();

@@ -103,8 +103,34 @@ fn records(
     records
 }
 
+/// The same records, but of the manifests that are there with their digests.
+fn as_written(root: &Path, mut records: Records) -> Records {
+    let with_digest = |fact: CheckpointFact| match std::fs::read(root.join(&fact.manifest_key)) {
+        Ok(bytes) => {
+            CheckpointFact { manifest_digest: blake3::hash(&bytes).to_hex().to_string(), ..fact }
+        }
+        Err(_) => fact,
+    };
+    let mut writes = Vec::new();
+    let prefix = format!("{}/", job());
+    let keys: Vec<_> = records.list(KIND_CHECKPOINT, &prefix).map(|(key, _)| key.clone()).collect();
+    for key in keys {
+        let read = records.read::<CheckpointRecord>(KIND_CHECKPOINT, &key.id);
+        let Ok(Some((_, record))) = read else { continue };
+        let record = CheckpointRecord { fact: with_digest(record.fact.clone()), ..record };
+        writes.push(Write::Put { key, json: serde_json::to_vec(&record).expect("serialises") });
+    }
+    if let Ok(Some((_, mut record))) = records.read::<JobRecord>(KIND_JOB, job().as_str()) {
+        record.status.checkpoint = record.status.checkpoint.map(with_digest);
+        let key = RecordKey::new(KIND_JOB, job().as_str());
+        writes.push(Write::Put { key, json: serde_json::to_vec(&record).expect("serialises") });
+    }
+    records.apply(records.applied() + 1, &Transaction { writes, ..Transaction::default() });
+    records
+}
+
 async fn sweep(folder: &Path, records: Records, ended: Option<u64>) {
-    let records = Arc::new(records);
+    let records = Arc::new(as_written(folder, records));
     let sweeper = Sweeper::new(store(folder), move || Arc::clone(&records));
     sweeper.ask(job(), ended.map(Generation));
     sweeper.finish(GUARD).await;
@@ -213,6 +239,33 @@ async fn while_a_manifest_that_stays_cannot_be_read_nothing_is_deleted() {
 }
 
 #[tokio::test]
+async fn while_a_recorded_manifest_reads_otherwise_nothing_is_deleted() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let root = folder.path();
+    place_referring(root, 10, &[]);
+    place_referring(root, 40, &[10]);
+    let recorded = [(38, 3), (39, 3), (40, 3)];
+    let records = as_written(root, records(&job(), Phase::Running, 3, true, &recorded));
+    let records = Arc::new(records);
+    let manifest = root.join(keys::manifest(&job(), Step(40), Generation(3)));
+    let whole = std::fs::read(&manifest).expect("reads");
+    let sweeper = Sweeper::new(store(root), move || Arc::clone(&records));
+    // Neither garbage nor a manifest of something else tells what the one that is recorded needs.
+    for other in ["garbage", r#"{ "version": 3, "shards": [] }"#] {
+        std::fs::write(&manifest, other).expect("written");
+        let refused = sweeper.0.sweep(&job(), None).await.expect_err("it is another");
+        assert!(refused.to_string().contains("not the manifest that was recorded"), "{refused}");
+        assert_eq!(shards(root), [10, 40], "{other}");
+    }
+    // Nothing of what was read wrongly is remembered.
+    std::fs::write(&manifest, whole).expect("written");
+    sweeper.0.sweep(&job(), None).await.expect("it reads right");
+    assert_eq!((left(root, &job()), shards(root)), (vec![(10, 3), (40, 3)], vec![10, 40]));
+    let gone = root.join(keys::manifest(&job(), Step(10), Generation(3)));
+    assert!(!gone.exists(), "what was refused before is made up for");
+}
+
+#[tokio::test]
 async fn what_a_sweep_that_failed_has_read_is_known_to_the_next() {
     let folder = tempfile::tempdir().expect("a folder");
     let root = folder.path();
@@ -222,7 +275,8 @@ async fn what_a_sweep_that_failed_has_read_is_known_to_the_next() {
     let newer = root.join(keys::manifest(&job(), Step(40), Generation(3)));
     std::fs::write(newer, r#"{"version": 4, "somewhere": "else"}"#).expect("written");
     let recorded = [(38, 3), (39, 3), (40, 3)];
-    let records = Arc::new(records(&job(), Phase::Running, 3, true, &recorded));
+    let records = as_written(root, records(&job(), Phase::Running, 3, true, &recorded));
+    let records = Arc::new(records);
     let sweeper = Sweeper::new(store(root), move || Arc::clone(&records));
     sweeper.ask(job(), None);
     sweeper.finish(GUARD).await;
@@ -309,7 +363,8 @@ async fn a_new_leader_repeats_the_last_sweeps_of_jobs_that_are_over() {
     let folder = tempfile::tempdir().expect("a folder");
     place(folder.path(), &job(), 10, 1, true);
     place(folder.path(), &job(), 20, 1, true);
-    let records = Arc::new(records(&job(), Phase::Succeeded, 1, false, &[(20, 1)]));
+    let records = records(&job(), Phase::Succeeded, 1, false, &[(20, 1)]);
+    let records = Arc::new(as_written(folder.path(), records));
     let sweeper = Sweeper::new(store(folder.path()), move || Arc::clone(&records));
     sweeper.take_over();
     sweeper.finish(GUARD).await;

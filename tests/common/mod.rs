@@ -1,7 +1,7 @@
 //! Drives the shipped binary: runs commands, follows their JSON events, and kills processes.
 //!
-//! Every wait has a generous guard, so that a hang is a failure and never a stuck run; nothing
-//! sleeps to wait for a state, it reads events.
+//! Every wait has a generous guard, so that a hang is a failure and never a stuck run. States are
+//! waited for by reading events or, where there are none, by asking until they are there.
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
@@ -160,6 +160,20 @@ impl Running {
         let _ = self.child.wait();
     }
 
+    /// Kills it, and waits until its ranks have died with it, by themselves: nothing writes after.
+    pub fn kill_all(&mut self) {
+        let (parent, ranks) = (self.pid(), self.ranks());
+        self.kill();
+        eventually("the ranks are gone", || ranks_below(parent).is_empty().then_some(()));
+        for (_, rank) in ranks {
+            eventually("the rank is gone", || {
+                let stat = std::fs::read_to_string(format!("/proc/{rank}/stat"));
+                let stat = stat.unwrap_or_default();
+                (stat.is_empty() || stat.contains(") Z ")).then_some(())
+            });
+        }
+    }
+
     /// Whether it has not ended yet.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
@@ -257,7 +271,8 @@ pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T 
             return found;
         }
         assert!(Instant::now() < deadline, "{what}: not within {GUARD:?}");
-        std::thread::yield_now();
+        // Not at once again: the processes that are waited for need the processors.
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

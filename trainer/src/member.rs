@@ -341,7 +341,23 @@ impl Member {
     }
 
     /// The state of the checkpoint that the leader named; one of other data or settings is refused.
+    /// What seems damaged is looked at twice: it costs the job all steps since the one before.
     fn restored(
+        &self,
+        held: &Held,
+        place: &Place,
+    ) -> Result<(TrainState, Option<Manifest>), TrainError> {
+        let read = self.read_state(held, place);
+        match &read {
+            Err(error) if error.damaged().is_some() => {
+                tracing::warn!(%error, "reading the checkpoint once more");
+                self.read_state(held, place)
+            }
+            _ => read,
+        }
+    }
+
+    fn read_state(
         &self,
         held: &Held,
         place: &Place,

@@ -18,7 +18,7 @@ use api::session::{
     WorkerMessage,
 };
 use api::stacks::StackDump;
-use api::{Generation, Name, Rank, TaskId};
+use api::{Generation, Name, Rank, Step, TaskId};
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -491,6 +491,7 @@ impl Task {
 struct Failed {
     message: String,
     retryable: bool,
+    damaged: Option<Step>,
 }
 
 /// Reads reports into the ledger.
@@ -533,8 +534,9 @@ impl Reader {
                     self.stacks.give((threads, absent));
                 }
                 line => {
-                    if let RankReport::Failed { message, retryable, .. } = &line.report {
-                        let failed = Failed { message: message.clone(), retryable: *retryable };
+                    if let RankReport::Failed { message, retryable, damaged, .. } = &line.report {
+                        let (message, retryable) = (message.clone(), *retryable);
+                        let failed = Failed { message, retryable, damaged: *damaged };
                         *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(failed);
                     }
                     self.ledger.report(&self.id, line);
@@ -600,9 +602,11 @@ fn exit_cause(
         }
         (Some(0), ..) => ExitCause::Completed,
         (Some(code), ..) => {
-            let (message, retryable) =
-                failed.map_or((last_error.to_owned(), true), |f| (f.message, f.retryable));
-            ExitCause::Code { code, message: clip(&message), retryable }
+            let (message, retryable, damaged) = failed
+                .map_or((last_error.to_owned(), true, None), |f| {
+                    (f.message, f.retryable, f.damaged)
+                });
+            ExitCause::Code { code, message: clip(&message), retryable, damaged }
         }
         (None, signal, _) => {
             let message = failed.map_or_else(|| last_error.to_owned(), |failed| failed.message);
@@ -620,7 +624,8 @@ mod tests {
         let exited = |code: i32| ExitStatus::from_raw(code << 8);
         let signalled = ExitStatus::from_raw;
         let order = || Some("superseded".to_owned());
-        let said = |retryable| Some(Failed { message: "said".into(), retryable });
+        let said =
+            |retryable| Some(Failed { message: "said".into(), retryable, damaged: Some(Step(7)) });
         let table = [
             (exit_cause(exited(0), None, None, "x"), "completed"),
             // It was already gone when the order came.
@@ -637,5 +642,7 @@ mod tests {
         }
         assert!(!exit_cause(exited(2), None, said(false), "").is_retryable());
         assert!(exit_cause(exited(2), None, None, "").is_retryable());
+        let told = exit_cause(exited(2), None, said(false), "");
+        assert!(matches!(told, ExitCause::Code { damaged: Some(Step(7)), .. }), "{told:?}");
     }
 }

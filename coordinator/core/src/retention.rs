@@ -5,8 +5,9 @@
 //! go once may go for ever, whatever is committed later. So nothing of worth is lost when somebody
 //! acts on a judgement that has aged, not even a leader that has been deposed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
+use api::events::CheckpointFact;
 use api::ids::{Generation, Name, Step};
 use api::job::{BestMode, KeepBest};
 use api::records::{CheckpointRecord, JobRecord, KIND_CHECKPOINT, KIND_JOB};
@@ -34,8 +35,8 @@ pub(crate) fn best(
 /// What one job needs of its checkpoints.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Retention {
-    /// Recorded: may be resumed from, verified and exported.
-    recorded: BTreeSet<(Step, Generation)>,
+    /// Recorded: may be resumed from, verified and exported. With manifest's key and digest.
+    recorded: BTreeMap<(Step, Generation), (String, String)>,
     /// The newest of those that nobody found damaged. A job that went back from one writes and records
     /// at steps before that.
     newest: Option<(Step, Generation)>,
@@ -43,6 +44,9 @@ pub struct Retention {
     window: Option<(Step, Generation)>,
     /// Nothing of this generation and those before it will be recorded any more.
     cleared: Generation,
+    /// The newest generation. Later ones may write at earlier steps, after a checkpoint was found
+    /// damaged that is none here.
+    known: Generation,
 }
 
 impl Retention {
@@ -55,20 +59,25 @@ impl Retention {
         else {
             return Ok(None);
         };
-        let (mut recorded, mut sound) = (BTreeSet::new(), BTreeSet::new());
+        let (mut recorded, mut sound) = (BTreeMap::new(), BTreeSet::new());
+        let entry = |fact: &CheckpointFact| {
+            (
+                (fact.step, fact.generation),
+                (fact.manifest_key.clone(), fact.manifest_digest.clone()),
+            )
+        };
         for (key, _) in records.list(KIND_CHECKPOINT, &format!("{job}/")) {
             if let Some((_, CheckpointRecord { fact, damaged, .. })) =
                 records.read(KIND_CHECKPOINT, &key.id)?
             {
-                recorded.insert((fact.step, fact.generation));
+                recorded.extend([entry(&fact)]);
                 if damaged.is_none() {
                     sound.insert((fact.step, fact.generation));
                 }
             }
         }
-        let newest = status.checkpoint.map(|fact| (fact.step, fact.generation));
-        recorded.extend(newest);
-        sound.extend(newest);
+        recorded.extend(status.checkpoint.as_ref().map(entry));
+        sound.extend(status.checkpoint.map(|fact| (fact.step, fact.generation)));
         // A generation is placed when the former one is cleared; the gang of a cleared one is
         // forgotten.
         let cleared = match status.gang.is_empty() {
@@ -77,7 +86,13 @@ impl Retention {
         };
         let keep = spec.checkpoint.keep.get() as usize;
         let window = sound.iter().rev().take(keep).next_back().copied();
-        Ok(Some(Self { recorded, newest: sound.last().copied(), window, cleared }))
+        let (newest, known) = (sound.last().copied(), status.generation);
+        Ok(Some(Self { recorded, newest, window, cleared, known }))
+    }
+
+    /// Key and digest of each manifest that is recorded.
+    pub fn manifests(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.recorded.values().map(|(key, digest)| (key.as_str(), digest.as_str()))
     }
 
     /// Whether a checkpoint of the store may go. `is_complete`: it has a manifest. `ended`: a
@@ -89,7 +104,7 @@ impl Retention {
         is_complete: bool,
         ended: Option<Generation>,
     ) -> bool {
-        if self.recorded.contains(&(step, generation)) {
+        if self.recorded.contains_key(&(step, generation)) || generation > self.known {
             return false;
         }
         let is_before = |recorded: Option<&(Step, Generation)>| {

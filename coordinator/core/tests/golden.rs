@@ -690,7 +690,8 @@ fn cause(words: &Words<'_>) -> ExitCause {
     }
     if let Some(code) = words.number("code") {
         let retryable = !words.has("fatal");
-        return ExitCause::Code { code: code as i32, message: words.rest(2), retryable };
+        let damaged = words.number("damaged").map(TrainStep);
+        return ExitCause::Code { code: code as i32, message: words.rest(2), retryable, damaged };
     }
     match words.at(2) {
         "completed" => ExitCause::Completed,

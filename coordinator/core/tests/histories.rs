@@ -665,7 +665,10 @@ impl History {
             blames,
             damaged: damaged.filter(|_| !retryable),
         };
-        let code = |retryable| ExitCause::Code { code: 1, message: String::new(), retryable };
+        let code = |retryable: bool| {
+            let damaged = damaged.filter(|_| !retryable);
+            ExitCause::Code { code: 1, message: String::new(), retryable, damaged }
+        };
         match kind {
             _ if damaged.is_some() && other > 0 => {
                 worker.report(&task, words(false, None));

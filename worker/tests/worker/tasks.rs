@@ -205,13 +205,13 @@ esac
     let message = "channel `train` is empty".to_owned();
     assert_eq!(
         session.exited(&first).await,
-        ExitCause::Code { code: 2, message, retryable: false }
+        ExitCause::Code { code: 2, message, retryable: false, damaged: None }
     );
 
     session.start(&second).await;
     session.started(&second).await;
     let message = "thread main panicked: out of memory".to_owned();
-    let cause = ExitCause::Code { code: 101, message, retryable: true };
+    let cause = ExitCause::Code { code: 101, message, retryable: true, damaged: None };
     assert_eq!(session.exited(&second).await, cause);
 }
 

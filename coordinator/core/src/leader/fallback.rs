@@ -9,11 +9,12 @@ use std::sync::Arc;
 use api::events::CheckpointFact;
 use api::ids::Rank;
 use api::records::{CheckpointRecord, Failure, JobRecord, KIND_CHECKPOINT, Phase, Placement};
+use api::session::ExitCause;
 
 use super::Leader;
 use super::decision::Millis;
 use super::draft::{Draft, Expect};
-use super::gang;
+use super::gang::{self, START_WAIT_MS};
 use super::index::Workload;
 use super::reason::{Reason, count};
 use super::train::{end_if_asked, stop_clock};
@@ -23,8 +24,8 @@ use crate::transaction::RecordKey;
 impl Leader {
     /// If what failed is the checkpoint that the job was to go on from: has it go on from an older
     /// one, or fail where there is none. No failure counts: every time there is one fewer to try.
-    /// False where it is for others to say: of a rank whose peers have restored it the host is at
-    /// fault, and a job that is to end does not go on.
+    /// Otherwise gives the failure back, for others to decide: of a rank whose peers have restored
+    /// it the host is at fault, and a job that is to end does not go on.
     pub(super) fn go_back(
         &mut self,
         draft: &mut Draft,
@@ -32,30 +33,39 @@ impl Leader {
         now: Millis,
         version: u64,
         job: &Arc<JobRecord>,
-        failure: &Failure,
-    ) -> bool {
+        failure: Failure,
+    ) -> Option<Failure> {
         let name = &job.spec.name;
-        let gang = self.gangs.get(name);
-        let found = failure.rank.and_then(|rank| gang?.found_damaged(rank));
+        // What the rank said before, which its worker says again with its exit, to any leader.
+        let found = match failure.cause {
+            ExitCause::Code { damaged, .. } => damaged,
+            _ => None,
+        };
         let Some(fact) = job.status.checkpoint.as_ref().filter(|fact| Some(fact.step) == found)
         else {
-            return false;
+            return Some(failure);
         };
         let (_, is_whole) = self.members(job, failure.rank);
         if is_whole || job.status.stop_asked {
-            return false;
+            return Some(failure);
         }
-        if let Some(other) = self.still_restores(job, failure.rank) {
-            let text = format!("{}: waiting for what {other} finds", gang::describe(failure));
+        if self.is_held(job) {
+            // Those that restored it are gone, or about to go: the checkpoint is to be tried again.
+            return Some(can_be_retried(failure));
+        }
+        let is_patient = now.since(Millis(failure.time_ms)) < START_WAIT_MS;
+        if let Some(other) = self.still_restores(job, failure.rank, now).filter(|_| is_patient) {
+            let text = format!("{}: waiting for what {other} finds", gang::describe(&failure));
             draft.because(Reason::Waiting { name: name.clone(), text });
-            return true;
+            return None;
         }
+        let (generation, rank) = (failure.generation, failure.rank);
         let all = recorded(records, job);
         let former = all
             .iter()
             .rev()
             .find(|record| record.damaged.is_none() && record.fact.step < fact.step);
-        let what = gang::describe(failure);
+        let what = gang::describe(&failure);
         let (phase, from, reason) = match former {
             Some(record) => {
                 mark(draft, &all, fact, &failure.cause.to_string());
@@ -83,30 +93,54 @@ impl Leader {
             status.phase = phase;
             status.reason = reason.clone();
             status.checkpoint = Some(from);
-            status.first_cause = Some(failure.clone());
+            status.first_cause = Some(failure);
             status.completed.clear();
             status.ended_ms = phase.is_terminal().then_some(now.0);
             end_if_asked(status, now);
         });
-        draft.note(name, failure.generation, failure.rank, reason);
+        draft.note(name, generation, rank, reason);
         self.forget(draft, job);
-        true
+        None
     }
 }
 
 impl Leader {
-    /// A rank of the gang, other than `without`, that has neither ended nor said what it found.
-    fn still_restores(&self, job: &Arc<JobRecord>, without: Option<Rank>) -> Option<Rank> {
+    /// Whether a rank of the gang holds the job's state or held it when it ended.
+    fn is_held(&self, job: &Arc<JobRecord>) -> bool {
+        job.status.gang.iter().any(|place| self.has_held(job, place.rank))
+    }
+
+    /// A rank of the gang, other than `without`, that has neither ended nor said what it found, as
+    /// far as this leader has heard.
+    fn still_restores(
+        &self,
+        job: &Arc<JobRecord>,
+        without: Option<Rank>,
+        now: Millis,
+    ) -> Option<Rank> {
+        let away = self.away(job, now);
         let workload = Workload::Job(Arc::clone(job));
         let gang = self.gangs.get(&job.spec.name)?;
         let still = |place: &&Placement| {
             let worker = self.workers.get(&place.worker).filter(|worker| !worker.is_lost);
             let is_there = worker.is_some_and(|w| w.tasks.contains_key(&workload.task(place)));
             let has_spoken = gang.ends.iter().any(|end| end.rank == place.rank);
-            is_there && !has_spoken && Some(place.rank) != without
+            let may_be_there = is_there || Some(&place.worker) == away.as_ref();
+            may_be_there && !has_spoken && Some(place.rank) != without
         };
         job.status.gang.iter().find(still).map(|place| place.rank)
     }
+}
+
+/// The same failure, but not of a kind that would come again whatever is tried.
+fn can_be_retried(failure: Failure) -> Failure {
+    let cause = match failure.cause {
+        ExitCause::Code { code, message, .. } => {
+            ExitCause::Code { code, message, retryable: true, damaged: None }
+        }
+        other => other,
+    };
+    Failure { cause, ..failure }
 }
 
 /// The job's checkpoints that can be read as records, the newest last.

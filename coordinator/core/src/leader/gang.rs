@@ -17,7 +17,7 @@ use super::watchdog::Pace;
 
 /// How long a task may take from its placement until it runs. Restoring a large checkpoint over a
 /// slow network takes minutes; what takes longer than this hangs.
-const START_WAIT_MS: u64 = 1_800_000;
+pub(super) const START_WAIT_MS: u64 = 1_800_000;
 /// Longest message taken into a record, in bytes: it goes through the log and into every listing.
 const MESSAGE_BYTES_MAX: usize = 2 << 10;
 
@@ -85,6 +85,7 @@ impl End {
             return self.exit.clone().unwrap_or(ExitCause::Completed);
         };
         let (message, retryable) = (words.message.clone(), words.retryable);
+        let damaged = words.damaged;
         if self.stays() {
             return ExitCause::GroupBroken { message };
         }
@@ -98,10 +99,10 @@ impl End {
                 | ExitCause::GroupBroken { .. }),
             ) => lost.clone(),
             Some(ExitCause::Code { code, .. }) => {
-                ExitCause::Code { code: *code, message, retryable }
+                ExitCause::Code { code: *code, message, retryable, damaged }
             }
             Some(ExitCause::Completed | ExitCause::Killed { .. }) | None => {
-                ExitCause::Code { code: 1, message, retryable }
+                ExitCause::Code { code: 1, message, retryable, damaged }
             }
         }
     }
@@ -185,6 +186,19 @@ impl Gang {
             replacing: None,
             unwritten: Unwritten::default(),
         }
+    }
+
+    /// Times from which something is waited for that a leader may have missed while it was away.
+    pub(super) fn times(&mut self) -> impl Iterator<Item = &mut Millis> {
+        let ends = self.ends.iter_mut().map(|end| &mut end.at);
+        let since = [
+            &mut self.placed_at,
+            &mut self.leaving_since,
+            &mut self.adopt_asked,
+            &mut self.unknown_since,
+            &mut self.incident,
+        ];
+        ends.chain(since.into_iter().flatten()).chain(self.pace.times())
     }
 
     /// Whether the task is a spare of this gang.
@@ -301,11 +315,6 @@ impl Gang {
         self.ends.retain(|end| end.rank != rank || !is_lost(end));
     }
 
-    /// The checkpoint that the rank found damaged.
-    pub(super) fn found_damaged(&self, rank: Rank) -> Option<Step> {
-        self.ends.iter().find(|end| end.rank == rank)?.words.as_ref()?.damaged
-    }
-
     /// How the task ended, when it did.
     pub(super) fn exit_of(&self, rank: Rank) -> Option<&ExitCause> {
         self.ends.iter().find(|end| end.rank == rank)?.exit.as_ref()
@@ -418,8 +427,8 @@ pub(super) fn clip(text: &str) -> String {
 fn clip_cause(cause: ExitCause) -> ExitCause {
     match cause {
         ExitCause::Completed => ExitCause::Completed,
-        ExitCause::Code { code, message, retryable } => {
-            ExitCause::Code { code, message: clip(&message), retryable }
+        ExitCause::Code { code, message, retryable, damaged } => {
+            ExitCause::Code { code, message: clip(&message), retryable, damaged }
         }
         ExitCause::Signal { signal, message } => {
             ExitCause::Signal { signal, message: clip(&message) }

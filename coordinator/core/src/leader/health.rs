@@ -368,8 +368,12 @@ mod tests {
 
     #[test]
     fn what_a_program_does_by_itself_is_not_the_hosts_fault() {
-        let code =
-            |message: &str| ExitCause::Code { code: 1, message: message.into(), retryable: true };
+        let code = |message: &str| ExitCause::Code {
+            code: 1,
+            message: message.into(),
+            retryable: true,
+            damaged: None,
+        };
         assert!(may_be_the_hosts(&ExitCause::Signal { signal: 9, message: String::new() }));
         assert!(may_be_the_hosts(&code("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal access")));
         assert!(!may_be_the_hosts(&code("the loss is not a number")));

@@ -153,7 +153,7 @@ impl Leader {
     }
 
     /// A worker of the gang that this leader has yet to hear of: its ranks may well be alive.
-    fn away(&self, job: &Arc<JobRecord>, now: Millis) -> Option<Name> {
+    pub(super) fn away(&self, job: &Arc<JobRecord>, now: Millis) -> Option<Name> {
         let is_away = |place: &&Placement| {
             !self.workers.contains_key(&place.worker) && !self.is_past_grace(now)
         };

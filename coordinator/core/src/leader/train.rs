@@ -263,7 +263,7 @@ impl Leader {
                 return draft.because(Reason::Waiting { name: name.clone(), text });
             }
             Verdict::Cause(failure) => {
-                if !self.go_back(draft, records, now, version, job, &failure) {
+                if let Some(failure) = self.go_back(draft, records, now, version, job, failure) {
                     self.fail_job(draft, now, version, job, failure);
                 }
                 return;
@@ -389,7 +389,7 @@ impl Leader {
             generation: job.status.generation,
             rank: Some(rank),
             worker,
-            cause: ExitCause::Code { code: 0, message, retryable: true },
+            cause: ExitCause::Code { code: 0, message, retryable: true, damaged: None },
             time_ms: now.0,
         };
         self.fail_job(draft, now, version, job, failure);
@@ -527,7 +527,7 @@ impl Leader {
     }
 
     /// Whether the rank was ever heard to run.
-    fn has_held(&self, job: &Arc<JobRecord>, rank: Rank) -> bool {
+    pub(super) fn has_held(&self, job: &Arc<JobRecord>, rank: Rank) -> bool {
         let gang = self.gangs.get(&job.spec.name);
         let held =
             gang.is_some_and(|gang| gang.ends.iter().any(|end| end.rank == rank && end.held_state));

@@ -47,6 +47,8 @@ pub(super) struct Pace {
     is_busy: bool,
     /// When the ranks were asked what they do.
     asked: Option<Millis>,
+    /// So often since it last moved its silence was put down to a leader that was away.
+    excused: u32,
     straggler: Option<Straggler>,
     /// Ranks of this generation that people were told of.
     told: BTreeSet<Rank>,
@@ -71,7 +73,15 @@ impl Pace {
             self.longest_ms = self.longest_ms.max(now.since(last));
             self.beats += 1;
         }
-        self.asked = None;
+        (self.asked, self.excused) = (None, 0);
+    }
+
+    /// Whether its silence may be put down to a leader that was away once more; at most `times` on
+    /// end.
+    pub(super) fn is_excused(&mut self, times: u32) -> bool {
+        let is_excused = self.excused < times;
+        self.excused += u32::from(is_excused);
+        is_excused
     }
 
     /// Since when it is silent, and has been asked.

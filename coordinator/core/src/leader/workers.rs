@@ -416,9 +416,9 @@ impl Leader {
             worker.health.asked().into_iter().for_each(shift);
         }
         for gang in self.gangs.values_mut() {
-            gang.ends.iter_mut().map(|end| &mut end.at).for_each(shift);
-            gang.adopt_asked.iter_mut().for_each(shift);
-            gang.pace.times().into_iter().for_each(shift);
+            if gang.pace.is_excused(EXCUSES_MAX) {
+                gang.times().for_each(shift);
+            }
         }
         shift(&mut self.since);
     }
