@@ -68,6 +68,19 @@ fn a_poisoned_step_ends_the_job_or_is_skipped_and_is_named() {
         "in 1 of 8 microbatches, first in that of r{rank} with sample {POISON} of the training data"
     );
     assert!(cause.contains(&named), "{named}: {last}");
+    {
+        // A cluster in that folder tells the same of it, to programs and to people.
+        let dir = folder.join("stops");
+        let _up = up(&dir, &[]);
+        let ask = |more: &[&str]| {
+            let mut command = cluster();
+            run(command.args(["job", "poison"]).args(more).arg("--dir").arg(&dir)).expect_code(0)
+        };
+        let told = ask(&["--json"]).last_json();
+        assert_eq!(told["status"]["first_cause"], last["first_cause"], "{told}");
+        let text = ask(&[]).stdout;
+        assert!(text.contains(&named), "{named}: {text}");
+    }
 
     // Skipped, it changes nothing: twice, on one rank as on two.
     let skip = "divergence = \"skip\"\nmax_skips = 1\n";
