@@ -8,12 +8,13 @@ use std::path::PathBuf;
 use common::{Running, cluster, repository, run, submit_local, weights_digest};
 use nix::sys::signal::{Signal, kill};
 
-/// The rust-lm example, shortened so that CI can afford it.
+/// The rust-lm example, shortened so that CI can afford it, and long enough that what is killed early
+/// in it is killed before its end.
 const RUST_LM: [&str; 6] = [
     "hyperparameters.width=32",
     "hyperparameters.heads=2",
     "hyperparameters.sequence_length=32",
-    "stop.max_steps=40",
+    "stop.max_steps=80",
     "checkpoint.every_steps=5",
     "batch.global=16",
 ];

@@ -19,7 +19,9 @@ fn ask(dir: &Path, args: &[&str]) -> Finished {
 
 /// Submits the job of `ranks` ranks, which no failure restarts, and follows it.
 fn follow_job(folder: &Path, dir: &Path, ranks: u32) -> Running {
-    let extra = format!("[resources]\nranks = {ranks}\n[recovery]\nmax_failures = 0\n");
+    // However long it is looked at while a rank is frozen, nobody calls that a hang.
+    let recovery = "[recovery]\nmax_failures = 0\nhang_min = \"0s\"\n";
+    let extra = format!("[resources]\nranks = {ranks}\n{recovery}");
     let mut submit = cluster();
     submit.arg("submit").arg(small_job(folder, &extra)).args(["--json", "--follow", "--dir"]);
     submit.arg(dir);

@@ -50,8 +50,9 @@ fn history(job: &Value) -> Vec<&str> {
 #[test]
 fn the_rank_that_the_others_wait_for_is_found_named_and_replaced() {
     let folder = tempfile::tempdir().expect("a folder");
-    let job = small_job(folder.path(), "[resources]\nranks = 2\n[recovery]\nhang_min = \"1s\"\n");
-    let steps = ["stop.max_steps=150", "checkpoint.every_steps=0"];
+    // Longer than a busy machine keeps a rank waiting.
+    let job = small_job(folder.path(), "[resources]\nranks = 2\n[recovery]\nhang_min = \"3s\"\n");
+    let steps = ["stop.max_steps=300", "checkpoint.every_steps=0"];
     let undisturbed = run(&mut submit_local(&job, &folder.path().join("undisturbed"), &steps));
     let expected = weights_digest(&undisturbed.expect_code(0));
 
@@ -189,9 +190,13 @@ fn a_slow_rank_is_named_and_replaced_where_the_job_says_so() {
     let extra = "[resources]\nranks = 2\n[recovery]\nstraggler_min = \"1s\"\n";
     let job = small_job(folder.path(), extra);
     let sets = ["stop.max_steps=1000000", "checkpoint.every_steps=0", "batch.global=64"];
-    // With the workers' own look for stopped processes: this one is none.
+    // With the workers' own look for stopped processes: this one is none, even where a busy machine
+    // gives it next to no time.
+    let config = folder.path().join("cluster.toml");
+    std::fs::write(&config, "[worker]\nstopped_rank_timeout = \"60s\"\n").expect("written");
+    let config = config.to_str().expect("UTF-8");
     let dir = folder.path().join("cluster");
-    let up = up_with_slots(&dir, 3, &["--workers", "1"]);
+    let up = up_with_slots(&dir, 3, &["--workers", "1", "--config", config]);
 
     let mut following = submit(&job, &dir, &[&sets[..], &["name=\"told\""]].concat());
     following.wait_for_step(3);

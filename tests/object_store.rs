@@ -45,7 +45,10 @@ fn a_run_on_s3_survives_a_kill_and_gives_the_same_weights() {
     let bucket = format!("run-{}", std::process::id());
     assert_eq!(http(&address, "PUT", &format!("/{bucket}"), b"").0, 200);
     let job = small_job(folder.path(), "[resources]\nranks = 2\n");
-    let plain = run(&mut submit_local(&job, &folder.path().join("plain"), &[])).expect_code(0);
+    // Long enough that its rank is killed before its end.
+    let steps = "stop.max_steps=100";
+    let plain = run(&mut submit_local(&job, &folder.path().join("plain"), &[steps]));
+    let plain = plain.expect_code(0);
     let expected = weights_digest(&plain);
 
     // The data come from S3 as well.
@@ -54,7 +57,7 @@ fn a_run_on_s3_survives_a_kill_and_gives_the_same_weights() {
     let config = config(folder.path(), &address, &bucket);
     let channel = format!("channels.train.uri=\"s3://{bucket}/data/text.txt\"");
     let dir = folder.path().join("s3");
-    let mut submit = submit_local(&job, &dir, &[&channel]);
+    let mut submit = submit_local(&job, &dir, &[&channel, steps]);
     let mut running = Running::start(submit.arg("--config").arg(&config));
     running.wait_for("a committed checkpoint", |event| event["event"] == "checkpoint");
     let ranks = running.ranks();
@@ -88,10 +91,11 @@ fn a_run_on_s3_survives_a_kill_and_gives_the_same_weights() {
     // Other data under the same key are seen: nothing of the former run is used for them.
     let changed = [text.as_slice(), b"fn the_end() {}\n".repeat(50).as_slice()].concat();
     std::fs::write(folder.path().join("text.txt"), &changed).expect("written");
-    let other = run(&mut submit_local(&job, &folder.path().join("other"), &[])).expect_code(0);
+    let other = run(&mut submit_local(&job, &folder.path().join("other"), &[steps]));
+    let other = other.expect_code(0);
     assert_ne!(weights_digest(&other), expected, "other data, other weights");
     assert_eq!(http(&address, "PUT", &format!("/{bucket}/data/text.txt"), &changed).0, 200);
-    let again = submit_local(&job, &dir, &[&channel, "name=\"again\""]);
+    let again = submit_local(&job, &dir, &[&channel, steps, "name=\"again\""]);
     let again = run({ again }.arg("--config").arg(&config)).expect_code(0);
     assert_eq!(again.last_json()["sha256"], weights_digest(&other).as_str());
 

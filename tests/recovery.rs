@@ -210,10 +210,13 @@ fn a_drained_rank_hands_its_work_over_and_no_step_is_lost() {
 
 #[test]
 fn an_elastic_gang_shrinks_at_once_and_grows_again() {
-    let (expected, _) = undisturbed(TRANSFORMER);
+    // The two go on while the third starts: it has to be there before their end.
+    let sets = [TRANSFORMER.1, &["stop.max_steps=300"]].concat();
+    let job = (TRANSFORMER.0, &sets[..]);
+    let (expected, _) = undisturbed(job);
     let folder = tempfile::tempdir().expect("a folder");
-    let elastic = ["resources.ranks={ min = 1, max = 3 }", "stop.max_steps=120"];
-    let mut running = start(TRANSFORMER, folder.path(), &elastic);
+    let elastic = ["resources.ranks={ min = 1, max = 3 }"];
+    let mut running = start(job, folder.path(), &elastic);
     running.wait_for_step(5);
     let before = processes(&running, 3);
     kill(before[1], Signal::SIGKILL).expect("it runs");

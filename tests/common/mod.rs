@@ -169,7 +169,10 @@ impl Running {
             eventually("the rank is gone", || {
                 let stat = std::fs::read_to_string(format!("/proc/{rank}/stat"));
                 let stat = stat.unwrap_or_default();
-                (stat.is_empty() || stat.contains(") Z ")).then_some(())
+                // A process is called a zombie while threads of it still end, and may write.
+                let threads = std::fs::read_dir(format!("/proc/{rank}/task"));
+                let is_last = threads.map_or(0, Iterator::count) <= 1;
+                (stat.is_empty() || stat.contains(") Z ") && is_last).then_some(())
             });
         }
     }
